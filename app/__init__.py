@@ -1,0 +1,1 @@
+"""Pages of the studio, on the public Python API only."""

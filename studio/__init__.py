@@ -1,0 +1,1 @@
+"""The core of Graft Studio. It knows no modality."""

@@ -1,0 +1,1 @@
+"""Model-agnostic methods, one file each."""

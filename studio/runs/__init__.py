@@ -1,0 +1,1 @@
+"""Run folders: everything a training leaves on disk."""
