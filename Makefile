@@ -1,0 +1,51 @@
+# On an empty clone each target first installs what it needs into .venv; later calls start at once.
+#   make demo    teach the embedded diffusion model a new concept; writes demo/
+#   make test    the unit tests, a few minutes on two cores
+#   make check   format, lint, types, and the slow tests (packaging, browser, long trainings)
+#   make ui      a page over the runs of this folder, on the loopback interface
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# Two test processes with one thread each: threads that fight for a core are many times slower than one.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
+
+.PHONY: demo test check ui setup browser clean
+
+demo: setup
+	$(BIN)/graft demo --out demo
+
+test: setup
+	$(PYTEST) -q -n 2 -m "not slow"
+
+check: setup browser
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(PYTEST) -q -m slow
+
+ui: setup
+	$(BIN)/graft ui
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq python3-venv && $(PYTHON) -m venv --clear $(VENV); } \
+		|| { echo "Python's venv module is missing. On Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@echo "Installing into $(VENV): about 5 GB with the ordinary build of torch on Linux, some minutes."
+	$(BIN)/python -m pip install --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core; } \
+		|| { echo "The browser tests need chromium and chromedriver on the PATH." >&2; exit 2; }
+
+clean:
+	rm -rf demo build dist .pytest_cache .ruff_cache .mypy_cache
