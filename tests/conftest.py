@@ -1,0 +1,19 @@
+"""What holds for every test: one thread, no network, one known start of the random numbers."""
+
+import os
+from pathlib import Path
+
+# Before anything imports torch or a Hugging Face library: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The folder of the checkout."""
+    return ROOT
