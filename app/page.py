@@ -64,11 +64,22 @@ def figures(values: Mapping[str, object]) -> str:
     return f'<dl class="figures">{items}</dl>'
 
 
+def status(word: str) -> str:
+    """A run's status as a small coloured label."""
+    return f'<span class="status {escape(word)}">{escape(word)}</span>'
+
+
+def media_type(path: Path) -> str:
+    """MIME type of a picture, from its content."""
+    with Image.open(path) as image:
+        return Image.MIME.get(image.format or "", "application/octet-stream")
+
+
 def picture(caption: str, path: Path, url: str | None = None) -> str:
     """A figure; without a `url` the picture's bytes stand in the page. Small pictures keep their pixels sharp."""
     with Image.open(path) as image:
-        width, height, kind = image.width, image.height, Image.MIME.get(image.format or "", "image/png")
-    source = url or f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        width, height = image.size
+    source = url or f"data:{media_type(path)};base64,{base64.b64encode(path.read_bytes()).decode()}"
     sharp = " small" if width <= 160 else ""
     tag = f'<img class="picture{sharp}" src="{source}" width="{width}" height="{height}" alt="{escape(caption)}">'
     caption_tag = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""

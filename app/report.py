@@ -86,8 +86,7 @@ def write_report(
 
 def run_card(view: RunView) -> str:
     """A run's name, status, final figures and, folded away, its job file."""
-    badge = f'<span class="status {escape(view.status)}">{escape(view.status)}</span>'
     summary = page.figures(view.summary) if view.summary else ""
     job = f"<details><summary>Job file</summary><pre>{escape(view.job)}</pre></details>" if view.job else ""
-    head = f'<div class="row"><h3>{escape(view.name)}</h3>{badge}</div>'
+    head = f'<div class="row"><h3>{escape(view.name)}</h3>{page.status(view.status)}</div>'
     return f'<section class="card">{head}{summary}{job}</section>'
