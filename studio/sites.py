@@ -1,0 +1,285 @@
+"""Sites: the places in a model where an adapter can act, found before anything is touched and printed as a plan.
+
+A site is a module (or a range of output rows of a packed projection) with a role in its block (``q``, ``up``, ...) and a tower
+of the model (``vision``, ``unet``, ...). Roles and towers are read from names and classes of timm, open_clip, diffusers and
+transformers, so ``roles=("q", "v"), towers=("text",)`` means the same in all four; any other model is addressed by path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from graft.studio.errors import SiteError
+
+KINDS = ("linear", "packed", "conv", "embedding", "mha", "block", "tokens", "kv", "norm", "bias")
+"""The vocabulary of site kinds. `plan_sites` finds the first four; methods with other needs plan the rest themselves."""
+
+_ATTENTION = ("q", "k", "v", "o")
+_MLP = ("up", "gate", "down")
+
+# Ends of module paths. The first match wins, so the longer name stands first.
+_ROLES: tuple[tuple[str, str], ...] = (
+    ("q", r"to_q|add_q_proj|q_proj|query|q"),
+    ("k", r"to_k|add_k_proj|k_proj|key|k"),
+    ("v", r"to_v|add_v_proj|v_proj|value|v"),
+    ("o", r"to_out\.0|to_add_out|out_proj|o_proj|(attn\d?|attention)\.proj|attention\.output\.dense|SelfAttention\.o"),
+    ("gate", r"gate_proj|wi_0|mlp\.fc1_g"),
+    ("up", r"up_proj|wi_1|fc1|fc1_x|c_fc|intermediate\.dense|ff\.net\.0\.proj|ff_context\.net\.0\.proj"),
+    ("down", r"down_proj|wo|fc2|mlp\.c_proj|output\.dense|ff\.net\.2|ff_context\.net\.2"),
+    ("head", r"head|head\.fc|lm_head|classifier"),
+)
+
+# Projections whose output rows are several roles of equal size, one below the other.
+_PACKED: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"qkv|to_qkv|to_added_qkv|query_key_value|Wqkv", ("q", "k", "v")),
+    (r"to_kv|kv", ("k", "v")),
+)
+
+# Class names, or "Class/child"; the innermost match names the tower.
+_TOWERS: tuple[tuple[str, str], ...] = (
+    (r"(Custom)?(Text)?CLIP/(transformer|token_embedding|text_projection|ln_final|text)", "text"),
+    (r".*UNet.*", "unet"),
+    (r"Autoencoder.*", "vae"),
+    (r".*Projector", "projector"),
+    (r".*Vision.*|TimmModel|ViT.*|Dino.*|ModifiedResNet|ResNet|Beit|Eva|SwinTransformer.*|ConvNeXt", "vision"),
+    (r".*Text.*|T5.*|UMT5.*", "text"),
+    (r"(Llama|Mistral|Qwen\d*|Gemma\d*|Phi\d*)(Model|ForCausalLM)", "language"),
+    (r".*Transformer2DModel|.*Transformer3DModel", "transformer"),
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in a model where an adapter can act."""
+
+    name: str
+    """Path of the module."""
+    kind: str
+    """One of `KINDS`."""
+    shape: tuple[int, ...]
+    """Shape of the module's whole weight."""
+    rows: tuple[int, int] | None = None
+    """Output rows that the site covers; None for all."""
+    tower: str | None = None
+    """Part of the model, such as vision, text, language, unet."""
+    role: str | None = None
+    """Place in its block: q, k, v, o, up, gate, down, head."""
+
+    @property
+    def key(self) -> str:
+        """Unique name: the path, with the rows of a packed site."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+    @property
+    def covered(self) -> tuple[int, ...]:
+        """Shape of the part of the weight that the site covers."""
+        return self.shape if self.rows is None else (self.rows[1] - self.rows[0], *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sites in model order; ``str(plan)`` is a table."""
+
+    sites: tuple[Site, ...]
+    counts: tuple[int, ...] = ()
+    """Parameters of each site: a method's trainable ones, or those of the covered weight when empty."""
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def parameters(self) -> int:
+        """Sum of the parameters of all sites."""
+        return sum(self.counts or (prod(site.covered) for site in self))
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the sites."""
+        return hashlib.sha256(json.dumps(self.to_list(), sort_keys=True).encode()).hexdigest()
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Returns the sites as plain data, for a card."""
+        return [asdict(site) for site in self]
+
+    @classmethod
+    def from_list(cls, data: Iterable[Mapping[str, Any]]) -> Plan:
+        """Returns the plan that `to_list` wrote (lists of JSON become tuples again)."""
+        return cls(tuple(Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()}) for site in data))
+
+    def __str__(self) -> str:
+        counts = self.counts or tuple(prod(site.covered) for site in self)
+        lines = [("site", "kind", "role", "tower", "shape", "parameters")]
+        for site, count in zip(self, counts, strict=True):
+            shape = " x ".join(map(str, site.covered))
+            lines.append((site.key, site.kind, site.role or "-", site.tower or "-", shape, f"{count:,}"))
+        lines.append((f"{len(self)} sites", "", "", "", "", f"{self.parameters:,}"))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+Model = nn.Module | Mapping[str, nn.Module]
+"""A model, or its components by name (``{"unet": ..., "text_encoder": ...}``); names become the first part of site paths."""
+
+
+def named_modules(model: Model) -> dict[str, nn.Module]:
+    """Returns every module of a model by path; components of a mapping are prefixed with their name."""
+    if isinstance(model, nn.Module):
+        return dict(model.named_modules())
+    return {
+        f"{component}.{name}" if name else component: module
+        for component, root in model.items()
+        for name, module in root.named_modules()
+    }
+
+
+def plan_sites(
+    model: Model,
+    targets: str | Sequence[str] = "attention",
+    kinds: Iterable[str] | None = None,
+    roles: Iterable[str] | None = None,
+    towers: Iterable[str] | None = None,
+) -> Plan:
+    """Returns the sites of a model that the targets name.
+
+    Args:
+        model: the model or its components.
+        targets: one or several of: a role (``q k v o up gate down head``; rows of a packed projection where needed);
+            ``attention`` (q k v o), ``mlp`` (up gate down), ``all-linear`` (every linear but heads), ``all`` (those and
+            convolutions), ``embedding``; or a regular expression for the whole path or its end after a dot (``attn.qkv``).
+        kinds: keep only these kinds.
+        roles: keep only these roles.
+        towers: keep only these towers.
+
+    Raises:
+        SiteError: a target that names nothing, or filters that leave nothing.
+    """
+    sites = _all_sites(model)
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    chosen: dict[str, Site] = {}
+    for target in wanted:
+        found = [site for site in sites if _names(target, site)]
+        if not found:
+            raise _unknown_target(target, model, sites)
+        chosen.update((site.key, site) for site in found)
+    filters = {"kind": kinds, "role": roles, "tower": towers}
+    kept = list(chosen.values())
+    for field, allowed in filters.items():
+        if allowed is None:
+            continue
+        allowed = tuple(allowed)
+        present = sorted({str(getattr(site, field)) for site in kept})
+        kept = [site for site in kept if getattr(site, field) in allowed]
+        if not kept:
+            raise SiteError(
+                f"{field}s {', '.join(allowed)}", f"no such site among {wanted}", f"use {', '.join(present)}"
+            )
+    whole = {site.name for site in kept if site.rows is None}
+    overlap = sorted({site.name for site in kept if site.rows is not None and site.name in whole})
+    if overlap:
+        raise SiteError(overlap[0], "targeted as a whole and by rows", "name either the projection or its roles")
+    order = {site.key: place for place, site in enumerate(sites)}
+    return Plan(tuple(sorted(kept, key=lambda site: order[site.key])))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Returns a remedy that offers the known names nearest to a name."""
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.4)
+    return f"did you mean {', '.join(close)}?" if close else "print the model's named_modules() for its names"
+
+
+def _all_sites(model: Model) -> list[Site]:
+    modules = named_modules(model)
+    sites = []
+    for name, module in modules.items():
+        kind = _kind(module)
+        if kind is None:
+            continue
+        site = Site(name, kind, tuple(module.weight.shape), None, _tower(name, modules), _role(name))
+        sites.append(site)
+        if kind == "linear":
+            sites += _rows(site)
+    return sites
+
+
+def _kind(module: nn.Module) -> str | None:
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
+        return "conv" if module.padding_mode == "zeros" else None
+    return "embedding" if isinstance(module, nn.Embedding) else None
+
+
+def _ends(name: str, pattern: str) -> bool:
+    try:
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+    except re.error as error:
+        raise SiteError(f"target {pattern!r}", f"not a regular expression ({error})", "escape its symbols") from None
+
+
+def _role(name: str) -> str | None:
+    return next((role for role, pattern in _ROLES if _ends(name, pattern)), None)
+
+
+def _rows(site: Site) -> list[Site]:
+    """Sites of the roles packed in one projection, in order."""
+    for pattern, roles in _PACKED:
+        if _ends(site.name, pattern) and site.shape[0] % len(roles) == 0:
+            size = site.shape[0] // len(roles)
+            return [
+                replace(site, kind="packed", rows=(k * size, (k + 1) * size), role=role) for k, role in enumerate(roles)
+            ]
+    return []
+
+
+def _tower(name: str, modules: dict[str, nn.Module]) -> str | None:
+    parts = name.split(".")
+    tower = None
+    for depth in range(len(parts) + 1):
+        module = modules.get(".".join(parts[:depth]))
+        if module is None:
+            continue
+        labels = [type(module).__name__, f"{type(module).__name__}/{parts[depth] if depth < len(parts) else ''}"]
+        found = next((word for pattern, word in _TOWERS if any(re.fullmatch(pattern, label) for label in labels)), None)
+        tower = found or tower
+    return tower
+
+
+def _names(target: str, site: Site) -> bool:
+    by_role = {"attention": _ATTENTION, "mlp": _MLP}
+    if target in by_role or target in {role for role, _ in _ROLES}:
+        return site.role in by_role.get(target, (target,)) and site.kind in ("linear", "packed")
+    if target == "all-linear":
+        return site.kind == "linear" and site.role != "head"
+    if target == "all":
+        return site.kind in ("linear", "conv") and site.role != "head"
+    if target == "embedding":
+        return site.kind == "embedding"
+    return site.rows is None and _ends(site.name, target)
+
+
+def _unknown_target(target: str, model: Model, sites: list[Site]) -> SiteError:
+    hits = [(name, module) for name, module in named_modules(model).items() if name and _ends(name, target)]
+    if hits:
+        name, module = hits[0]
+        reason = (
+            f"matches {name}, a {type(module).__name__}, which is no site of kind linear, packed, conv or embedding"
+        )
+        return SiteError(f"target {target!r}", reason, "target the layers inside it")
+    words = ["attention", "mlp", "all-linear", "all", "embedding", *(role for role, _ in _ROLES)]
+    tails = [site.name.rpartition(".")[2] for site in sites]
+    remedy = nearest(target, [*words, *tails, *(site.name for site in sites)])
+    return SiteError(f"target {target!r}", "no site of the model has this role or path", remedy)
