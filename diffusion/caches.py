@@ -1,0 +1,134 @@
+"""Content-addressed store for all that a frozen base computes: decoded pixels, latents, text embeddings.
+
+An entry's key is the SHA-256 of everything its value depends on (picture bytes, transform, encoder weights, caption),
+so an entry is never stale and never belongs to another picture: an edited caption or another VAE is simply another key.
+Entries are safetensors files written by temp + fsync + rename; a checksum in the header finds damaged ones, which are
+built again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from graft.studio.errors import DiskFullError
+
+
+def content_key(*parts: object) -> str:
+    """SHA-256 of JSON-able parts, in hex: the name of a cache entry."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def default_root() -> Path:
+    """`$GRAFT_CACHE`, else `~/.cache/graft`."""
+    return Path(os.environ.get("GRAFT_CACHE") or Path.home() / ".cache" / "graft")
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Cache:
+    """Named tensors by content key, as files.
+
+    Args:
+        root: folder of the entries; made on first write. Several processes may share it.
+
+    `counts` holds hits, misses and rebuilt (damaged) entries per kind, e.g. `counts["latents", "hit"]`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> cache = Cache(Path(tempfile.mkdtemp()))
+        >>> cache.get("latents", content_key("picture", "vae"), lambda: {"mean": torch.zeros(4)})["mean"].shape
+        torch.Size([4])
+        >>> str(cache)
+        'latents 0 hits, 1 miss'
+    """
+
+    def __init__(self, root: Path | str | None = None):
+        self.root = Path(root) if root is not None else default_root()
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def path(self, kind: str, key: str) -> Path:
+        """File of an entry."""
+        return self.root / kind / key[:2] / f"{key}.safetensors"
+
+    def get(self, kind: str, key: str, build: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The entry's tensors on the CPU, from the file or from `build`.
+
+        Args:
+            kind: sub-folder and heading of the counts: "pixels", "latents", "text", "class".
+            key: from `content_key`.
+            build: makes the tensors when the entry is absent or damaged.
+
+        Raises:
+            DiskFullError: the disk has no room for a new entry.
+        """
+        found = self.peek(kind, key)
+        if found is not None:
+            self.counts[kind, "hit"] += 1
+            return found
+        self.counts[kind, "miss"] += 1
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in build().items()}
+        self._write(self.path(kind, key), tensors)
+        return tensors
+
+    def peek(self, kind: str, key: str) -> dict[str, Tensor] | None:
+        """The entry's tensors, or None when it is absent or damaged."""
+        path = self.path(kind, key)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                whole = (file.metadata() or {}).get("checksum") == _checksum(tensors)
+        except (SafetensorError, OSError, ValueError):
+            whole = False
+        if not whole:
+            self.counts[kind, "rebuilt"] += 1
+            return None
+        return tensors
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        data = save(tensors, metadata={"checksum": _checksum(tensors)})
+        temporary = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                temporary = Path(file.name)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise DiskFullError(
+                str(self.root), f"no room for a cache entry of {len(data):,} bytes", "Free space or set GRAFT_CACHE"
+            ) from error
+
+    def __str__(self) -> str:
+        lines = []
+        for kind in sorted({kind for kind, _ in self.counts}):
+            hits, misses = self.counts[kind, "hit"], self.counts[kind, "miss"]
+            rebuilt = self.counts[kind, "rebuilt"]
+            text = f"{kind} {hits} hit{'s' * (hits != 1)}, {misses} miss{'es' * (misses != 1)}"
+            lines.append(text + (f", {rebuilt} damaged and rebuilt" if rebuilt else ""))
+        return "; ".join(lines) or "nothing cached"

@@ -1,0 +1,281 @@
+"""Pictures and captions of one concept, read from a folder with every doubt settled before the first step.
+
+Headers are read first, so a picture that claims 60,000 x 60,000 pixels is refused before a byte of it is decoded. All
+problems of a folder are listed in one error. A phone's 12-megapixel JPEG is decoded once, at the reduced scale that the
+format offers (`draft`), never smaller than twice the size needed, so that the difference cannot be seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from graft.diffusion.caches import Cache, content_key
+from graft.studio.errors import DataError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+TRANSFORM = "pixels-1"  # part of every cache key: change it when `load_pixels` changes
+
+
+TEMPLATES = {
+    "object": (
+        "a photo of {}",
+        "a picture of {}",
+        "an image of {}",
+        "a drawing of {}",
+        "a close-up of {}",
+        "a photo of the {}",
+        "a picture of one {}",
+        "{}",
+    ),
+    "style": (
+        "a picture in the style of {}",
+        "a painting in the style of {}",
+        "a drawing in the style of {}",
+        "an image in the style of {}",
+        "a photo in the style of {}",
+        "{} style",
+    ),
+}
+"""Prompts for pictures without a caption; {} is the method's word for the concept."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The `[data]` section of a job."""
+
+    path: str
+    """Folder of pictures, searched with its sub-folders. Captions: metadata.jsonl, or name.txt beside name.jpg."""
+    caption: str | None = None
+    """For pictures without a caption of their own. `{folder}` is the picture's folder, `{token}` the method's word for
+    the concept. None leaves the choice to the method's templates."""
+    resolution: int = 0
+    """Side of the square that is trained on, in pixels; 0 takes the base's own."""
+    crop: Literal["centre", "random"] = "centre"
+    """Which square is cut from a picture that is not square."""
+    flip: bool = False
+    """Mirror half of the variants. Off: most subjects have a left and a right."""
+    variants: int = 1
+    """How many crops and flips of each picture are prepared and cached."""
+    background: str = "white"
+    """What transparent pictures are laid on: a colour name or #rrggbb."""
+    max_megapixels: float = 120.0
+    """Larger pictures are refused from their header."""
+
+    def __post_init__(self) -> None:
+        fits = self.resolution == 0 or 16 <= self.resolution <= 4096
+        self._check("resolution", self.resolution, fits, "0, or 16 to 4096")
+        self._check("variants", self.variants, 1 <= self.variants <= 64, "1 to 64")
+        self._check("max_megapixels", self.max_megapixels, 0 < self.max_megapixels <= 1000, "above 0, up to 1000")
+        self._check("crop", self.crop, self.crop in ("centre", "random"), "centre or random")
+
+    @staticmethod
+    def _check(name: str, value: object, holds: bool, expected: str) -> None:
+        if not holds:
+            raise DataError(f"data.{name} = {value!r}", f"expected {expected}", "Change it in the [data] section")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that is known to open, with what identifies it."""
+
+    path: Path
+    """Where it lies."""
+    digest: str
+    """SHA-256 of the file's bytes."""
+    caption: str | None
+    """Its own caption, or the configured one; None leaves it to the method."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Decoded pictures, ready for the encoder."""
+
+    pictures: list[Picture]
+    """In order of their paths."""
+    pixels: Tensor
+    """(p, k, 3, h, w) uint8: k variants of p pictures."""
+    keys: list[list[str]]
+    """Content key of every variant: picture bytes and transform."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of pictures, transforms and captions: what the card of a trained adapter names."""
+        return content_key([[keys, picture.caption] for keys, picture in zip(self.keys, self.pictures, strict=True)])
+
+
+def load_dataset(config: DataConfig, resolution: int, cache: Cache) -> Dataset:
+    """Reads, checks and decodes a folder.
+
+    Args:
+        config: where and how.
+        resolution: side in pixels when the config leaves it to the base.
+        cache: holds decoded pixels; a picture that is in it is not decoded again.
+
+    Raises:
+        DataError: listing every file that cannot be used.
+    """
+    side = config.resolution or resolution
+    problems: list[str] = []
+    pictures, keys, pixels = [], [], []
+    for path, caption in _found(config, problems):
+        try:
+            data = _checked_bytes(path, config)
+            digest = hashlib.sha256(data).hexdigest()
+            row = [content_key(TRANSFORM, digest, side, config.crop, config.flip, config.background, k)
+                   for k in range(config.variants)]  # fmt: skip
+            decoded = [
+                cache.get("pixels", key, _decoder(data, side, config, k, key))["pixels"] for k, key in enumerate(row)
+            ]
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            problems.append(f"{path.relative_to(config.path)}: {_plain(error)}")
+            continue
+        pictures.append(Picture(path, digest, caption))
+        keys.append(row)
+        pixels.append(torch.stack(decoded))
+    if problems:
+        many = f"{len(problems)} problem{'s' * (len(problems) > 1)}:"
+        raise DataError(config.path, "\n  ".join([many, *problems]) + "\n", "Repair or remove what is listed")
+    return Dataset(pictures, torch.stack(pixels), keys)
+
+
+def _decoder(data: bytes, side: int, config: DataConfig, variant: int, key: str) -> Callable[[], dict[str, Tensor]]:
+    return lambda: {"pixels": load_pixels(data, side, config, variant, key)}
+
+
+def _found(config: DataConfig, problems: list[str]) -> list[tuple[Path, str | None]]:
+    """Pictures of the folder with their captions; complaints go to `problems`."""
+    root = Path(config.path)
+    if not root.is_dir():
+        raise DataError(config.path, "there is no such folder", "Give data.path a folder of pictures")
+    paths = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.relative_to(root).as_posix().startswith(".")
+    )
+    if not paths:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise DataError(config.path, f"the folder holds no pictures ({kinds})", "Put the pictures there")
+    own = _metadata(root, problems)
+    return [(path, own.get(path.resolve()) or _beside(path, problems) or _configured(path, config)) for path in paths]
+
+
+def _metadata(root: Path, problems: list[str]) -> dict[Path, str]:
+    """Captions of metadata.jsonl: one object with `file_name` and `text` per line."""
+    file = root / "metadata.jsonl"
+    captions: dict[Path, str] = {}
+    if not file.exists():
+        return captions
+    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            target, text = (root / entry["file_name"]).resolve(), entry.get("text", entry.get("caption"))
+        except (ValueError, KeyError, TypeError):
+            problems.append(f'{file.name}:{number}: expected {{"file_name": "...", "text": "..."}}')
+            continue
+        if not target.is_relative_to(root.resolve()):
+            problems.append(f"{file.name}:{number}: {entry['file_name']} lies outside the folder")
+        elif not target.is_file():
+            problems.append(f"{file.name}:{number}: there is no {entry['file_name']}")
+        elif not isinstance(text, str) or not text.strip():
+            problems.append(f"{file.name}:{number}: no text")
+        else:
+            captions[target] = text.strip()
+    return captions
+
+
+def _beside(path: Path, problems: list[str]) -> str | None:
+    file = path.with_suffix(".txt")
+    if not file.exists():
+        return None
+    try:
+        return file.read_text("utf-8").strip() or None
+    except UnicodeDecodeError:
+        problems.append(f"{file.name}: the caption is not UTF-8 text")
+        return None
+
+
+def _configured(path: Path, config: DataConfig) -> str | None:
+    """The template with `{folder}` filled in; `{token}` is left for the method."""
+    if config.caption is None:
+        return None
+    return config.caption.replace("{folder}", path.parent.resolve().name.replace("_", " ")).strip() or None
+
+
+def _checked_bytes(path: Path, config: DataConfig) -> bytes:
+    """The file's bytes, once its header says that it is a picture of a sane size. Nothing is decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+    if width * height > config.max_megapixels * 1e6:
+        raise ValueError(f"{width:,} x {height:,} pixels, above data.max_megapixels = {config.max_megapixels:g}")
+    if min(width, height) < 8:
+        raise ValueError(f"{width} x {height} pixels are too few to learn from")
+    return path.read_bytes()
+
+
+def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, key: str = "") -> Tensor:
+    """One variant of a picture as (3, side, side) uint8.
+
+    Args:
+        data: the file's bytes.
+        side: pixels.
+        config: crop, flip and background.
+        variant: number of the crop and flip.
+        key: seeds the random crop, so that a variant is the same on every machine.
+
+    Raises:
+        OSError: the picture is truncated or damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            shorter = min(opened.size)
+            opened.draft("RGB", tuple(max(1, 2 * side * edge // shorter) for edge in opened.size))  # JPEG only
+            image = _opaque(ImageOps.exif_transpose(opened), config.background)
+    edge = min(image.size)
+    dice = np.random.default_rng(int(key[:16] or "0", 16))
+    along = dice.random(2) if config.crop == "random" else np.full(2, 0.5)
+    left, top = (int(round((length - edge) * at)) for length, at in zip(image.size, along, strict=True))
+    box = (left, top, left + edge, top + edge)
+    image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if config.flip and variant % 2:
+        image = ImageOps.mirror(image)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
+
+
+def _opaque(image: Image.Image, background: str) -> Image.Image:
+    """RGB on the background, from any mode."""
+    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would clip at 255
+        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.new("RGBA", layer.size, background)
+        image.alpha_composite(layer)
+    return image.convert("RGB")
+
+
+def _plain(error: Exception) -> str:
+    """PIL's complaint in the user's words."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture, whatever its name says"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"far too many pixels ({error})"
+    if isinstance(error, PermissionError):
+        return "it may not be read"
+    return str(error)
