@@ -138,11 +138,15 @@ def _render(character: str, font: object) -> np.ndarray | None:
     colours = pixels[pixels[..., 3] > 200][:, :3]
     if box is None or box[2] - box[0] < 40 or colours.size == 0 or colours.std() < 1:
         return None  # missing glyph
-    pixels[..., :3] *= pixels[..., 3:] / 255  # premultiplied, or the resampling would bleed hidden colours into the edge
+    pixels[..., :3] *= (
+        pixels[..., 3:] / 255
+    )  # premultiplied, or the resampling would bleed hidden colours into the edge
     side = max(box[2] - box[0], box[3] - box[1])
     left, top = (box[0] + box[2] - side) // 2, (box[1] + box[3] - side) // 2
     square = (left, top, left + side, top + side)
-    planes = [Image.fromarray(pixels[..., k]).crop(square).resize((SIZE, SIZE), Image.Resampling.LANCZOS) for k in range(4)]
+    planes = [
+        Image.fromarray(pixels[..., k]).crop(square).resize((SIZE, SIZE), Image.Resampling.LANCZOS) for k in range(4)
+    ]
     small = np.clip(np.stack([np.asarray(plane) for plane in planes], axis=-1), 0, 255)
     small[..., :3] = np.where(small[..., 3:] > 0, small[..., :3] * 255 / np.maximum(small[..., 3:], 1), 0)
     # 6 bits a colour and 4 bits of alpha: invisible, and the file is half as large

@@ -113,7 +113,11 @@ def _scaled(sprite: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     pixels = Atlas.load().pixels[sprite].astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
     planes = [
-        np.asarray(Image.fromarray(pixels[..., k]).resize((size, size), Image.Resampling.BOX if size < 32 else Image.Resampling.BILINEAR))
+        np.asarray(
+            Image.fromarray(pixels[..., k]).resize(
+                (size, size), Image.Resampling.BOX if size < 32 else Image.Resampling.BILINEAR
+            )
+        )
         for k in range(4)
     ]
     small = np.clip(np.stack(planes, axis=-1).round(), 0, 255).astype(np.uint16)
@@ -145,7 +149,8 @@ def render(scene: Scene) -> np.ndarray:
     return np.minimum(picture, 255).astype(np.uint8)
 
 
-def _with_article(words: str) -> str:
+def with_article(words: str) -> str:
+    """Return the words behind "a" or "an"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
@@ -175,16 +180,16 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         name = names[thing.sprite]
         words = _sized(thing, name) if rng.random() < 0.3 else name
         opening = OPENINGS[rng.integers(len(OPENINGS))]
-        text = opening.format(_with_article(words), bare=words)
+        text = opening.format(with_article(words), bare=words)
         if thing.size <= 36 and rng.random() < 0.5:
             text += _place(thing)
     else:
-        words_of = [_with_article(names[t.sprite]) for t in scene.things]
+        words_of = [with_article(names[t.sprite]) for t in scene.things]
         if len(words_of) == 2 and rng.random() < 0.5:
             text = f"{words_of[0]} {_relation(*scene.things)} {words_of[1]}"
         else:
             text = ", ".join(words_of[:-1]) + " and " + words_of[-1]
     if rng.random() < 0.5:
         ground = scene.colour if scene.texture == "plain" else f"{scene.texture} {scene.colour}"
-        text += f" on {_with_article(ground)} background"
+        text += f" on {with_article(ground)} background"
     return text

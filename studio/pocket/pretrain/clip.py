@@ -1,0 +1,123 @@
+"""Train `pocket-clip`: pictures and captions of the embedded world in one space.
+
+A transformers `CLIPModel` (Radford et al., Learning Transferable Visual Models From Natural Language Supervision, 2021,
+arXiv 2103.00020). Steps of two kinds take turns:
+
+    captions: symmetric cross entropy of  s u_i . v_j  over the (picture, caption) pairs of the batch
+    names:    cross entropy of  s u_i . v_c  over `bank` known names c, in one phrasing drawn for the step
+
+with u, v the normalised projections and s = exp(logit_scale). The second kind shows each picture more wrong names than
+those that happen to be in its batch; no sprite occurs twice in a batch, so no pair is wrongly called a negative. With
+`freeze_text` the texts cost nothing, and the bank holds all known names.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
+
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.pretrain.draw import pictures, rng_of
+from graft.studio.pocket.scenes import OPENINGS, caption, portrait, sample_scene, with_article
+from graft.studio.pocket.tokenizer import LENGTH, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import CLIPConfig, CLIPTokenizer
+
+TEXT: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": LENGTH,
+    "hidden_act": "gelu",
+    "projection_dim": 192,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_act": "gelu",
+    "projection_dim": 192,
+}
+
+
+def config(tokenizer: CLIPTokenizer) -> CLIPConfig:
+    """Return the configuration of `pocket-clip`."""
+    from transformers import CLIPConfig
+
+    marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in ("bos", "eos", "pad")}
+    text = TEXT | marks | {"vocab_size": len(tokenizer)}
+    return CLIPConfig(text_config=text, vision_config=VISION, projection_dim=VISION["projection_dim"])
+
+
+class Batch(NamedTuple):
+    """Pictures (b, 3, 64, 64), token ids (c, n) and, for a names step, the right name of each picture (b,)."""
+
+    pictures: Tensor
+    input_ids: Tensor
+    target: Tensor | None
+
+
+class ClipTask(nn.Module):
+    """One training of the two towers.
+
+    Args:
+        batch_size: pictures in a step.
+        bank: names that a picture of a names step is compared with.
+        freeze_text: train the image tower only, towards the text space as it is.
+    """
+
+    default_learning_rate = 1e-3
+
+    def __init__(self, batch_size: int = 128, bank: int = 384, freeze_text: bool = False):
+        super().__init__()
+        from transformers import CLIPModel
+
+        self.batch_size, self.bank = batch_size, bank
+        self.atlas = Atlas.load()
+        self.tokenizer = load_tokenizer()
+        self.clip = CLIPModel(config(self.tokenizer))
+        if freeze_text:
+            self.clip.text_model.requires_grad_(False)
+            self.clip.text_projection.requires_grad_(False)
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """Return the pictures and texts of one step: captions on even steps, names on odd ones."""
+        rng = rng_of(generator)
+        order = rng.permutation(self.atlas.known)
+        if step % 2:
+            targets = order[: self.batch_size]
+            scenes = [
+                portrait(rng, int(s)) if rng.random() < 0.4 else sample_scene(rng, [s], objects=(1.0,)) for s in targets
+            ]
+            opening = OPENINGS[rng.integers(len(OPENINGS))]
+            names = [self.atlas.names[i] for i in order[: self.bank]]
+            texts = [opening.format(with_article(name), bare=name) for name in names]
+            return Batch(pictures(scenes), self._tokens(texts), torch.arange(self.batch_size))
+        scenes = [sample_scene(rng, order[3 * k : 3 * k + 3]) for k in range(self.batch_size)]
+        return Batch(pictures(scenes), self._tokens([caption(scene, rng) for scene in scenes]), None)
+
+    def _tokens(self, texts: list[str]) -> Tensor:
+        """Return ids padded to the longest text only: behind the end mark a causal tower's output is not read."""
+        return self.tokenizer(texts, padding="longest", truncation=True, return_tensors="pt").input_ids
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, and the share of pictures whose own text is nearest."""
+        clip = self.clip
+        seen = clip.visual_projection(clip.vision_model(batch.pictures).pooler_output)
+        told = clip.text_projection(clip.text_model(batch.input_ids).pooler_output)
+        scale = clip.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
+        logits = scale * normalize(seen.float(), dim=-1) @ normalize(told.float(), dim=-1).T
+        if batch.target is not None:
+            hit = (logits.argmax(1) == batch.target).float().mean()
+            return cross_entropy(logits, batch.target), {"name_top1": hit}
+        own = torch.arange(len(logits))
+        hit = (logits.argmax(1) == own).float().mean()
+        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2, {"caption_top1": hit}
