@@ -76,12 +76,12 @@ class Atlas:
 # Signs, plain shapes and letters say nothing about a *thing*; families of near-equal pictures (clock faces, keycaps)
 # cannot be told apart at 64 px.
 _LEFT_OUT = re.compile(
-    r"o’clock|-thirty|button|arrow|square|circle|diamond|triangle|input |keycap|index pointing|backhand|sign$|symbol|mark$"
-    r"|exclamation|question|asterisk|loop|dash$|six-pointed|multiply|divide|^plus$|^minus$|copyright|registered|Aquarius"
-    r"|Aries|^Cancer|Capricorn|Gemini|^Leo$|Libra|Ophiuchus|Pisces|Sagittarius|Scorpio|Taurus|Virgo|circled|information"
-    r"|equals|dollar sign|^no |potable|speaker (low|medium)|customs|baggage claim|left luggage|passport|middle finger"
-    r"|cigarette|pistol|x-ray$|waxing|waning|^om$|wireless|trade mark|infinity|khanda|menorah|wheel of dharma|latin cross"
-    r"|orthodox cross|star and crescent|star of David|part alternation|thumb sign|room$|water closet|children crossing"
+    r"o’clock|-thirty|button|arrow|square|circle|diamond|triangle|input |keycap|index pointing|backhand|sign$|symbol"
+    r"|mark$|exclamation|question|asterisk|loop|dash$|six-pointed|multiply|divide|^plus$|^minus$|copyright|registered"
+    r"|Aquarius|Aries|^Cancer|Capricorn|Gemini|^Leo$|Libra|Ophiuchus|Pisces|Sagittarius|Scorpio|Taurus|Virgo|circled"
+    r"|information|equals|dollar sign|^no |potable|speaker (low|medium)|customs|baggage claim|left luggage|passport"
+    r"|middle finger|cigarette|pistol|x-ray$|waxing|waning|^om$|wireless|trade mark|infinity|khanda|menorah|wheel of dharma"
+    r"|latin cross|orthodox cross|star and crescent|star of David|part alternation|thumb sign|room$|water closet|children crossing"
 )
 
 

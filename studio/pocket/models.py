@@ -1,8 +1,8 @@
 """The embedded bases as true instances of their libraries' classes, and as standard folders.
 
 Weights are committed once, in float16, one file per network; a model that uses another's network (the text tower of
-`pocket-clip` inside `pocket-sd`) has no copy. `resolve` writes the folder that the library itself would load, once, into
-the cache; `graft pocket export` writes the same folder where the user wants it.
+`pocket-clip` inside `pocket-sd`) has no copy. `resolve` writes the folder that the library itself would load,
+once, into the cache; `graft pocket export` writes the same folder where the user wants it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +143,7 @@ MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path], None]]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def weights_hash(name: str) -> str:
     """Return the SHA-256 over the committed files that a model is made of, as hex."""
     digest = hashlib.sha256()

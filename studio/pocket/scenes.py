@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -105,21 +105,15 @@ def portrait(rng: np.random.Generator, sprite: int, colour: str | None = None) -
     return Scene((Thing(sprite, size, x, y),), colour or list(COLOURS)[rng.integers(len(COLOURS))])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _scaled(sprite: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Return one sprite at one size: premultiplied colour (size, size, 3) and transparency (size, size, 1), uint16."""
     from PIL import Image
 
     pixels = Atlas.load().pixels[sprite].astype(np.float32)
     pixels[..., :3] *= pixels[..., 3:] / 255
-    planes = [
-        np.asarray(
-            Image.fromarray(pixels[..., k]).resize(
-                (size, size), Image.Resampling.BOX if size < 32 else Image.Resampling.BILINEAR
-            )
-        )
-        for k in range(4)
-    ]
+    filtering = Image.Resampling.BOX if size < 32 else Image.Resampling.BILINEAR
+    planes = [np.asarray(Image.fromarray(pixels[..., k]).resize((size, size), filtering)) for k in range(4)]
     small = np.clip(np.stack(planes, axis=-1).round(), 0, 255).astype(np.uint16)
     return small[..., :3], 255 - small[..., 3:]
 

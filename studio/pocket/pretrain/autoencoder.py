@@ -1,7 +1,7 @@
 """Train the autoencoder of `pocket-sd`: 64 px pictures to 8 x 8 x 16 latents and back.
 
-An `AutoencoderKL` (Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022, arXiv 2112.10752)
-with the usual factor of 8, narrow and without attention so that two CPU cores can train it:
+An `AutoencoderKL` (Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, 2022, arXiv
+2112.10752) with the usual factor of 8, narrow and without attention so that two CPU cores can train it:
 
     loss = |x - x'| + 0.5 |grad x - grad x'| + 1e-4 KL(q(z | x), N(0, 1)),   all means over elements
 

@@ -77,7 +77,7 @@ def training_scenes(count: int, seed: int = 11) -> list[Scene]:
 
 @torch.no_grad()
 def cached_latents(vae: nn.Module, scenes: list[Scene], folder: Path, batch_size: int = 64) -> Tensor:
-    """Return the posterior means of scenes, (count, 16, 8, 8) float16, computed once per autoencoder and kept in `folder`."""
+    """Return the posterior means of scenes, (count, 16, 8, 8) float16; computed once and kept in `folder`."""
     from safetensors.torch import load_file, save_file
 
     digest = hashlib.sha256(repr(scenes).encode())
