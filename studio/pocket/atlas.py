@@ -76,12 +76,14 @@ class Atlas:
 # Signs, plain shapes and letters say nothing about a *thing*; families of near-equal pictures (clock faces, keycaps)
 # cannot be told apart at 64 px.
 _LEFT_OUT = re.compile(
-    r"o’clock|-thirty|button|arrow|square|circle|diamond|triangle|input |keycap|index pointing|backhand|sign$|symbol"
-    r"|mark$|exclamation|question|asterisk|loop|dash$|six-pointed|multiply|divide|^plus$|^minus$|copyright|registered"
-    r"|Aquarius|Aries|^Cancer|Capricorn|Gemini|^Leo$|Libra|Ophiuchus|Pisces|Sagittarius|Scorpio|Taurus|Virgo|circled"
-    r"|information|equals|dollar sign|^no |potable|speaker (low|medium)|customs|baggage claim|left luggage|passport"
-    r"|middle finger|cigarette|pistol|x-ray$|waxing|waning|^om$|wireless|trade mark|infinity|khanda|menorah|wheel of dharma"
-    r"|latin cross|orthodox cross|star and crescent|star of David|part alternation|thumb sign|room$|water closet|children crossing"
+    r"o’clock|-thirty|button|arrow|square|circle|diamond|triangle|input |keycap|index pointing|backhand"
+    r"|sign$|symbol|mark$|exclamation|question|asterisk|loop|dash$|six-pointed|multiply|divide|^plus$"
+    r"|^minus$|copyright|registered|Aquarius|Aries|^Cancer|Capricorn|Gemini|^Leo$|Libra|Ophiuchus|Pisces"
+    r"|Sagittarius|Scorpio|Taurus|Virgo|circled|information|equals|dollar sign|^no |potable"
+    r"|speaker (low|medium)|customs|baggage claim|left luggage|passport|middle finger|cigarette|pistol"
+    r"|x-ray$|waxing|waning|^om$|wireless|trade mark|infinity|khanda|menorah|wheel of dharma|latin cross"
+    r"|orthodox cross|star and crescent|star of David|part alternation|thumb sign|room$|water closet"
+    r"|children crossing"
 )
 
 
@@ -138,9 +140,8 @@ def _render(character: str, font: object) -> np.ndarray | None:
     colours = pixels[pixels[..., 3] > 200][:, :3]
     if box is None or box[2] - box[0] < 40 or colours.size == 0 or colours.std() < 1:
         return None  # missing glyph
-    pixels[..., :3] *= (
-        pixels[..., 3:] / 255
-    )  # premultiplied, or the resampling would bleed hidden colours into the edge
+    # premultiplied, or the resampling would bleed hidden colours into the edge
+    pixels[..., :3] *= pixels[..., 3:] / 255
     side = max(box[2] - box[0], box[3] - box[1])
     left, top = (box[0] + box[2] - side) // 2, (box[1] + box[3] - side) // 2
     square = (left, top, left + side, top + side)
