@@ -58,7 +58,7 @@ def generate(pipe: Any, prompts: Sequence[str], seed: int = 0, batch_size: int =
 
 @torch.no_grad()
 def name_ranks(clip: Any, images: Tensor, sprites: Sequence[int], opening: str = "{bare}") -> Tensor:
-    """Return the rank (0 = first) of each picture's own name among all known names, by zero-shot `pocket-clip`, (b,)."""
+    """Return the rank (0 = first) of each picture's own name among all known names, by zero-shot CLIP, (b,)."""
     atlas = Atlas.load()
     texts = [opening.format(bare=atlas.names[i]) for i in atlas.known]
     told = normalize(_text_features(clip, texts), dim=-1)
@@ -165,7 +165,8 @@ def _page(figures: dict[str, float], seed: int) -> str:
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in figures.items())
     return f"""# The embedded models
 
-`graft pocket report` computed this page from the committed weights (seed {seed}, {STEPS} DDIM steps, guidance {GUIDANCE}).
+`graft pocket report` computed this page from the committed weights: seed {seed}, {STEPS} DDIM steps, guidance
+{GUIDANCE}.
 
 | measure | value |
 |---|---|
