@@ -1,12 +1,12 @@
 """A linear layer with low-rank terms: ``y = x W' + b + sum_k s_k drop(x) A_k' B_k'``, forward and backward.
 
-Why one function and not three matmuls: autograd would keep a scaled copy and a dropped copy of ``x`` and add two gradients
-of the size of ``x``. Here only ``x`` and the rank-sized ``A x`` are kept, terms are added in place onto the base product, and
-dropout masks are drawn again in backward from their seed.
+Why one function and not three matmuls: autograd would keep a scaled copy and a dropped copy of ``x`` and add two
+gradients of the size of ``x``. Here only ``x`` and the rank-sized ``A x`` are kept, terms are added in place onto the
+base product, and dropout masks are drawn again in backward from their seed.
 
-Layout: every product puts the rank first, ``A @ x'`` -> (g, r, m). On CPU this is two to three times faster than ``x @ A'``,
-where the thin dimension is innermost. ``g`` is 1 when all rows share a slot, and the batch when rows choose (``route``), so
-one adapter and a mixed batch run the same lines.
+Layout: every product puts the rank first, ``A @ x'`` -> (g, r, m). On CPU this is two to three times faster than
+``x @ A'``, where the thin dimension is innermost. ``g`` is 1 when all rows share a slot, and the batch when rows choose
+(``route``), so one adapter and a mixed batch run the same lines.
 
 Letters: b batch rows, n tokens, i input width, o output width, r rank, k slots in a stack.
 """
@@ -45,7 +45,7 @@ class Term(NamedTuple):
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
-    """Returns the formula in plain torch, without dropout: the yardstick of every faster path. Shapes as `lora_linear`."""
+    """Returns the formula in plain torch, without dropout; the yardstick of `lora_linear`, with its shapes."""
     y = F.linear(x, weight, bias)
     for term in terms:
         route = torch.zeros(x.shape[0], dtype=torch.long) if term.route is None else term.route
@@ -142,7 +142,7 @@ def _into_input(
     dropout: float,
     seed: int,
 ) -> None:
-    """Adds ``grad_hidden @ drop(x)`` to grad_down and ``drop(grad_hidden' @ A)`` to grad_x, in place, where they are wanted."""
+    """Adds ``grad_hidden @ drop(x)`` to grad_down and ``drop(grad_hidden' @ A)`` to grad_x, in place, where wanted."""
     groups, _, rows = grad_hidden.shape
     for at, mask in _masks((groups, rows, down.shape[-1]), dropout, seed, like=down):
         part = grad_hidden[at[0], :, at[1]]
@@ -197,7 +197,7 @@ def _threshold(dropout: float) -> int:
 def _masks(
     shape: tuple[int, ...], dropout: float, seed: int, like: Tensor
 ) -> Iterator[tuple[tuple[slice, slice], Any]]:
-    """Yields slices over (g, m) and their masks, 0 where dropped and 1 where kept: the same for the same seed and shape."""
+    """Yields slices over (g, m) and their masks (0 dropped, 1 kept): the same for the same seed and shape."""
     everything = slice(None)
     if not _threshold(dropout):
         yield (everything, everything), None
@@ -214,7 +214,7 @@ def _masks(
 
 
 def _mask(shape: tuple[int, int, int], dropout: float, generator: torch.Generator) -> Tensor:
-    """int16 words against a threshold: seven times faster than ``bernoulli_`` on CPU, and comparisons there are slow too."""
+    """Random int16 words clamped around a threshold: on CPU ``bernoulli_`` is seven times slower."""
     count = shape[0] * shape[1] * shape[2]
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)

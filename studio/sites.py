@@ -1,8 +1,9 @@
 """Sites: the places in a model where an adapter can act, found before anything is touched and printed as a plan.
 
-A site is a module (or a range of output rows of a packed projection) with a role in its block (``q``, ``up``, ...) and a tower
-of the model (``vision``, ``unet``, ...). Roles and towers are read from names and classes of timm, open_clip, diffusers and
-transformers, so ``roles=("q", "v"), towers=("text",)`` means the same in all four; any other model is addressed by path.
+A site is a module (or a range of output rows of a packed projection) with a role in its block (``q``, ``up``, ...)
+and a tower of the model (``vision``, ``unet``, ...). Roles and towers are read from names and classes of timm,
+open_clip, diffusers and transformers, so ``roles=("q", "v"), towers=("text",)`` means the same in all four; any other
+model is addressed by path.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import nn
 from graft.studio.errors import SiteError
 
 KINDS = ("linear", "packed", "conv", "embedding", "mha", "block", "tokens", "kv", "norm", "bias")
-"""The vocabulary of site kinds. `plan_sites` finds the first four; methods with other needs plan the rest themselves."""
+"""The vocabulary of site kinds; `plan_sites` finds the first four, methods plan the others themselves."""
 
 _ATTENTION = ("q", "k", "v", "o")
 _MLP = ("up", "gate", "down")
@@ -116,7 +117,11 @@ class Plan:
     @classmethod
     def from_list(cls, data: Iterable[Mapping[str, Any]]) -> Plan:
         """Returns the plan that `to_list` wrote (lists of JSON become tuples again)."""
-        return cls(tuple(Site(**{k: tuple(v) if isinstance(v, list) else v for k, v in site.items()}) for site in data))
+
+        def plain(site: Mapping[str, Any]) -> dict[str, Any]:
+            return {key: tuple(value) if isinstance(value, list) else value for key, value in site.items()}
+
+        return cls(tuple(Site(**plain(site)) for site in data))
 
     def __str__(self) -> str:
         counts = self.counts or tuple(prod(site.covered) for site in self)
@@ -132,7 +137,7 @@ class Plan:
 
 
 Model = nn.Module | Mapping[str, nn.Module]
-"""A model, or its components by name (``{"unet": ..., "text_encoder": ...}``); names become the first part of site paths."""
+"""A model, or its components (``{"unet": ..., "text_encoder": ...}``), whose names begin the paths of their sites."""
 
 
 def named_modules(model: Model) -> dict[str, nn.Module]:
@@ -158,8 +163,9 @@ def plan_sites(
     Args:
         model: the model or its components.
         targets: one or several of: a role (``q k v o up gate down head``; rows of a packed projection where needed);
-            ``attention`` (q k v o), ``mlp`` (up gate down), ``all-linear`` (every linear but heads), ``all`` (those and
-            convolutions), ``embedding``; or a regular expression for the whole path or its end after a dot (``attn.qkv``).
+            ``attention`` (q k v o), ``mlp`` (up gate down), ``all-linear`` (every linear but heads), ``all`` (those
+            and convolutions), ``embedding``; or a regular expression for the whole path or its end after a dot
+            (``attn.qkv``).
         kinds: keep only these kinds.
         roles: keep only these roles.
         towers: keep only these towers.
@@ -208,7 +214,7 @@ def _all_sites(model: Model) -> list[Site]:
         kind = _kind(module)
         if kind is None:
             continue
-        site = Site(name, kind, tuple(module.weight.shape), None, _tower(name, modules), _role(name))
+        site = Site(name, kind, tuple(module.get_parameter("weight").shape), None, _tower(name, modules), _role(name))
         sites.append(site)
         if kind == "linear":
             sites += _rows(site)

@@ -1,8 +1,9 @@
 """Slots: trained adapters put into a frozen model, taken out again bit for bit.
 
-A site's module changes class, not identity: ``module.__class__`` becomes a subclass whose forward is the original one plus the
-slots. So the base keeps its state-dict keys, ``isinstance``, deepcopy and plain checkpoint loading. The trainable tensors
-live in a `Bank`, a separate root that owns them, stacked over slots: a row of the batch picks its slot by `Handle.route`.
+A site's module changes class, not identity: ``module.__class__`` becomes a subclass whose forward is the original one
+plus the slots. So the base keeps its state-dict keys, ``isinstance``, deepcopy and plain checkpoint loading. The
+trainable tensors live in a `Bank`, a separate root that owns them, stacked over slots: a row of the batch picks its
+slot by `Handle.route`.
 
 A method offers a `Slot` class for its kind of site and calls `attach`; several handles on one site add up.
 """
@@ -10,7 +11,7 @@ A method offers a `Slot` class for its kind of site and calls `attach`; several 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class Slot(nn.Module):
     route: Tensor | None
 
     def __init__(self, site: Site, slots: int, scaling: float, weight_mode: bool = False):
-        """Makes an empty slot; ``scaling`` is the method's own factor, to which `Handle.scale` adds the user's strength."""
+        """Makes an empty slot; ``scaling`` is the method's own factor, times which `Handle.scale` sets the strength."""
         super().__init__()
         self.site, self.slots, self.scaling, self.weight_mode = site, slots, scaling, weight_mode
         self.merged: int | None = None
@@ -78,7 +79,7 @@ class _Slotted(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight, plus what slots in weight mode add: also for code that reads it without calling the module."""
+        """The base weight and what slots in weight mode add, also for code that reads it without calling the module."""
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
         for slot in self.graft_slots:
             if slot.weight_mode and slot.merged is None:
@@ -110,7 +111,7 @@ class _SlottedLinear(_Slotted):
         return lora_linear(input, self.weight, self.bias, tuple(terms))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _slotted(original: type[nn.Module]) -> type[nn.Module]:
     # A quantised subclass of Linear keeps its own forward, and the slots add to what it returns.
     dense = original.forward is nn.Linear.forward
@@ -118,7 +119,7 @@ def _slotted(original: type[nn.Module]) -> type[nn.Module]:
 
 
 class Bank(nn.Module):
-    """Owns the slots of one handle in a tree of the sites' names: ``bank.state_dict()`` has keys ``<site>.<tensor>``."""
+    """Owns the slots of one handle in a tree of the sites' names; its state dict has keys ``<site>.<tensor>``."""
 
     def __init__(self, slots: list[Slot]):
         super().__init__()
@@ -208,7 +209,7 @@ class Handle:
         """Runs the model once, forward and backward, and checks that every site takes part.
 
         Args:
-            run: calls the model on a tiny input and returns an output or loss; gradients and generators stay as they are.
+            run: calls the model on a tiny input and returns an output or loss; gradients and generators are kept.
 
         Raises:
             SiteError: names the sites that were bypassed, or whose output does not reach the result.
@@ -285,7 +286,7 @@ def attach(model: Model, plan: Plan, build: Callable[[Site], Slot]) -> Handle:
         module: Any = modules[site.name]
         slot = build(site).to(module.weight.device)
         if not isinstance(module, _Slotted):
-            module.__class__ = _slotted(type(module))
+            module.__class__ = _slotted(module.__class__)
             module.graft_slots = []
         module.graft_slots.append(slot)
         slots.append(slot)

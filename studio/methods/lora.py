@@ -6,12 +6,13 @@ Scaling Factor for Fine-Tuning with LoRA, 2023, arXiv:2312.03732.
 
     y = W x + b + s B A drop(x),    s = alpha / rank,  or  alpha / sqrt(rank) with rslora
 
-A (rank, in) starts uniform as a linear layer's weight (Kaiming, a = sqrt 5), B (out, rank) at zero, so y starts as it was. A
-convolution has A (rank, in, kernel) and a 1 x 1 B; an embedding, whose input is one-hot, has A at zero and B normal. Each
-takes rank * (in * kernel + out) parameters.
+A (rank, in) starts uniform as a linear layer's weight (Kaiming, a = sqrt 5), B (out, rank) at zero, so y starts as it
+was. A convolution has A (rank, in, kernel) and a 1 x 1 B; an embedding, whose input is one-hot, has A at zero and B
+normal. Each takes rank * (in * kernel + out) parameters.
 
-Differs from the authors' code: q, k and v packed in one projection are separate sites with their own A; factors are float32
-whatever the base and are cast to the activations; dropout masks are replayed from a seed instead of stored (linear sites).
+Differs from the authors' code: q, k and v packed in one projection are separate sites with their own A; factors are
+float32 whatever the base and are cast to the activations; dropout masks are replayed from a seed instead of stored
+(linear sites).
 """
 
 from __future__ import annotations

@@ -1,0 +1,138 @@
+"""The common form of LoRA between file formats: for each module two factors whose product is the change of its
+weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graft.studio.adapter import Adapter, Card
+from graft.studio.errors import FormatError, InputError
+from graft.studio.methods.lora import LoRA
+from graft.studio.sites import Plan, Site, nearest
+
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Factors of one module with their scale multiplied in."""
+
+    kind: str
+    """linear, conv or embedding."""
+    down: Tensor
+    """A: (r, i), (r, i, kernel...) or, for an embedding, (r, vocabulary)."""
+    up: Tensor
+    """B: (o, r)."""
+
+    @property
+    def rank(self) -> int:
+        """Inner width."""
+        return self.down.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the module's weight."""
+        if self.kind == "embedding":
+            return (self.down.shape[1], self.up.shape[0])
+        return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
+    def delta(self) -> Tensor:
+        """Change of the weight, float32."""
+        delta = self.up.float() @ self.down.float().flatten(1)
+        return (delta.T if self.kind == "embedding" else delta).reshape(self.shape)
+
+
+def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
+    """Returns the factors of each module; rows of a packed projection become one block-diagonal pair, which is
+    exact."""
+    scaling = _config(adapter).scaling
+    grouped: dict[str, list[Site]] = {}
+    for site in Plan.from_list(adapter.card.sites):
+        grouped.setdefault(site.name, []).append(site)
+    modules = {}
+    for name, sites in grouped.items():
+        factors = [
+            (site, adapter.tensors[f"{site.key}.A"], adapter.tensors[f"{site.key}.B"] * scaling) for site in sites
+        ]
+        if sites[0].rows is None:
+            modules[name] = LowRank(sites[0].kind, factors[0][1], factors[0][2])
+            continue
+        up = torch.zeros(sites[0].shape[0], sum(down.shape[0] for _, down, _ in factors))
+        column = 0
+        for site, down, part in factors:
+            assert site.rows is not None
+            up[slice(*site.rows), column : column + down.shape[0]] = part
+            column += down.shape[0]
+        modules[name] = LowRank("linear", torch.cat([down for _, down, _ in factors]), up)
+    return modules
+
+
+def to_adapter(modules: Mapping[str, LowRank], domain: str, source: str) -> Adapter:
+    """Returns factors read from another library's file as an adapter with scale 1; ranks may differ between modules."""
+    if not modules:
+        raise FormatError(source, "it holds no LoRA factors", "check that this is a LoRA file")
+    tensors, sites = {}, []
+    for name, module in modules.items():
+        tensors[f"{name}.A"], tensors[f"{name}.B"] = module.down.float(), module.up.float()
+        sites.append(Site(name, module.kind, module.shape))
+    rank = max(module.rank for module in modules.values())
+    config = {"rank": rank, "alpha": float(rank), "targets": [site.name for site in sites]}
+    return Adapter(tensors, Card("lora", config, domain, sites=Plan(tuple(sites)).to_list()))
+
+
+def check_written(adapter: Adapter, written: Mapping[str, LowRank], where: str) -> None:
+    """Compares a file's weight changes with the adapter's own, site by site.
+
+    Raises:
+        FormatError: the file does not say the same.
+    """
+    scaling = _config(adapter).scaling
+    plan = Plan.from_list(adapter.card.sites)
+    if extra := set(written) ^ {site.name for site in plan}:
+        raise FormatError(
+            where, f"modules do not match: {', '.join(sorted(extra))}", "report this: nothing was exported"
+        )
+    for site in plan:
+        down, up = adapter.tensors[f"{site.key}.A"].float(), adapter.tensors[f"{site.key}.B"].float()
+        expected = scaling * up @ down.flatten(1)
+        expected = (expected.T if site.kind == "embedding" else expected).reshape(site.covered)
+        found = written[site.name].delta
+        found = found if site.rows is None else found[slice(*site.rows)]
+        if (found - expected).abs().max() > _TOLERANCE * expected.abs().max():
+            raise FormatError(where, f"{site.key} reads back different", "report this: nothing was exported")
+
+
+def pair(tensors: Mapping[str, Tensor], down_end: str, up_end: str, where: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns (A, B) by module from keys that end in the given suffixes.
+
+    Raises:
+        FormatError: a key of neither kind, or one without its partner.
+    """
+    pairs = {}
+    for key, tensor in tensors.items():
+        if key.endswith(up_end):
+            if (partner := key.removesuffix(up_end) + down_end) not in tensors:
+                raise FormatError(f"{where}: {key}", "its partner is missing", nearest(partner, tensors))
+            pairs[key.removesuffix(up_end)] = (tensors[partner], tensor)
+        elif not key.endswith(down_end) or key.removesuffix(down_end) + up_end not in tensors:
+            reason = "not a LoRA factor, or one without its partner"
+            raise FormatError(f"{where}: {key}", reason, "only plain LoRA of linear, conv and embedding is read")
+    return pairs
+
+
+def low_rank(down: Tensor, up: Tensor, scaling: float) -> LowRank:
+    """Returns the factors of a linear layer or, when A has a kernel, of a convolution, with the scale multiplied
+    into B."""
+    return LowRank("conv" if down.dim() > 2 else "linear", down, up.flatten(1) * scaling)
+
+
+def _config(adapter: Adapter) -> LoRA:
+    config = adapter.card.config
+    if not {"rank", "alpha"} <= set(config):
+        raise InputError(f"method {adapter.card.method}", "not a LoRA", "export it in its own formats")
+    return LoRA(rank=config["rank"], alpha=config["alpha"], rslora=config.get("rslora", False))
