@@ -2,6 +2,7 @@
 #   make demo    teach the embedded diffusion model a new concept; writes demo/
 #   make test    the unit tests, a few minutes on two cores
 #   make check   format, lint, types, and the slow tests (packaging, browser, long trainings)
+#   make docs    rewrite the tables in docs/ that are made from the code
 #   make ui      a page over the runs of this folder, on the loopback interface
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ STAMP := $(VENV)/installed
 # Two test processes with one thread each: threads that fight for a core are many times slower than one.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest
 
-.PHONY: demo test check ui setup browser clean
+.PHONY: demo test check docs ui setup browser clean
 
 demo: setup
 	$(BIN)/graft demo --out demo
@@ -24,6 +25,9 @@ check: setup browser
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -q -m slow
+
+docs: setup
+	$(BIN)/python docs/tables.py
 
 ui: setup
 	$(BIN)/graft ui
