@@ -1,1 +1,50 @@
-"""Adaptation methods for diffusion models (diffusers)."""
+"""Diffusion: Textual Inversion and LoRA for diffusers pipelines."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Public name -> module that defines it. Resolved on first use, so that the command line starts without torch.
+_PUBLIC = {
+    "DataConfig": "data",
+    "DiffusionBase": "base",
+    "DiffusionLoRA": "lora",
+    "EvaluationConfig": "evaluation",
+    "PreviewConfig": "previews",
+    "TextualInversion": "textual_inversion",
+    "evaluate": "evaluation",
+    "load_base": "base",
+    "prepare": "jobs",
+    "prepare_together": "jobs",
+    "preview": "previews",
+}
+
+if TYPE_CHECKING:
+    from graft.diffusion.base import DiffusionBase, load_base
+    from graft.diffusion.data import DataConfig
+    from graft.diffusion.evaluation import EvaluationConfig, evaluate
+    from graft.diffusion.jobs import prepare, prepare_together
+    from graft.diffusion.lora import DiffusionLoRA
+    from graft.diffusion.previews import PreviewConfig, preview
+    from graft.diffusion.textual_inversion import TextualInversion
+
+__all__ = [
+    "DataConfig",
+    "DiffusionBase",
+    "DiffusionLoRA",
+    "EvaluationConfig",
+    "PreviewConfig",
+    "TextualInversion",
+    "evaluate",
+    "load_base",
+    "prepare",
+    "prepare_together",
+    "preview",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -57,7 +57,7 @@ class DiffusionBase:
         return {name: base_hash({name: module}) for name, module in self.modules.items()}
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> Any:
         """The network that is called at every step."""
         return self.pipe.unet if getattr(self.pipe, "unet", None) is not None else self.pipe.transformer
 
@@ -113,12 +113,12 @@ class DiffusionBase:
         return {"mean": ((posterior.mean - shift) * scale).float(), "std": (posterior.std * scale).float()}
 
 
-def load_base(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> DiffusionBase:
+def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DiffusionBase:
     """Loads a pocket model, a diffusers folder, or a model from the hub.
 
     Args:
         name: a pocket name such as `pocket-sd`, a folder with `model_index.json`, or a hub id.
-        device: where the networks go.
+        device: where the networks go; None takes the accelerator if there is one.
         dtype: their weights' type; None is float32.
 
     Raises:
@@ -137,11 +137,17 @@ def load_base(name: str, device: str = "cpu", dtype: torch.dtype | None = None) 
     if not all(hasattr(pipe, part) for part in ("unet", "vae", "text_encoder")):
         kind = type(pipe).__name__
         raise InputError(name, f"{kind} has no unet, vae and text_encoder", "Use a Stable Diffusion base")
-    base = DiffusionBase(name, pipe.to(device, torch.float32))
+    base = DiffusionBase(name, pipe)
+    _place(base, device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     if dtype not in (None, torch.float32):
-        _ = base.hash  # the identity is that of the float32 weights, in whatever type they run
-        pipe.to(dtype=dtype)
+        _ = base.hash, base.part_hashes  # the identity is that of the float32 weights, in whatever type they run
+        _place(base, base.device, dtype)
     return base
+
+
+def _place(base: DiffusionBase, device: str | torch.device, dtype: torch.dtype) -> None:
+    for module in base.modules.values():
+        nn.Module.to(module, device, dtype)  # diffusers' own `to` warns of what cannot happen here
 
 
 @contextmanager

@@ -8,21 +8,18 @@ built again.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from graft.studio.errors import DiskFullError
+from graft.studio.errors import FormatError
+from graft.studio.formats.files import read_tensors, write_tensors
 
 
 def content_key(*parts: object) -> str:
@@ -85,7 +82,7 @@ class Cache:
             return found
         self.counts[kind, "miss"] += 1
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in build().items()}
-        self._write(self.path(kind, key), tensors)
+        write_tensors(self.path(kind, key), tensors, {"checksum": _checksum(tensors)})
         return tensors
 
     def peek(self, kind: str, key: str) -> dict[str, Tensor] | None:
@@ -94,35 +91,13 @@ class Cache:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                whole = (file.metadata() or {}).get("checksum") == _checksum(tensors)
-        except (SafetensorError, OSError, ValueError):
-            whole = False
-        if not whole:
+            tensors, header = read_tensors(path)
+        except FormatError:
+            tensors, header = {}, {}
+        if header.get("checksum") != _checksum(tensors):
             self.counts[kind, "rebuilt"] += 1
             return None
         return tensors
-
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        data = save(tensors, metadata={"checksum": _checksum(tensors)})
-        temporary = None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise DiskFullError(
-                str(self.root), f"no room for a cache entry of {len(data):,} bytes", "Free space or set GRAFT_CACHE"
-            ) from error
 
     def __str__(self) -> str:
         lines = []

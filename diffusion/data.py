@@ -245,8 +245,9 @@ def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, ke
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            shorter = min(opened.size)
-            opened.draft("RGB", tuple(max(1, 2 * side * edge // shorter) for edge in opened.size))  # JPEG only
+            width, height = opened.size
+            reduce = 2 * side / min(width, height)
+            opened.draft("RGB", (int(width * reduce), int(height * reduce)))  # JPEG only; never below that size
             image = _opaque(ImageOps.exif_transpose(opened), config.background)
     edge = min(image.size)
     dice = np.random.default_rng(int(key[:16] or "0", 16))

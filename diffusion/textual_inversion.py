@@ -14,18 +14,22 @@ be a phrase, whose tokens are dealt out in turn.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.diffusion.data import TEMPLATES
 from graft.studio.errors import FormatError, InputError, SiteError
+from graft.studio.formats.files import write_tensors
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -104,20 +108,16 @@ class TextualInversion:
         return handle
 
     @classmethod
-    def export(cls, adapter: Any, folder: Path, format: str) -> Path:
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
         """Writes `learned_embeds.safetensors`, {token: (n, d)}, for `pipe.load_textual_inversion`.
 
         AUTOMATIC1111 and ComfyUI read the same file.
         """
         if format != "diffusers":
-            raise FormatError(format, "a textual inversion has no such form", "Use format='diffusers' or 'native'")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary, file = folder / ".learned_embeds.part", folder / "learned_embeds.safetensors"
-        rows = adapter.tensors["embedding"].detach().float().cpu().contiguous()
-        save_file({adapter.card.config["token"]: rows}, temporary, metadata={"format": "pt"})
-        temporary.replace(file)
-        return file
+            raise InputError(f"format {format!r}", "Textual Inversion is not written in it", "use native or diffusers")
+        rows = adapter.tensors["embedding"].float()
+        file = Path(folder) / "learned_embeds.safetensors"
+        return [write_tensors(file, {adapter.card.config["token"]: rows}, {"format": "pt"})]
 
 
 class ConceptRows(nn.Module):
@@ -229,8 +229,6 @@ def attach_concepts(base: Any, methods: Sequence[TextualInversion], seeds: Seque
 
 def _with_words(tokenizer: Any, tokens: list[str], counts: list[int]) -> Any:
     """A copy of the tokenizer with `<tok>`, `<tok>_1`, ... as diffusers expects them."""
-    import copy
-
     grown = copy.deepcopy(tokenizer)
     for token, count in zip(tokens, counts, strict=True):
         words = [token, *(f"{token}_{i}" for i in range(1, count))]

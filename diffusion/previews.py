@@ -1,0 +1,161 @@
+"""Pictures of what an adapter does, drawn by the same pipeline and scheduler as inference.
+
+A preview starts from the saved adapter, never from the trainer's own state, so what it shows is what a user will get.
+Every picture has its own generator: it is the same alone, in a batch, on another day, and beside the base's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
+
+from graft.studio.errors import InputError
+from graft.studio.formats.files import write_atomic
+
+if TYPE_CHECKING:
+    from graft.diffusion.base import DiffusionBase
+    from graft.studio.adapter import Adapter
+
+TILE = 128
+"""Smaller pictures are enlarged to this side in grids."""
+Pictures = list[list[Image.Image]]
+"""One row per prompt, one column per seed."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """How pictures are drawn."""
+
+    steps: int = 25
+    """Denoiser calls per picture (twice that with guidance)."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale; 1 turns it off and halves the time."""
+    resolution: int = 0
+    """Side in pixels; 0 takes the base's own."""
+    negative_prompt: str = ""
+    """What to keep away from."""
+    batch_size: int = 8
+    """Pictures drawn at once."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.resolution < 0:
+            raise InputError(str(self), "steps and batch_size must be at least 1, the rest not negative", "Change it")
+
+
+@contextmanager
+def undisturbed(base: DiffusionBase, *banks: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes, random generators and scheduler are as before."""
+    modules = [module for root in (*base.modules.values(), *banks) for module in root.modules()]
+    modes, scheduler = [module.training for module in modules], base.pipe.scheduler
+    base.pipe.scheduler = copy.deepcopy(scheduler)
+    devices = [base.device] if base.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            for module in modules:
+                module.training = False
+            yield
+    finally:
+        base.pipe.scheduler = scheduler
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
+
+
+def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
+    """Draws every prompt from every seed with whatever is attached to the base."""
+    side = config.resolution or base.resolution
+    wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
+    drawn: list[Image.Image] = []
+    with undisturbed(base):
+        for start in range(0, len(wanted), config.batch_size):
+            some = wanted[start : start + config.batch_size]
+            drawn += base.pipe(
+                [prompt for prompt, _ in some],
+                negative_prompt=[config.negative_prompt] * len(some) if config.guidance > 1 else None,
+                height=side,
+                width=side,
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+            ).images
+    return [drawn[row * len(seeds) : (row + 1) * len(seeds)] for row in range(len(prompts))]
+
+
+def preview(
+    base: DiffusionBase,
+    adapter: Adapter | None,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    settings: PreviewConfig | None = None,
+) -> list[Path]:
+    """Draws prompts x seeds with the adapter, and without it for comparison.
+
+    Args:
+        base: the adapter's own.
+        adapter: None shows the base alone.
+        prompts: with the adapter's trigger in them.
+        seeds: one column each.
+        out: folder; gets `grid.png` and one file per picture.
+        settings: None takes the defaults.
+
+    Returns:
+        The files; the grid is the first.
+
+    Raises:
+        BaseMismatchError: the adapter belongs to another base.
+    """
+    config = settings or PreviewConfig()
+    without = draw(base, prompts, seeds, config)
+    if adapter is None:
+        return save_pictures(Path(out), {"base": without}, prompts, seeds)
+    with adapter.attached(base):
+        adapted = draw(base, prompts, seeds, config)
+    return save_pictures(Path(out), {"without": without, "with": adapted}, prompts, seeds)
+
+
+def save_pictures(out: Path, blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
+    """Writes the grid and every picture; returns the files, grid first."""
+    files = [save_png(out / "grid.png", grid(blocks, prompts, seeds))]
+    for name, rows in blocks.items():
+        for i, row in enumerate(rows):
+            files += [save_png(out / f"{name}-{i}-seed{seed}.png", tile) for tile, seed in zip(row, seeds, strict=True)]
+    return files
+
+
+def save_png(path: Path, picture: Image.Image) -> Path:
+    """Writes a picture whole or not at all."""
+    import io
+
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return write_atomic(path, data.getvalue())
+
+
+def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
+    """One picture: a row per prompt, the blocks side by side, a column per seed in each."""
+    side = max(TILE, next(iter(blocks.values()))[0][0].width)
+    gap, label, columns = 8, 18, len(seeds)
+    width = len(blocks) * (columns * side + gap) + gap
+    sheet = Image.new("RGB", (width, label + len(prompts) * (side + label) + gap), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for b, (name, rows) in enumerate(blocks.items()):
+        left = gap + b * (columns * side + gap)
+        for column, seed in enumerate(seeds):
+            title = f"{name}, seed {seed}" if column == 0 else f"seed {seed}"
+            pen.text((left + column * side, 3), title, "black", font)
+        for r, row in enumerate(rows):
+            top = 2 * label + r * (side + label)
+            for column, tile in enumerate(row):
+                enlarged = tile.resize((side, side), Image.Resampling.NEAREST if tile.width < side else None)
+                sheet.paste(enlarged, (left + column * side, top))
+    for r, prompt in enumerate(prompts):
+        pen.text((gap, label + r * (side + label) + 3), prompt, "black", font)
+    return sheet

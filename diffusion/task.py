@@ -1,0 +1,129 @@
+"""The training task that a diffusion job hands to the loop: batches from caches, one denoiser call, one loss.
+
+Everything frozen is computed before the first step: pictures are decoded once, latents kept as the VAE's posterior and
+drawn anew at every step (so their distribution is that of encoding again), prompts tokenised once, and encoded once
+where the text encoder does not change. A batch is a pure function of its generator. Several jobs on one base share a
+batch, each with its own rows, noise and slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from graft.diffusion.base import DiffusionBase
+from graft.diffusion.objectives import Objective, weighted_mse
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where some rows of every batch come from: p pictures in k variants."""
+
+    mean: Tensor
+    """(p, k, c, h, w) float32, mean of the latents' posterior."""
+    std: Tensor
+    """Its standard deviation, same shape."""
+    prompts: list[list[int]]
+    """Prompts of each picture, as rows of the task's prompt table; one is drawn at a time."""
+    rows: int
+    """Rows of every batch."""
+    weight: float = 1.0
+    """What its mean squared error counts in the loss."""
+    slot: int = 0
+    """Adapter that these rows train."""
+
+
+class Batch(NamedTuple):
+    """b rows drawn from the sources, on the CPU."""
+
+    mean: Tensor
+    """(b, c, h, w)."""
+    std: Tensor
+    """(b, c, h, w)."""
+    redraw: Tensor
+    """(b, c, h, w), normal: places the latents in their posterior."""
+    noise: Tensor
+    """(b, c, h, w), normal."""
+    levels: Tensor
+    """(b,), noise levels of the objective."""
+    prompts: Tensor
+    """(u,), rows of the prompt table that occur, each once."""
+    prompt_of: Tensor
+    """(b,), place of each row's prompt among them."""
+
+
+class DiffusionTask(nn.Module):
+    """What the loop trains; `parameters()` and the saved state are those of the bank, the only child.
+
+    Args:
+        base: frozen, with the adapters attached.
+        handle: of the attached adapters; `handle.bank` owns the trainable parameters.
+        sources: of all jobs, in the order of the rows.
+        objective: what is predicted.
+        encode: rows of the prompt table (u,) -> text embeddings (u, n, d).
+    """
+
+    base: DiffusionBase
+    bank: nn.Module
+    shares: Tensor
+
+    def __init__(
+        self,
+        base: DiffusionBase,
+        handle: Any,
+        sources: Sequence[Source],
+        objective: Objective,
+        encode: Callable[[Tensor], Tensor],
+    ):
+        super().__init__()
+        self.base, self.handle, self.bank = base, handle, handle.bank
+        self.sources, self.objective, self.encode = list(sources), objective, encode
+        shares = [torch.full((s.rows,), s.weight / s.rows) for s in self.sources]
+        self.register_buffer("shares", torch.cat(shares).to(base.device), persistent=False)
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """Rows of one step: a pure function of the generator's state."""
+        state = generator.get_state()
+        parts, slot = [], self.sources[0].slot
+        for source in self.sources:
+            if source.slot != slot:  # every job draws what it would draw alone
+                generator.set_state(state)
+                slot = source.slot
+            parts.append(self._draw(source, generator))
+        mean, std, redraw, noise, levels, prompts = (torch.cat(column) for column in zip(*parts, strict=True))
+        unique, places = prompts.unique(return_inverse=True)
+        return Batch(mean, std, redraw, noise, levels, unique, places)
+
+    def _draw(self, source: Source, generator: torch.Generator) -> tuple[Tensor, ...]:
+        pictures, variants = source.mean.shape[:2]
+        rounds = -(-source.rows // pictures)
+        # Without replacement as far as the pictures reach: no picture twice before every one came once.
+        picks = torch.cat([torch.randperm(pictures, generator=generator) for _ in range(rounds)])[: source.rows]
+        variant = torch.randint(variants, (source.rows,), generator=generator)
+        dice = torch.rand(source.rows, generator=generator).tolist()
+        choices = [source.prompts[i] for i in picks.tolist()]
+        prompts = torch.tensor([choice[int(u * len(choice))] for choice, u in zip(choices, dice, strict=True)])
+        mean, std = source.mean[picks, variant], source.std[picks, variant]
+        redraw, noise = torch.randn(2, *mean.shape, generator=generator)
+        return mean, std, redraw, noise, self.objective.levels(source.rows, generator), prompts
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and the error of each source."""
+        device = self.shares.device
+        mean, std, redraw, noise = (part.to(device, non_blocking=True) for part in batch[:4])
+        x0 = mean + std * redraw
+        target = self.objective.target(x0, noise, batch.levels)
+        text = self.encode(batch.prompts)[batch.prompt_of.to(device)]
+        dtype = self.base.dtype
+        prediction = self.base.denoiser(
+            self.objective.noisy(x0, noise, batch.levels).to(dtype),
+            self.objective.timesteps(batch.levels).to(device),
+            encoder_hidden_states=text.to(dtype),
+            return_dict=False,
+        )[0]
+        errors = weighted_mse(prediction, target, self.objective.weights(batch.levels).to(device))
+        return (errors * self.shares).sum(), {}
