@@ -1,0 +1,179 @@
+"""A job: the validated description of one training, from a TOML file, a mapping or Python."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from graft.studio.config import from_dict, read_toml, to_dict, write_toml
+from graft.studio.errors import InputError
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} = {value!r}", f"expected {expected}", "Correct the value")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast and on what a training runs."""
+
+    steps: int = 300
+    """Optimiser steps."""
+    seed: int = 0
+    """Names everything random: initial values, data order, noise."""
+    batch_size: int = 4
+    """Rows in a batch, before accumulation."""
+    learning_rate: float | None = None
+    """Peak learning rate; None takes the method's own."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """How the learning rate goes after the warm-up; cosine and linear end at zero."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises to its peak."""
+    weight_decay: float = 0.0
+    """Of AdamW, where the method does not set its own."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    gradient_accumulation: int = 1
+    """Batches summed into one optimiser step."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Type of the forward pass; trainable tensors stay float32."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 leaves it to `checkpoint_seconds`."""
+    checkpoint_seconds: float = 120.0
+    """Seconds between checkpoints; 0 leaves it to `checkpoint_every`."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that stay on disk."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl; each holds means over them."""
+    threads: int = 0
+    """CPU threads of the tensor library; 0 takes all cores that this process may use."""
+    device: str | None = None
+    """"cpu", "cuda", ...; None takes the accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
+            _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        zero = ("warmup_steps", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds", "threads")
+        for name in zero:
+            _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        rate = self.learning_rate
+        _require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")
+        _require("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Pictures drawn while training."""
+
+    every: int = 0
+    """Steps between samples; 0 draws none on the way."""
+    prompts: tuple[str, ...] = ()
+    """What is drawn; "{token}" stands for the concept's word. Empty takes two of the method's own prompts."""
+    seeds: tuple[int, ...] = (0, 1)
+    """One picture for each prompt and seed."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale."""
+
+    def __post_init__(self) -> None:
+        _require("sample.every", self.every, self.every >= 0, "0 or more")
+        _require("sample.steps", self.steps, 1 <= self.steps <= 1000, "1 to 1000")
+        _require("sample.guidance", self.guidance, self.guidance >= 0, "0 or more")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: what is adapted, how, to what data.
+
+    Example:
+        >>> job = Job.load({"base": "pocket-sd", "method": {"name": "lora"}, "data": {"path": "photos"}})
+        >>> job.domain
+        'diffusion'
+    """
+
+    base: str
+    """Embedded model, local folder or hub id."""
+    method: dict[str, Any]
+    """`name`, and the settings of that method."""
+    data: dict[str, Any]
+    """`path`, and the settings of the domain's data."""
+    domain: str = ""
+    """"diffusion", ...; may be left out when only one domain has the method."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """How long and how fast."""
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    """What is drawn on the way."""
+    name: str | None = None
+    """Of the run; None takes the method's name."""
+
+    @classmethod
+    def load(cls, source: Job | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Job:
+        """Return the validated job.
+
+        Args:
+            source: a job, its mapping, or the path of a TOML file. A relative `data.path` in a file is taken from the
+                file's folder.
+            overrides: "train.steps=50" and the like; the value is TOML, or a string if it is not.
+
+        Raises:
+            InputError: an unknown key, method or domain, or a value that is out of range.
+        """
+        if isinstance(source, Job):
+            data: dict[str, Any] = to_dict(source)
+        elif isinstance(source, Mapping):
+            data = {key: dict(value) if isinstance(value, Mapping) else value for key, value in source.items()}
+        else:
+            data = _from_file(Path(source))
+        for override in overrides:
+            _override(data, override)
+        return from_dict(cls, data, "job").checked()
+
+    def checked(self) -> Job:
+        """Return this job with its domain, after its method and data sections were validated.
+
+        Raises:
+            InputError: as `load`.
+        """
+        from graft.studio import registry
+
+        if "name" not in self.method:
+            known = ", ".join(sorted({method for _, method in registry.METHODS}))
+            raise InputError("method.name", "it is required", f"Choose one of {known}")
+        domain = self.domain or registry.domain_of(str(self.method["name"]))
+        section = {key: value for key, value in self.method.items() if key != "name"}
+        from_dict(registry.method_class(domain, str(self.method["name"])), section, "method")
+        from_dict(registry.domain(domain).DataConfig, self.data, "data")
+        return replace(self, domain=domain)
+
+    def to_toml(self) -> str:
+        """Return the job as a file that `load` reads."""
+        return write_toml(to_dict(self))
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    data = read_toml(path)
+    section = data.get("data")
+    if isinstance(section, dict) and isinstance(section.get("path"), str):
+        section["path"] = str((path.parent / section["path"]).resolve())
+    return data
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    *sections, last = (part.strip() for part in key.split("."))
+    if not equals or not last:
+        raise InputError(f"--set {text}", "it is not of the form key=value", "Write --set train.steps=50")
+    try:
+        parsed = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise InputError(f"--set {text}", f"{section!r} is a value, not a section", "Check the key")
+    data[last] = parsed

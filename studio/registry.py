@@ -1,0 +1,121 @@
+"""What there is: domains, their methods, benchmarks. Plain tables of names; nothing is imported before it is used."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from graft.studio.errors import InputError
+
+DOMAINS: dict[str, str] = {"diffusion": "graft.diffusion"}
+"""Domain -> package with `DataConfig`, `load_base`, `prepare`, `preview` and `evaluate`."""
+
+METHODS: dict[tuple[str, str], str] = {
+    ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
+    ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
+}
+"""(domain, method) -> "module:class", a frozen dataclass."""
+
+BENCHMARKS: dict[str, str] = {
+    "core": "graft.studio.bench.core:run",
+    "kill": "graft.studio.bench.kill:run",
+    "personalization": "graft.diffusion.bench:personalization",
+    "textual-inversion": "graft.diffusion.bench:textual_inversion",
+}
+"""Benchmark -> "module:function"."""
+
+# The file that marks a local folder -> its domain.
+_MARKS = {"model_index.json": "diffusion"}
+
+
+def _refuse(kind: str, name: str, known: list[str]) -> InputError:
+    near = get_close_matches(name, known, 1)
+    remedy = f"Did you mean {near[0]!r}? " if near else ""
+    return InputError(f"{kind} {name!r}", f"there is no such {kind}", f"{remedy}Known: {', '.join(known)}")
+
+
+def domain(name: str) -> ModuleType:
+    """Return a domain's package.
+
+    Raises:
+        InputError: no such domain, or its libraries are not installed.
+    """
+    if name not in DOMAINS:
+        raise _refuse("domain", name, sorted(DOMAINS))
+    return _load(DOMAINS[name], name)
+
+
+def domain_of(method: str) -> str:
+    """Return the only domain that has a method.
+
+    Raises:
+        InputError: no domain has it, or several have.
+    """
+    found = sorted(domain for domain, name in METHODS if name == method)
+    if not found:
+        raise _refuse("method", method, sorted({name for _, name in METHODS}))
+    if len(found) > 1:
+        raise InputError(f"method {method!r}", f"{' and '.join(found)} have it", "Add domain = ... to the job")
+    return found[0]
+
+
+def method_class(domain: str, method: str) -> type:
+    """Return a method's class, the dataclass of its settings.
+
+    Raises:
+        InputError: no such domain or method.
+    """
+    if domain not in DOMAINS:
+        raise _refuse("domain", domain, sorted(DOMAINS))
+    if (domain, method) not in METHODS:
+        raise _refuse("method", method, sorted(name for of, name in METHODS if of == domain))
+    return find(METHODS[domain, method], domain)
+
+
+def find(place: str, extra: str = "") -> Any:
+    """Return what "module:name" names."""
+    module, name = place.split(":")
+    return getattr(_load(module, extra), name)
+
+
+def _load(module: str, extra: str) -> ModuleType:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("graft"):
+            raise
+        remedy = f'Run: pip install "graft-studio[{extra}]"' if extra else f"Install {error.name}"
+        raise InputError(module, f"the library {error.name!r} is not installed", remedy) from error
+
+
+def load_base(name: str, device: str | None = None, dtype: Any = None) -> Any:
+    """Return a frozen base, ready to run.
+
+    Args:
+        name: an embedded model ("pocket-sd"), a local folder, or a hub id.
+        device: where it runs; None takes the accelerator if there is one.
+        dtype: type of its weights; None is float32.
+
+    Raises:
+        InputError: no such base, or it could not be loaded whole.
+    """
+    folder = Path(name)
+    device = device or default_device()
+    if folder.is_dir():
+        for mark, of in _MARKS.items():
+            if (folder / mark).exists():
+                return domain(of).load_base(name, device=device, dtype=dtype)
+        raise InputError(name, f"the folder has none of {', '.join(_MARKS)}", "Give the folder of a saved model")
+    # Hub ids do not tell what they are. With one domain there is no question.
+    return domain("diffusion").load_base(name, device=device, dtype=dtype)
+
+
+def default_device() -> str:
+    """Return "cuda", "mps" or "cpu": the fastest that this machine has."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
