@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import graft
-from graft.studio.errors import BaseMismatchError, FormatError, InputError
+from graft.studio.errors import BaseMismatchError, FormatError
 from graft.studio.formats.files import read_tensors, write_atomic, write_tensors
 
 FORMAT_VERSION = 1
@@ -195,12 +194,8 @@ def base_hash(modules: Mapping[str, nn.Module]) -> str:
 
 def _method(card: Card) -> Any:
     """The class that attaches and exports adapters of a card's method."""
-    from graft.studio.registry import METHODS
+    from graft.studio.methods.lora import LoRA
+    from graft.studio.registry import method_class
 
-    # Files of other libraries name no domain; the method itself is the same.
-    table = {("", "lora"): "graft.studio.methods.lora:LoRA", **METHODS}
-    if (card.domain, card.method) not in table:
-        known = ", ".join(sorted(f"{domain}/{method}".strip("/") for domain, method in table))
-        raise InputError(f"method {card.domain}/{card.method}", "this version has no such method", f"known: {known}")
-    module, name = table[card.domain, card.method].split(":")
-    return getattr(import_module(module), name)
+    # Files of other libraries name no domain; LoRA needs none.
+    return LoRA if (card.domain, card.method) == ("", "lora") else method_class(card.domain, card.method)
