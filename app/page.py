@@ -98,9 +98,9 @@ def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def smooth(points: Sequence[Point], window: float = 0.08) -> list[Point]:
+def smooth(points: Sequence[Point], window: float = 0.06) -> list[Point]:
     """Running mean over `window` of the points on both sides: a diffusion loss jumps with the drawn timestep."""
-    half = max(1, round(len(points) * window / 2))
+    half = int(len(points) * window / 2)
     around = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
     return [(x, sum(y for _, y in near) / len(near)) for (x, _), near in zip(points, around, strict=True)]
 

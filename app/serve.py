@@ -59,13 +59,13 @@ def overview(runs: Path) -> str:
 def card(run: Run) -> str:
     """One run in the overview."""
     view = RunView.of(run)
-    newest = samples(run)[:6]
+    newest = samples(run)[:4]
     last = view.metrics[-1] if view.metrics else {}
     facts = [f"{key} {page.text(last[key])}" for key in ("step", "loss") if key in last]
     thumbs = "".join(page.picture("", path, picture_url(run, path)) for path in newest)
     link = f'<h3><a href="{quote(f"/runs/{view.name}")}">{escape(view.name)}</a></h3>'
     head = f'<div class="row">{link}{page.status(view.status)}<span class="soft">{", ".join(facts)}</span></div>'
-    return f'<section class="card">{head}{f"""<div class="grid thumbs">{thumbs}</div>""" if thumbs else ""}</section>'
+    return f'<section class="card">{head}{f"""<div class="row thumbs">{thumbs}</div>""" if thumbs else ""}</section>'
 
 
 def detail(run: Run) -> str:

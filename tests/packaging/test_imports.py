@@ -8,6 +8,8 @@ from typing import NamedTuple
 DOMAINS = {"vision", "vlm", "diffusion", "llm_mm"}
 # The parts of studio that know domains by name. Even they import one only inside a function, when it is asked for.
 OUTER = ("studio.registry", "studio.cli", "studio.commands", "studio.demo", "studio.bench")
+# Of these, the table of names (registry) may be read by everyone; the others only by each other.
+COMMANDS = OUTER[1:]
 
 
 class Import(NamedTuple):
@@ -67,7 +69,7 @@ def allowed(found: Import) -> bool:
     if within(found.importer, OUTER):
         return there not in DOMAINS | {"app"} or found.lazy
     if here == "studio":
-        return there == "kernels" or (there == "studio" and (found.lazy or not within(found.target, OUTER)))
+        return there == "kernels" or (there == "studio" and (found.lazy or not within(found.target, COMMANDS)))
     if here in DOMAINS:
         # A domain may look a method up (registry) and measure with the shared bench, but never knows a command.
         return there in {here, "kernels"} or (
