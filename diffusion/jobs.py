@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.caches import Cache, content_key
 from graft.diffusion.data import DataConfig, Dataset, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.objectives import objective_for
-from graft.diffusion.previews import PreviewConfig, draw, grid, save_png, undisturbed
+from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
 from graft.diffusion.task import DiffusionTask, Source
 from graft.diffusion.textual_inversion import Concepts, TextualInversion, attach_concepts
 from graft.studio.adapter import Adapter, Card
@@ -149,21 +149,20 @@ def prepare(job: Job, run_folder: Path | None = None) -> ConceptTask:
     return prepare_together([job])
 
 
-def prepare_together(jobs: Sequence[Job], base: DiffusionBase | None = None) -> ConceptTask:
+def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     """One task for several jobs on the same base: every step has each job's own rows, noise and slot.
 
     Each ends as if it were trained alone, up to the order of float32 sums.
 
     Args:
         jobs: of one base, one method with equal hyper-parameters, and equal training sections.
-        base: a loaded one to use instead of loading the jobs' own.
 
     Raises:
         InputError: jobs that cannot share a batch, or anything wrong with base, data or method.
     """
     methods = [_method(job) for job in jobs]
     _check_sharing(jobs, methods)
-    base = base or load_base(jobs[0].base, jobs[0].train.device)
+    base = load_base(jobs[0].base, jobs[0].train.device)
     objective, cache = objective_for(base.pipe.scheduler, methods[0].snr_gamma), Cache()
     subjects = []
     for job, method in zip(jobs, methods, strict=True):
@@ -175,15 +174,37 @@ def prepare_together(jobs: Sequence[Job], base: DiffusionBase | None = None) -> 
         source for slot, subject in enumerate(subjects) for source in _sources(base, subject, slot, table, cache)
     ]
     handle, encode = attach(base, subjects, table, sources, cache)
+    narrow(base, jobs[0].train.mixed_precision)
     task = ConceptTask(base, handle, sources, objective, encode)
     task.subjects = subjects
     log.info("cache: %s", cache)
     try:
-        handle.probe(lambda: task(task.batch(0, torch.Generator().manual_seed(0)))[0])
+        handle.probe(partial(_first_loss, task))
     except InputError:
         handle.detach()
         raise
     return task
+
+
+def narrow(base: DiffusionBase, precision: str) -> None:
+    """Puts the denoiser's frozen weights into the type of mixed precision, instead of casting them at every step.
+
+    On a CPU the fused attention is slow in bfloat16, so short sequences take the plain one: forward and backward of a
+    UNet of 128, 128 channels on 16 latents of 8 x 8 take 139 ms so, 196 ms fused, and 207 ms in float32.
+    """
+    if precision == "no":
+        return
+    _ = base.hash  # the identity is that of the float32 weights
+    nn.Module.to(base.denoiser, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    if base.device.type == "cpu" and int(base.denoiser.config.sample_size) <= 16:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        base.denoiser.set_attn_processor(AttnProcessor())
+
+
+def _first_loss(task: ConceptTask) -> Tensor:
+    with mixed(task.base):
+        return task(task.batch(0, torch.Generator().manual_seed(0)))[0]
 
 
 def _method(job: Job) -> Any:
@@ -197,12 +218,15 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
     needs = [
         {
             "base": job.base,
-            "train": replace(job.train, seed=0),
+            "train": job.train,
             "data.resolution": job.data.get("resolution", 0),
             "method": (type(method), {k: v for k, v in to_dict(method).items() if k not in OWN}),
         }
         for job, method in zip(jobs, methods, strict=True)
     ]
+    dropout = to_dict(methods[0]).get("dropout", 0)
+    if len(jobs) > 1 and dropout:
+        raise InputError(f"dropout = {dropout}", "a shared batch has other masks", "train the jobs alone")
     for job, need in zip(jobs, needs, strict=True):
         for name, value in need.items():
             if value != needs[0][name]:

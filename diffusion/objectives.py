@@ -55,6 +55,14 @@ class Objective(Protocol):
         ...
 
 
+def spread(b: int, generator: torch.Generator) -> Tensor:
+    """`b` numbers, each uniform on (0, 1), one in every b-th of it: (b,).
+
+    A batch then sees all noise levels, and the loss, whose size depends most of all on the level, is less noisy.
+    """
+    return (torch.arange(b) + torch.rand(b, generator=generator)).clamp(1e-6, b - 1e-6 * b) / b
+
+
 def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.device, like.dtype).view(-1, *[1] * (like.ndim - 1))
 
@@ -86,8 +94,8 @@ class Denoising:
         self.table = weights.float()
 
     def levels(self, b: int, generator: torch.Generator) -> Tensor:
-        """Draws `b` integers, uniform on 0..T-1."""
-        return torch.randint(len(self.abar), (b,), generator=generator)
+        """Draws `b` integers, each uniform on 0..T-1."""
+        return (spread(b, generator) * len(self.abar)).long()
 
     def timesteps(self, levels: Tensor) -> Tensor:
         """The levels themselves."""
@@ -126,10 +134,9 @@ class Flow:
 
     def levels(self, b: int, generator: torch.Generator) -> Tensor:
         """Draws `b` sigmas, logit-normal or uniform, then shifted."""
-        if self.std is None:
-            sigmas = torch.rand(b, generator=generator)
-        else:
-            sigmas = torch.sigmoid(self.mean + self.std * torch.randn(b, generator=generator))
+        sigmas = spread(b, generator)
+        if self.std is not None:
+            sigmas = torch.sigmoid(self.mean + self.std * torch.special.ndtri(sigmas.double()).float())
         return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
 
     def timesteps(self, levels: Tensor) -> Tensor:

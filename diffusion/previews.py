@@ -50,6 +50,12 @@ class PreviewConfig:
             raise InputError(str(self), "steps and batch_size must be at least 1, the rest not negative", "Change it")
 
 
+def mixed(base: DiffusionBase) -> torch.autocast:
+    """Autocast to the denoiser's type where that is narrower than the text encoder's, as in training."""
+    narrow = base.dtype != next(base.pipe.text_encoder.parameters()).dtype
+    return torch.autocast(base.device.type, base.dtype if narrow else torch.bfloat16, enabled=narrow)
+
+
 @contextmanager
 def undisturbed(base: DiffusionBase, *banks: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards modes, random generators and scheduler are as before."""
@@ -73,7 +79,7 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
     side = config.resolution or base.resolution
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn: list[Image.Image] = []
-    with undisturbed(base):
+    with undisturbed(base), mixed(base):
         for start in range(0, len(wanted), config.batch_size):
             some = wanted[start : start + config.batch_size]
             drawn += base.pipe(

@@ -104,9 +104,10 @@ class DiffusionTask(nn.Module):
         # Without replacement as far as the pictures reach: no picture twice before every one came once.
         picks = torch.cat([torch.randperm(pictures, generator=generator) for _ in range(rounds)])[: source.rows]
         variant = torch.randint(variants, (source.rows,), generator=generator)
-        dice = torch.rand(source.rows, generator=generator).tolist()
+        # One template for the whole batch: a text encoder that learns has one prompt to encode, not one per row.
+        dice = torch.rand((), generator=generator).item()
         choices = [source.prompts[i] for i in picks.tolist()]
-        prompts = torch.tensor([choice[int(u * len(choice))] for choice, u in zip(choices, dice, strict=True)])
+        prompts = torch.tensor([choice[int(dice * len(choice))] for choice in choices])
         mean, std = source.mean[picks, variant], source.std[picks, variant]
         redraw, noise = torch.randn(2, *mean.shape, generator=generator)
         return mean, std, redraw, noise, self.objective.levels(source.rows, generator), prompts

@@ -222,11 +222,26 @@ def test_jobs_trained_together_equal_each_alone(folder: Path, photos: Path, tmp_
     steps(together, 4, start=3)  # routes are those of training again
 
 
+def test_bf16_trains_close_to_fp32_and_samples(folder: Path, photos: Path, tmp_path: Path, method: dict):
+    wide, narrow = (prepare(job(folder, photos, method, mixed_precision=p)) for p in ("no", "bf16"))
+    assert narrow.base.dtype == torch.bfloat16 and narrow.base.hash == wide.base.hash
+    batch = wide.batch(0, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = narrow(batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(wide(batch)[0].item(), rel=0.02)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in narrow.parameters())
+    assert narrow.sample(0, tmp_path)[0].exists()
+    assert {t.dtype for t in narrow.adapter({}).tensors.values()} == {torch.float32}
+
+
 def test_jobs_that_differ_cannot_share_a_batch(folder: Path, photos: Path):
     with pytest.raises(InputError, match="its method differs"):
         prepare_together([job(folder, photos, LORA), job(folder, photos, {**LORA, "rank": 4})])
     with pytest.raises(InputError, match="its train differs"):
-        prepare_together([job(folder, photos, LORA), job(folder, photos, LORA, steps=9)])
+        prepare_together([job(folder, photos, LORA), job(folder, photos, LORA, seed=9)])
+    with pytest.raises(InputError, match="other masks"):
+        prepare_together([job(folder, photos, {**LORA, "dropout": 0.1})] * 2)
 
 
 def test_bad_data_stops_before_the_first_step(folder: Path, photos: Path, tmp_path: Path):
