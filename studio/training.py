@@ -11,11 +11,13 @@ import hashlib
 import logging
 import math
 import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,10 +25,12 @@ import torch
 from torch import Tensor
 
 from graft.studio import registry
-from graft.studio.errors import GraftError, InputError, RunError
+from graft.studio.disk import append_line, require_space, sync_folder, write_json
+from graft.studio.errors import GraftError, InputError
 from graft.studio.job import Job, TrainConfig
+from graft.studio.runs.attempt import attempt
 from graft.studio.runs.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
-from graft.studio.runs.folder import Run, append_line, create_run, open_run
+from graft.studio.runs.folder import Run, create_run, new_folder, open_run
 from graft.studio.runs.lock import RunLock
 from graft.studio.runs.progress import progress
 
@@ -36,12 +40,15 @@ if TYPE_CHECKING:
     from graft.studio.adapter import Adapter
 
 log = logging.getLogger("graft")
+Source = Job | Mapping[str, Any] | str | Path
+"""A job, its mapping, or the path of its TOML file."""
 
 
 class Task(Protocol):
     """What a domain hands to the loop: an `nn.Module` whose parameters are exactly the trainable ones.
 
-    Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate.
+    Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
+    gradients that are clipped each by its own norm, as jobs that share a batch must be.
     """
 
     default_learning_rate: float
@@ -89,44 +96,54 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
     # Its state is one per process, and would keep the mixed precision of the training before this one.
     AcceleratorState._reset_state()
+    device = config.device or registry.default_device()
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
     return Accelerator(
-        cpu=(config.device or registry.default_device()) == "cpu",
+        cpu=device == "cpu",
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation,
     )
 
 
 class Loop:
-    """One training in a run folder, from a checkpoint or from the start to its last step."""
+    """One training, from its newest checkpoint or from the start to its last step.
 
-    def __init__(self, task: Any, run: Run, config: TrainConfig, sample_every: int = 0):
-        self.task, self.run, self.config, self.sample_every = task, run, config, sample_every
-        self.accelerator = make_accelerator(config)
-        self.main = self.accelerator.is_main_process
-        self.peak = config.learning_rate or task.default_learning_rate
+    Args:
+        task: what is trained.
+        runs: one per slot of the task; the first has the checkpoints.
+        accelerator: of `make_accelerator`.
+        number: of this attempt.
+    """
+
+    def __init__(self, task: Any, runs: Sequence[Run], job: Job, accelerator: Accelerator, number: int = 1):
+        self.task, self.runs, self.run, self.accelerator, self.number = task, runs, runs[0], accelerator, number
+        self.config, self.sample_every = job.train, job.sample.every
+        self.main = accelerator.is_main_process
+        self.peak = self.config.learning_rate or task.default_learning_rate
         groups = task.param_groups() if hasattr(task, "param_groups") else [{"params": list(task.parameters())}]
-        optimizer = torch.optim.AdamW(groups, lr=self.peak, weight_decay=config.weight_decay, fused=_can_fuse(groups))
-        self.module, self.optimizer = self.accelerator.prepare(task, optimizer)
-        self.step, self.seconds, self.attempt = 0, 0.0, int(run.state.get("attempt", 1))
+        decay, fused = self.config.weight_decay, _can_fuse(groups)
+        optimizer = torch.optim.AdamW(groups, lr=self.peak, weight_decay=decay, fused=fused)
+        self.module, self.optimizer = accelerator.prepare(task, optimizer)
+        self.step, self.seconds = 0, 0.0
         self.stopping = threading.Event()
 
     def fit(self) -> bool:
         """Train to the end; return False if it was asked to stop before."""
         self.restore()
         self.task.train()
-        means = _Means()
+        means, elapsed = _Means(), self.seconds
         saved = began = time.monotonic()
-        elapsed = self.seconds
         with _seeds_kept(), self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
             while self.step < self.config.steps:
                 means.add(self._train_step())
                 self.step += 1
                 self.seconds = elapsed + time.monotonic() - began
-                last = self.step == self.config.steps
-                if self.step % self.config.log_every == 0 or last:
+                last, stop = self.step == self.config.steps, self._stop_asked()
+                due = last or stop or self._checkpoint_due(saved)
+                if due or self.step % self.config.log_every == 0:
                     show(self.step, self._log(means.take()))
-                stop = self._asked("stop") or self.stopping.is_set()
-                if last or stop or self._checkpoint_due(saved):
+                if due:
                     self.save()
                     saved = time.monotonic()
                 if self._sample_due(last):
@@ -149,7 +166,7 @@ class Loop:
                 loss, parts = self.module(batch)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients and self.config.max_grad_norm > 0:
-                    self.accelerator.clip_grad_norm_(self.task.parameters(), self.config.max_grad_norm)
+                    self._clip(self.config.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             for name, value in {"loss": loss, **parts}.items():
@@ -157,19 +174,41 @@ class Loop:
                 figures[name] = figures[name] + share if name in figures else share
         return figures
 
+    def _clip(self, limit: float) -> None:
+        """Scale gradients down to the limit, without waiting for their norm."""
+        self.accelerator.unscale_gradients()
+        every = [p.grad for p in self.task.parameters() if p.grad is not None]
+        for gradients in self.task.gradients() if hasattr(self.task, "gradients") else [every]:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+
     def _log(self, means: dict[str, float]) -> dict[str, float]:
         if not all(math.isfinite(value) for value in means.values()):
-            shown = ", ".join(f"{name} {value}" for name, value in means.items())
-            remedy = "lower train.learning_rate, or use train.mixed_precision = 'no'"
-            raise GraftError(f"step {self.step}: the training diverged ({shown}); {remedy}")
+            self._diverged(", ".join(f"{name} {value}" for name, value in means.items()))
         row = {"step": self.step, **means, "learning_rate": learning_rate(self.config, self.peak, self.step - 1)}
-        if self.main:
-            timing = {"seconds": round(self.seconds, 3), "attempt": self.attempt}
-            append_line(self.run.folder / "metrics.jsonl", row | timing)
+        timing = {"seconds": round(self.seconds, 3), "attempt": self.number}
+        for run in self.runs if self.main else []:
+            append_line(run.folder / "metrics.jsonl", row | timing)
         return row
+
+    def _diverged(self, shown: str) -> None:
+        remedy = "lower train.learning_rate, or use train.mixed_precision = 'no'"
+        raise GraftError(f"step {self.step}: the training diverged ({shown}); {remedy}")
 
     def _asked(self, what: str) -> bool:
         return self.run.take_request(what) if self.main else False
+
+    def _stop_asked(self) -> bool:
+        """Whether to stop here. Several processes agree on it, when they wait for each other's figures anyway."""
+        asked = self.stopping.is_set() or (not self.stopping.is_set() and self._asked("stop"))
+        if asked:
+            self.stopping.set()
+        if self.accelerator.num_processes == 1:
+            return asked
+        if self.step % self.config.log_every:
+            return False
+        votes = torch.tensor([float(asked)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum").item())
 
     def _checkpoint_due(self, saved: float) -> bool:
         config = self.config
@@ -195,9 +234,13 @@ class Loop:
         scaler = self.accelerator.scaler
         extra = {"seconds": self.seconds, "scaler": scaler.state_dict() if scaler is not None else None}
         model = {name: tensor.detach().cpu() for name, tensor in self.task.state_dict().items()}
+        broken = [name for name, tensor in model.items() if not bool(tensor.isfinite().all())]
+        if broken:  # the loss tells it one step too late
+            self._diverged(f"{', '.join(broken[:3])} not finite")
         checkpoint = Checkpoint(self.step, model, self.optimizer.state_dict(), extra)
         write_checkpoint(self.run.folder / "checkpoints", checkpoint, self.config.keep_checkpoints)
-        self.run.write_state(step=self.step)
+        for run in self.runs:
+            run.write_state(step=self.step)
         self.run.write_event("checkpoint", step=self.step)
 
     def restore(self) -> None:
@@ -214,11 +257,18 @@ class Loop:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Turn SIGTERM and SIGINT into a stop at the next step; only the main thread may."""
+        """Turn SIGTERM and SIGINT into a stop at the next step; a second one acts as ever. Only the main thread may."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        old = {which: signal.signal(which, lambda *_: self.stopping.set()) for which in (signal.SIGTERM, signal.SIGINT)}
+        old = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+
+        def stop(number: int, frame: object) -> None:
+            self.stopping.set()
+            signal.signal(number, old[signal.Signals(number)])
+
+        for which in old:
+            signal.signal(which, stop)
         try:
             yield
         finally:
@@ -256,19 +306,47 @@ def _seeds_kept() -> Iterator[None]:
         yield
 
 
-def train(job: Job | Mapping[str, Any] | str | Path, run_dir: str | Path | None = None) -> Run:
-    """Train one adapter and return its finished run.
+def train(job: Source, run_dir: str | Path | None = None, runs: str | Path | None = None) -> Run:
+    """Train one adapter and return its finished run (or stopped, if someone asked for it).
 
     Args:
         job: a `Job`, a mapping, or the path of a TOML file.
         run_dir: the run's folder; None names one below `runs`.
+        runs: None is `runs` in the current folder.
 
     Raises:
-        InputError: anything wrong with the job, before the first step.
+        InputError: anything wrong with the job; nothing has been written then.
         GraftError: the training failed; the run says so and can be resumed.
     """
     job = Job.load(job)
-    return _train_in(_shared_run(job, Path(run_dir) if run_dir else None), job)
+    folder = new_folder(job, run_dir, runs)
+    with _threads(job.train.threads) as threads:
+        accelerator = make_accelerator(job.train)
+        task = _prepared([job], accelerator)
+        made = _create([job], [folder], task, threads, accelerator)
+        return _fit(task, made, job, threads, accelerator)[0]
+
+
+def train_many(jobs: Sequence[Source], runs: str | Path | None = None) -> list[Run]:
+    """Train several adapters and return their runs, in order.
+
+    Jobs that the domain can put into one batch (same base, method and settings) are trained together, each as if alone;
+    others one after the other.
+    """
+    loaded = [Job.load(job) for job in jobs]
+    if len(loaded) < 2 or len({job.domain for job in loaded}) > 1:
+        return [train(job, runs=runs) for job in loaded]
+    first = loaded[0]
+    with _threads(first.train.threads) as threads:
+        accelerator = make_accelerator(first.train)
+        try:
+            task = _prepared(loaded, accelerator)
+        except InputError as error:  # they cannot share a batch, or one is wrong and will say so again
+            log.info("trained one by one: %s", error)
+            return [train(job, runs=runs) for job in loaded]
+        folders = [new_folder(job, runs=runs) for job in loaded]
+        made = _create(loaded, folders, task, threads, accelerator)
+        return _fit(task, made, first, threads, accelerator)
 
 
 def resume(run: Run | str | Path) -> Run:
@@ -278,121 +356,86 @@ def resume(run: Run | str | Path) -> Run:
         RunError: not a run, or another program trains it.
     """
     run = run if isinstance(run, Run) else open_run(run)
-    return run if run.status == "finished" else _train_in(run, run.job)
-
-
-def train_many(jobs: Sequence[Job | Mapping[str, Any] | str | Path], runs: str | Path | None = None) -> list[Run]:
-    """Train several adapters and return their runs, in order.
-
-    Jobs that the domain can put into one batch (same base, method and settings) are trained together, each as if alone;
-    the others one after the other.
-    """
-    loaded = [Job.load(job) for job in jobs]
-    made = [create_run(job, runs=Path(runs) if runs else None) for job in loaded]
-    if len(loaded) > 1 and len({job.domain for job in loaded}) == 1:
-        together = getattr(registry.domain(loaded[0].domain), "prepare_together", None)
-        if together is not None:
-            try:
-                task = together(loaded)
-            except InputError as error:
-                log.info("trained one by one: %s", error)
-            else:
-                return _train_shared(made, loaded, task)
-    return [_train_in(run, job) for run, job in zip(made, loaded, strict=True)]
-
-
-def _shared_run(job: Job, folder: Path | None) -> Run:
-    """Make the run in the first process; the others learn where it is."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return create_run(job, folder)
-    from accelerate.utils import broadcast_object_list
-
-    accelerator = make_accelerator(job.train)
-    where = [str(create_run(job, folder).folder) if accelerator.is_main_process else ""]
-    return Run(Path(broadcast_object_list(where)[0]))
-
-
-def _train_in(run: Run, job: Job) -> Run:
-    """Prepare, train and save the result of one run."""
-    prepare = registry.domain(job.domain).prepare
-
-    def body() -> bool:
-        task = prepare(job, run.folder)
-        loop = Loop(task, run, job.train, job.sample.every)
-        done = loop.fit()
-        if done and loop.main:
-            _save_result(run, task.adapter(_final(run)))
-        return done
-
-    _attempt([run], job, body)
+    if run.status == "finished":
+        return run
+    with RunLock(run.folder):  # fail before the work, not after it
+        members, job = run.group, run.job
+    # Sums depend on the number of threads: equal bits need the same again.
+    with _threads(job.train.threads or int(run.state.get("threads", 0))) as threads:
+        accelerator = make_accelerator(job.train)
+        task = _prepared([member.job for member in members], accelerator)
+        _fit(task, members, members[0].job, threads, accelerator)
     return run
 
 
-def _train_shared(runs: list[Run], jobs: list[Job], task: Any) -> list[Run]:
-    """Train one task that holds a slot for each run; the first run's folder has the checkpoints and the curve."""
+def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
+    """The task of one job, or of several in one batch, on the accelerator's device.
 
-    def body() -> bool:
-        loop = Loop(task, runs[0], jobs[0].train, jobs[0].sample.every)
-        done = loop.fit()
-        for slot, run in enumerate(runs if done and loop.main else []):
-            _save_result(run, task.adapter(_final(runs[0]), slot=slot))
-        return done
+    Raises:
+        InputError: anything wrong with a job, or the domain cannot train these together.
+    """
+    device = str(accelerator.device)
+    placed = [replace(job, train=replace(job.train, device=device)) for job in jobs]
+    domain = registry.domain(jobs[0].domain)
+    if len(jobs) == 1:
+        return domain.prepare(placed[0], None)
+    if not hasattr(domain, "prepare_together"):
+        raise InputError(f"{len(jobs)} jobs", f"{jobs[0].domain} trains one at a time", "Train them one by one")
+    return domain.prepare_together(placed)
 
-    _attempt(runs, jobs[0], body)
+
+def _create(
+    jobs: Sequence[Job], folders: Sequence[Path], task: Any, threads: int, accelerator: Accelerator
+) -> list[Run]:
+    """Make the runs, in the first process; the others learn where they are.
+
+    Raises:
+        DiskFullError: there is no space for the checkpoints.
+    """
+    where = [str(folder) for folder in folders]
+    if accelerator.is_main_process:
+        weights = sum(p.numel() * p.element_size() for p in task.parameters())
+        # A checkpoint is the weights and two moments; one more is written before the oldest goes.
+        require_space(folders[0], 3 * weights * (jobs[0].train.keep_checkpoints + 1) + 2 * weights + (16 << 20))
+        facts = {"threads": threads, "device": str(accelerator.device), "processes": accelerator.num_processes}
+        base = getattr(task, "base", None)
+        if base is not None:
+            facts |= {"base": base.name, "base_hash": base.hash}
+        made = [create_run(job, folder, facts) for job, folder in zip(jobs, folders, strict=True)]
+        for run in made if len(made) > 1 else []:
+            write_json(run.folder / "group.json", [other.id for other in made])
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        where = broadcast_object_list(where)
+    return [Run(Path(folder)) for folder in where]
+
+
+def _fit(task: Any, runs: list[Run], job: Job, threads: int, accelerator: Accelerator) -> list[Run]:
+    """Train a task in its runs and save what each has learnt."""
+    main = accelerator.is_main_process
+    with attempt(runs if main else [], threads) as this:
+        loop = Loop(task, runs, job, accelerator, this.number)
+        if not loop.fit():
+            this.status = "stopped"
+        elif main:
+            metrics = _final(runs[0])
+            save: list[Callable[[], Adapter]] = [lambda: task.adapter(metrics)]
+            if len(runs) > 1:
+                save = [lambda slot=slot: task.adapter(metrics, slot=slot) for slot in range(len(runs))]  # type: ignore[misc]
+            for run, adapter in zip(runs, save, strict=True):
+                _save_result(run, adapter())
     return runs
 
 
-def _attempt(runs: Sequence[Run], job: Job, body: Callable[[], bool]) -> None:
-    """Run `body` with the runs locked, their state kept true and their log written."""
-    main = int(os.environ.get("RANK", "0")) == 0
-    with ExitStack() as stack:
-        if main:
-            for run in runs:
-                stack.enter_context(RunLock(run.folder))
-                stack.enter_context(_logged(run.folder / "log.txt"))
-        note = _Note(runs if main else [])
-        note.started()
-        set_threads(job.train.threads)
-        try:
-            note.ended("finished" if body() else "stopped")
-        except BaseException as error:
-            log.error("failed", exc_info=True)
-            note.ended("failed", str(error) or type(error).__name__)
-            raise
-
-
-class _Note:
-    """Writes state and events of an attempt."""
-
-    def __init__(self, runs: Sequence[Run]):
-        self.runs = runs
-
-    def started(self) -> None:
-        for run in self.runs:
-            run.take_request("stop")  # one that came too late for the attempt before
-            attempt = int(run.state.get("attempt", 0)) + 1
-            run.write_state(status="running", attempt=attempt, pid=os.getpid(), message="")
-            run.write_event("started", attempt=attempt)
-
-    def ended(self, status: str, message: str = "") -> None:
-        for run in self.runs:
-            run.write_state(status=status, message=message)
-            run.write_event(status, message=message)
-
-
 @contextmanager
-def _logged(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+def _threads(wanted: int) -> Iterator[int]:
+    """Run with a number of CPU threads, and leave the number as it was."""
+    before = torch.get_num_threads()
     try:
-        yield
+        yield set_threads(wanted)
     finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        handler.close()
+        torch.set_num_threads(before)
 
 
 def _final(run: Run) -> dict[str, Any]:
@@ -401,9 +444,20 @@ def _final(run: Run) -> dict[str, Any]:
 
 
 def _save_result(run: Run, adapter: Adapter) -> None:
-    """Put the adapter into `result/` by one rename."""
-    draft = run.folder / f".result-{os.getpid()}"
-    adapter.save(draft)
-    if (run.folder / "result").exists():
-        raise RunError(str(run.folder / "result"), "it exists already", "Start a new run")
-    draft.rename(run.folder / "result")
+    """Put the adapter, and the newest samples beside it, into `result/` by one rename."""
+    draft, final = run.folder / f".result-{os.getpid()}", run.folder / "result"
+    for old in run.folder.glob(".result-*"):  # left by a killed process
+        shutil.rmtree(old)
+    try:
+        adapter.save(draft)
+        drawn = [event for event in run.events() if event["event"] == "sample"]
+        for name in drawn[-1]["files"] if drawn else []:
+            shutil.copy(run.folder / "samples" / name, draft / f"preview{Path(name).suffix}")
+        sync_folder(draft)
+        if final.exists():  # killed between here and the word "finished"
+            shutil.rmtree(final)
+        draft.rename(final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    sync_folder(run.folder)
