@@ -22,7 +22,7 @@ from graft.studio.pocket.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from torch import nn
+    from torch import Tensor
     from transformers import CLIPModel, CLIPTextModel
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -33,18 +33,15 @@ def cache_root() -> Path:
     return Path(os.environ.get("GRAFT_CACHE") or Path.home() / ".cache" / "graft")
 
 
-def write_weights(name: str, model: nn.Module, facts: dict[str, Any]) -> Path:
+def write_weights(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
     """Write a network's weights as float16 and what is known of its training; returns the weight file."""
     import torch
     from safetensors.torch import save_file
 
     WEIGHTS.mkdir(exist_ok=True)
     path = WEIGHTS / f"{name}.safetensors"
-    tensors = {
-        key: (value.half() if value.dtype == torch.float32 else value).contiguous()
-        for key, value in model.state_dict().items()
-    }
-    save_file(tensors, path.with_suffix(".tmp"), metadata={"format": "pt"})
+    small = {k: (v.half() if v.dtype == torch.float32 else v).contiguous() for k, v in tensors.items()}
+    save_file(small, path.with_suffix(".tmp"), metadata={"format": "pt"})
     path.with_suffix(".tmp").replace(path)
     (WEIGHTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return path

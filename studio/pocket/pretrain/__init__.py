@@ -1,1 +1,51 @@
-"""Scripts that train the embedded models, one file each."""
+"""How the embedded models were trained: one file each, as jobs of a domain of their own.
+
+    graft pocket train autoencoder        # then clip, then unet: each needs the one before
+    graft pocket train unet --steps 20000 --set train.device=cuda
+
+They are ordinary runs: with checkpoints, resumable, with a log and a curve. `graft pocket train` puts the weights into
+the package when the run has finished.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.studio.errors import InputError
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter
+    from graft.studio.job import Job
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Nothing to choose: the data are scenes of known sprites, drawn while training."""
+
+
+def prepare(job: Job, run_folder: Path | None = None) -> Any:
+    """Return the task of one network."""
+    from graft.studio import registry
+    from graft.studio.config import from_dict
+
+    section = {key: value for key, value in job.method.items() if key != "name"}
+    return from_dict(registry.method_class("pocket", str(job.method["name"])), section, "method").task(job.train)
+
+
+def network_adapter(network: Any, name: str, metrics: dict[str, Any]) -> Adapter:
+    """Return a whole network as the result of a run."""
+    from graft.studio.adapter import Adapter, Card
+
+    tensors = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+    return Adapter(tensors, Card(method=name, config={}, domain="pocket", metrics=metrics))
+
+
+def load_base(name: str, **_: Any) -> Any:
+    """Refuse: these trainings start from nothing.
+
+    Raises:
+        InputError: always.
+    """
+    raise InputError(name, "pretraining has no base", "Use the diffusion domain to run pocket-sd")

@@ -10,15 +10,23 @@ There is no adversarial or perceptual term: sprites have sharp edges and flat ar
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import pictures, rng_of
 from graft.studio.pocket.scenes import Scene, Thing, sample_scene
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from graft.studio.adapter import Adapter
+    from graft.studio.job import TrainConfig
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -43,6 +51,15 @@ def crowded_scene(rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
         x, y = (int(v) for v in rng.integers(0, 64 - size + 1, 2))
         things.append(Thing(int(sprite), size, x, y))
     return Scene(tuple(things), ground.colour, ground.texture)
+
+
+@dataclass(frozen=True)
+class Autoencoder:
+    """Nothing to choose beyond the training section; half of a batch are crowded scenes."""
+
+    def task(self, train: TrainConfig) -> AutoencoderTask:
+        """Return the training."""
+        return AutoencoderTask(train.batch_size)
 
 
 class AutoencoderTask(nn.Module):
@@ -81,3 +98,18 @@ class AutoencoderTask(nn.Module):
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         psnr = -10 * torch.log10(error.detach().square().mean() / 4)
         return absolute + 0.5 * gradient + 1e-4 * kl, {"psnr": psnr, "kl": kl.detach()}
+
+    @torch.no_grad()
+    def sample(self, step: int, folder: Path) -> list[Path]:
+        """Draw eight scenes and, below them, what comes back."""
+        from graft.studio.pocket.report import grid, reconstructions
+
+        scenes, output = reconstructions(self.vae.eval(), self.sprites, 8)
+        self.vae.train()
+        path = folder / f"{step:06d}.png"
+        grid(torch.cat([scenes, output]), 8, 2).save(path)
+        return [path]
+
+    def adapter(self, metrics: dict[str, Any]) -> Adapter:
+        """Return the network."""
+        return network_adapter(self.vae, "autoencoder", metrics)

@@ -13,6 +13,7 @@ those that happen to be in its batch; no sprite occurs twice in a batch, so no p
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,12 +21,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import pictures, rng_of
 from graft.studio.pocket.scenes import OPENINGS, caption, portrait, sample_scene, with_article
 from graft.studio.pocket.tokenizer import LENGTH, load_tokenizer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import CLIPConfig, CLIPTokenizer
+
+    from graft.studio.adapter import Adapter
+    from graft.studio.job import TrainConfig
 
 TEXT: dict[str, Any] = {
     "hidden_size": 192,
@@ -63,6 +70,25 @@ class Batch(NamedTuple):
     pictures: Tensor
     input_ids: Tensor
     target: Tensor | None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Which towers are trained."""
+
+    bank: int = 384
+    """Names that a picture of a names step is compared with."""
+    freeze_text: bool = False
+    """Go on from the committed weights with the image tower only: the text space of `pocket-sd` stays as it is."""
+
+    def task(self, train: TrainConfig) -> ClipTask:
+        """Return the training."""
+        task = ClipTask(train.batch_size, self.bank, self.freeze_text)
+        if self.freeze_text:
+            from graft.studio.pocket import models
+
+            task.clip.load_state_dict(models.clip().state_dict())
+        return task
 
 
 class ClipTask(nn.Module):
@@ -121,3 +147,11 @@ class ClipTask(nn.Module):
         own = torch.arange(len(logits))
         hit = (logits.argmax(1) == own).float().mean()
         return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2, {"caption_top1": hit}
+
+    def sample(self, step: int, folder: Path) -> list[Path]:
+        """Draw nothing: this model has no pictures of its own."""
+        return []
+
+    def adapter(self, metrics: dict[str, Any]) -> Adapter:
+        """Return the network."""
+        return network_adapter(self.clip, "clip", metrics)
