@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -10,12 +9,15 @@ from typing import Any
 
 from graft.studio.errors import InputError
 
-DOMAINS: dict[str, str] = {"diffusion": "graft.diffusion"}
+DOMAINS: dict[str, str] = {"diffusion": "graft.diffusion", "pocket": "graft.studio.pocket.pretrain"}
 """Domain -> package with `DataConfig`, `load_base`, `prepare`, `preview` and `evaluate`."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
+    ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
+    ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
+    ("pocket", "unet"): "graft.studio.pocket.pretrain.unet:Unet",
 }
 """(domain, method) -> "module:class", a frozen dataclass."""
 
@@ -32,9 +34,9 @@ _MARKS = {"model_index.json": "diffusion"}
 
 
 def _refuse(kind: str, name: str, known: list[str]) -> InputError:
-    near = get_close_matches(name, known, 1)
-    remedy = f"Did you mean {near[0]!r}? " if near else ""
-    return InputError(f"{kind} {name!r}", f"there is no such {kind}", f"{remedy}Known: {', '.join(known)}")
+    from graft.studio.config import suggest
+
+    return InputError(f"{kind} {name!r}", f"there is no such {kind}", suggest(name, known))
 
 
 def domain(name: str) -> ModuleType:
