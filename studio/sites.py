@@ -111,8 +111,9 @@ class Plan:
         return hashlib.sha256(json.dumps(self.to_list(), sort_keys=True).encode()).hexdigest()
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Returns the sites as plain data, for a card."""
-        return [asdict(site) for site in self]
+        """Returns the sites as the plain data that JSON holds, for a card."""
+        sites: list[dict[str, Any]] = json.loads(json.dumps([asdict(site) for site in self]))
+        return sites
 
     @classmethod
     def from_list(cls, data: Iterable[Mapping[str, Any]]) -> Plan:

@@ -1,0 +1,209 @@
+"""What every method promises. A method joins by one line in `CASES`."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
+from graft.studio.config import to_dict
+from graft.studio.methods.lora import LoRA
+
+
+class Tokens(nn.Module):
+    """An embedding, a convolution and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.conv, self.out = nn.Embedding(11, 8), nn.Conv1d(8, 6, 3, padding=1), nn.Linear(6, 5)
+
+    def forward(self, ids):
+        return self.out(self.conv(self.table(ids).mT).mT)
+
+
+def vit(name="vit_tiny_patch16_224"):
+    return timm.create_model(name, img_size=32, depth=2, embed_dim=16, num_heads=2, num_classes=3)
+
+
+def beit():
+    return vit("beit_base_patch16_224")
+
+
+@dataclass(frozen=True)
+class Case:
+    method: Any
+    model: Callable[[], nn.Module] = vit
+    mixed: bool = True
+    """Whether rows of a batch can choose."""
+
+    def base(self) -> nn.Module:
+        torch.manual_seed(0)
+        return self.model().requires_grad_(False).eval()
+
+    def x(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        if self.model is Tokens:
+            return torch.randint(11, (4, 7), generator=generator)
+        return torch.randn(4, 3, 32, 32, generator=generator)
+
+
+CASES = {
+    "lora": Case(LoRA(rank=2)),
+    "lora, all sites": Case(LoRA(rank=2, alpha=5.0, targets=("all", "head"))),
+    "lora, rank-stabilised, dropout": Case(LoRA(rank=2, rslora=True, dropout=0.2, targets="all-linear")),
+    "lora, embedding and convolution": Case(LoRA(rank=2, targets=("embedding", "all", "out")), Tokens),
+    "lora, convolution with dropout": Case(LoRA(rank=2, dropout=0.2, targets="all"), Tokens),
+    "lora, weight mode": Case(LoRA(rank=2, targets="q", weight_mode=("attn.qkv",)), beit, mixed=False),
+}
+every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+def moved(case, model, slots=1):
+    """A handle whose slots all do something, in inference mode."""
+    handle = case.method.attach(model, slots=slots)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    handle.bank.eval()
+    return handle
+
+
+def train(model, handle, x, optimizer, steps):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def adamw(handle):
+    return torch.optim.AdamW(handle.bank.parameters(), lr=1e-2)
+
+
+@every_method
+def test_identity_at_init_is_bit_identical(case):
+    model, x = case.base(), case.x()
+    expected = model(x)
+    case.method.attach(model)
+    assert torch.equal(model(x), expected)
+
+
+@every_method
+def test_gradient_reaches_every_trainable_tensor_and_nothing_else(case):
+    model, x = case.base(), case.x()
+    handle = case.method.attach(model)
+    train(model, handle, x, adamw(handle), steps=2)
+    for name, parameter in handle.bank.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@every_method
+def test_every_site_passes_the_probe(case):
+    model, x = case.base(), case.x()
+    case.method.attach(model).probe(lambda: model(x))
+
+
+@every_method
+def test_detach_restores_bits_keys_and_classes(case):
+    model, x = case.base(), case.x()
+    before, expected = deepcopy(model), model(x)
+    handle = moved(case, model)
+    assert not torch.equal(model(x), expected)
+    handle.merge()
+    handle.detach()
+    assert torch.equal(model(x), expected)
+    assert {name: type(module) for name, module in model.named_modules()} == {
+        name: type(module) for name, module in before.named_modules()
+    }
+    for (name, tensor), (other, same) in zip(model.state_dict().items(), before.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(tensor, same)
+
+
+@every_method
+@torch.no_grad()
+def test_a_saved_adapter_gives_the_same_output_on_a_fresh_base(case, tmp_path):
+    model, x = case.base(), case.x()
+    handle = moved(case, model)
+    expected = model(x)
+    handle.detach()
+    card = Card("lora", to_dict(case.method), base_hash=base_hash({"": model}), sites=handle.plan.to_list())
+    Adapter(handle.tensors(), card).save(tmp_path)
+    fresh = case.base()
+    with load_adapter(tmp_path).attached(fresh):
+        assert torch.equal(fresh(x), expected)
+
+
+@every_method
+def test_merged_equals_attached(case):
+    model, x = case.base(), case.x()
+    handle = moved(case, model)
+    attached = model(x)
+    handle.merge()
+    assert (model(x) - attached).abs().max() <= 1e-5 * attached.abs().max()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.mixed])
+def test_mixed_rows_equal_separate_rows(case):
+    model, x = case.base(), case.x()
+    base = model(x)
+    handle = moved(case, model, slots=3)
+    route = [1, -1, 0, 2]
+    handle.route(torch.tensor(route))
+    mixed = model(x)
+    for row, slot in enumerate(route):
+        handle.route(torch.tensor([slot]))
+        torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=0)
+
+
+@every_method
+def test_the_plan_counts_what_is_trained(case):
+    model = case.base()
+    plan = case.method.plan(model)
+    handle = case.method.attach(model, slots=2)
+    assert sum(parameter.numel() for parameter in handle.bank.parameters()) == 2 * plan.parameters
+    assert handle.plan.sites == plan.sites
+
+
+@every_method
+def test_training_resumes_exactly(case):
+    x = case.x()
+
+    def start():
+        torch.manual_seed(2)
+        model = case.base()
+        handle = case.method.attach(model)
+        return model, handle, adamw(handle)
+
+    model, handle, optimizer = start()
+    train(model, handle, x, optimizer, steps=2)
+    saved = deepcopy((handle.bank.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
+    train(model, handle, x, optimizer, steps=2)
+    again, other, resumed = start()
+    other.bank.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    torch.set_rng_state(saved[2])
+    train(again, other, x, resumed, steps=2)
+    for name, tensor in handle.bank.state_dict().items():
+        assert torch.equal(tensor, other.bank.state_dict()[name]), name
+
+
+@every_method
+def test_an_evaluation_before_training_does_not_freeze_anything(case):
+    model, x = case.base(), case.x()
+    handle = case.method.attach(model)
+    handle.bank.eval()
+    with torch.inference_mode():
+        model(x)
+    handle.bank.train()
+    start = handle.tensors()
+    train(model, handle, x, adamw(handle), steps=2)
+    for name, tensor in handle.tensors().items():
+        assert not torch.equal(tensor, start[name]), name
