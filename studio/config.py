@@ -42,7 +42,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     check_keys(cls, data, where)
     try:
         # JSON mode: strict about types, and still reads a list as a tuple and a string as a path, as TOML needs.
-        return _adapter(cls).validate_json(json.dumps(dict(data), default=_plain), strict=True)
+        return _adapter(typing.cast(Any, cls)).validate_json(json.dumps(dict(data), default=_plain), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([where, *(str(part) for part in first["loc"])])

@@ -1,13 +1,13 @@
 """Errors that tell what was given, what was wrong with it and what to do.
 
-    GraftError                 failed, exit code 1
-      InputError               bad input, exit code 2
-        SiteError              a place in a model
-        DataError              pictures, captions, tables
-        FormatError            a file that is not what it claims
-        BaseMismatchError      an adapter of another base
-        RunError               a run folder
-        DiskFullError          no space
+GraftError                 failed, exit code 1
+  InputError               bad input, exit code 2
+    SiteError              a place in a model
+    DataError              pictures, captions, tables
+    FormatError            a file that is not what it claims
+    BaseMismatchError      an adapter of another base
+    RunError               a run folder
+    DiskFullError          no space
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from graft.studio.config import from_dict, read_toml, to_dict, write_toml
+from graft.studio.config import from_dict, parse_value, read_toml, to_dict, write_toml
 from graft.studio.errors import InputError
 
 
@@ -117,7 +116,7 @@ class Job:
 
         Args:
             source: a job, its mapping, or the path of a TOML file. A relative `data.path` in a file is taken from the
-                file's folder.
+                file's folder, elsewhere from the current one.
             overrides: "train.steps=50" and the like; the value is TOML, or a string if it is not.
 
         Raises:
@@ -131,6 +130,7 @@ class Job:
             data = _from_file(Path(source))
         for override in overrides:
             _override(data, override)
+        _anchor(data, Path.cwd())
         return from_dict(cls, data, "job").checked()
 
     def checked(self) -> Job:
@@ -157,10 +157,15 @@ class Job:
 
 def _from_file(path: Path) -> dict[str, Any]:
     data = read_toml(path)
+    _anchor(data, path.absolute().parent)
+    return data
+
+
+def _anchor(data: dict[str, Any], folder: Path) -> None:
+    """Make `data.path` absolute: the job will be read again from another folder."""
     section = data.get("data")
     if isinstance(section, dict) and isinstance(section.get("path"), str):
-        section["path"] = str((path.parent / section["path"]).resolve())
-    return data
+        section["path"] = str(folder / Path(section["path"]).expanduser())
 
 
 def _override(data: dict[str, Any], text: str) -> None:
@@ -168,12 +173,8 @@ def _override(data: dict[str, Any], text: str) -> None:
     *sections, last = (part.strip() for part in key.split("."))
     if not equals or not last:
         raise InputError(f"--set {text}", "it is not of the form key=value", "Write --set train.steps=50")
-    try:
-        parsed = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
             raise InputError(f"--set {text}", f"{section!r} is a value, not a section", "Check the key")
-    data[last] = parsed
+    data[last] = parse_value(value.strip())

@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -419,12 +419,10 @@ def _fit(task: Any, runs: list[Run], job: Job, threads: int, accelerator: Accele
         if not loop.fit():
             this.status = "stopped"
         elif main:
-            metrics = _final(runs[0])
-            save: list[Callable[[], Adapter]] = [lambda: task.adapter(metrics)]
-            if len(runs) > 1:
-                save = [lambda slot=slot: task.adapter(metrics, slot=slot) for slot in range(len(runs))]  # type: ignore[misc]
-            for run, adapter in zip(runs, save, strict=True):
-                _save_result(run, adapter())
+            metrics, pictures = _final(runs[0]), _newest_samples(runs[0])
+            for slot, run in enumerate(runs):
+                adapter = task.adapter(metrics) if len(runs) == 1 else task.adapter(metrics, slot=slot)
+                _save_result(run, adapter, pictures if len(runs) == 1 else pictures[slot : slot + 1])
     return runs
 
 
@@ -443,16 +441,21 @@ def _final(run: Run) -> dict[str, Any]:
     return {"steps": run.state["step"], **{k: rows[-1][k] for k in ("loss", "seconds") if rows and k in rows[-1]}}
 
 
-def _save_result(run: Run, adapter: Adapter) -> None:
-    """Put the adapter, and the newest samples beside it, into `result/` by one rename."""
+def _newest_samples(run: Run) -> list[Path]:
+    """What was drawn last: one picture per slot of the task."""
+    drawn = [event["files"] for event in run.events() if event["event"] == "sample"]
+    return [run.folder / "samples" / name for name in (drawn[-1] if drawn else [])]
+
+
+def _save_result(run: Run, adapter: Adapter, pictures: Sequence[Path]) -> None:
+    """Put the adapter and its pictures into `result/` by one rename."""
     draft, final = run.folder / f".result-{os.getpid()}", run.folder / "result"
     for old in run.folder.glob(".result-*"):  # left by a killed process
         shutil.rmtree(old)
     try:
         adapter.save(draft)
-        drawn = [event for event in run.events() if event["event"] == "sample"]
-        for name in drawn[-1]["files"] if drawn else []:
-            shutil.copy(run.folder / "samples" / name, draft / f"preview{Path(name).suffix}")
+        for path in pictures:
+            shutil.copy(path, draft / f"preview{path.suffix}")
         sync_folder(draft)
         if final.exists():  # killed between here and the word "finished"
             shutil.rmtree(final)

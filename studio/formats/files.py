@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,32 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from graft.studio.errors import DiskFullError, FormatError
-
-
-def write_atomic(path: Path, data: bytes) -> Path:
-    """Writes a file by a temporary one beside it, fsync and rename: a reader sees the old file or the new one.
-
-    Raises:
-        DiskFullError: no space; the old file stays.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)  # mkstemp makes files for the owner only
-        Path(name).replace(path)
-    except OSError as error:
-        Path(name).unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                str(path), f"no space for {len(data):,} bytes", "free some space, then repeat"
-            ) from error
-        raise
-    return path
+from graft.studio.disk import write_atomic
+from graft.studio.errors import FormatError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:

@@ -18,8 +18,9 @@ from typing import Any
 
 from torch import Tensor
 
+from graft.studio.disk import sync_folder, write_atomic
 from graft.studio.errors import FormatError
-from graft.studio.formats.files import read_tensors, write_atomic, write_tensors
+from graft.studio.formats.files import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,16 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         write_atomic(draft / "training.json", json.dumps(rest).encode())
         hashes = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
         write_atomic(draft / "manifest.json", json.dumps(hashes, indent=1).encode())
-        if final.exists():  # a rewind to an earlier step
-            shutil.rmtree(final)
+        sync_folder(draft)
+        _remove(final)  # a rewind to an earlier step
         draft.rename(final)
-        _sync(folder)
+        sync_folder(folder)
         write_atomic(folder / "LATEST", final.name.encode())
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     for old in _complete(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     return final
 
 
@@ -100,6 +101,15 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(rest["step"], model, _unflatten(tensors, rest["optimizer"]), rest["extra"])
 
 
+def _remove(path: Path) -> None:
+    """Delete a checkpoint so that no part of it is ever seen under its name."""
+    if path.exists():
+        gone = path.with_name(f".{path.name}-gone")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
 def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob("[0-9]*/manifest.json"))
 
@@ -130,11 +140,3 @@ def _unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, A
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,17 +17,19 @@ import os
 import platform
 import re
 import secrets
+import shutil
+import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.studio.config import suggest
+from graft.studio.disk import append_line, read_lines, write_atomic, write_json
 from graft.studio.errors import RunError
-from graft.studio.formats.files import write_atomic
 from graft.studio.job import Job
 from graft.studio.runs.lock import holder
 
@@ -66,14 +68,21 @@ class Run:
         status = str(self.state["status"])
         return "interrupted" if status == "running" and holder(self.folder) is None else status
 
+    @property
+    def group(self) -> list[Run]:
+        """The runs that are trained in one batch with this one, itself among them; the first has the checkpoints."""
+        path = self.folder / "group.json"
+        names = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [self.folder.name]
+        return [Run(self.folder.parent / name) for name in names]
+
     def metrics(self) -> list[dict[str, Any]]:
         """Logged figures by step; where a step was trained twice, after a resume, the later line counts."""
-        rows = {row["step"]: row for row in _lines(self.folder / "metrics.jsonl") if "step" in row}
+        rows = {row["step"]: row for row in read_lines(self.folder / "metrics.jsonl") if "step" in row}
         return [rows[step] for step in sorted(rows)]
 
     def events(self) -> list[dict[str, Any]]:
         """What happened, in order: started, checkpoint, sample, stopped, failed, finished."""
-        return list(_lines(self.folder / "events.jsonl"))
+        return read_lines(self.folder / "events.jsonl")
 
     def samples(self) -> list[Path]:
         """Pictures drawn on the way, by step."""
@@ -107,42 +116,22 @@ class Run:
     def write_state(self, **changes: Any) -> None:
         """Replace the given entries of state.json."""
         state = {**self.state, **changes, "time": _now()}
-        write_atomic(self.folder / "state.json", (json.dumps(state, indent=1) + "\n").encode())
+        write_json(self.folder / "state.json", state)
 
     def write_event(self, event: str, **facts: Any) -> None:
         """Add a line to events.jsonl."""
         append_line(self.folder / "events.jsonl", {"time": _now(), "event": event, **facts})
 
 
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Add a JSON line with one write call, so that a killed process leaves whole lines or none."""
-    data = (json.dumps(row) + "\n").encode()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.write(descriptor, data)
-    finally:
-        os.close(descriptor)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a JSON-lines file; a last line without its end is not yet one."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield json.loads(line)
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
-def create_run(job: Job, folder: Path | None = None, runs: Path | None = None) -> Run:
-    """Make the folder of a new run.
+def new_folder(job: Job, folder: str | Path | None = None, runs: str | Path | None = None) -> Path:
+    """Return where a new run goes.
 
     Args:
-        job: it is frozen into the folder.
+        job: gives the run its name.
         folder: the run's own folder, absent or empty; None names one by time, chance and the job's name.
         runs: where named folders go; None is `runs` in the current folder.
 
@@ -152,17 +141,38 @@ def create_run(job: Job, folder: Path | None = None, runs: Path | None = None) -
     if folder is None:
         slug = re.sub(r"[^a-z0-9]+", "-", (job.name or str(job.method["name"])).lower()).strip("-")[:40] or "run"
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        folder = (runs or Path("runs")) / f"{stamp}-{secrets.token_hex(2)}-{slug}"
-    folder = Path(folder)
+        folder = Path(runs or "runs") / f"{stamp}-{secrets.token_hex(2)}-{slug}"
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(str(folder), "it is not an empty folder", "Name a new one, or `graft runs resume` this run")
-    for part in ("samples", "checkpoints", "control"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "env.json", (json.dumps(environment(), indent=1) + "\n").encode())
-    write_atomic(folder / "job.toml", job.to_toml().encode())
-    run = Run(folder)
-    run.write_state(status="created", step=0, steps=job.train.steps, attempt=0, message="")
-    return run
+    return folder
+
+
+def create_run(job: Job, folder: Path, facts: Mapping[str, Any] | None = None) -> Run:
+    """Make the folder of a new run, whole or not at all.
+
+    Args:
+        job: it is frozen into the folder.
+        folder: as `new_folder` returns it.
+        facts: what else env.json is to say.
+
+    Raises:
+        DiskFullError: no space.
+    """
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        for part in ("samples", "checkpoints", "control"):
+            (draft / part).mkdir(parents=True)
+        write_json(draft / "env.json", {**environment(), **(facts or {})})
+        write_atomic(draft / "job.toml", job.to_toml().encode())
+        Run(draft).write_state(status="created", step=0, steps=job.train.steps, attempt=0, message="")
+        if folder.exists():
+            folder.rmdir()
+        draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return Run(folder)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -177,10 +187,26 @@ def open_run(folder: str | Path) -> Run:
     return Run(folder)
 
 
-def list_runs(runs: Path = Path("runs")) -> list[Run]:
+def list_runs(runs: str | Path = "runs") -> list[Run]:
     """Return the runs in a folder, oldest first."""
-    found = [path.parent for path in Path(runs).glob("*/job.toml")] if Path(runs).is_dir() else []
+    found = [path.parent for path in Path(runs).glob("[!.]*/job.toml")] if Path(runs).is_dir() else []
     return [Run(folder) for folder in sorted(found)]
+
+
+def find_run(name: str, runs: str | Path = "runs") -> Run:
+    """Return a run by its folder, its id, or the only beginning or end of an id that fits.
+
+    Raises:
+        RunError: none fits, or several do.
+    """
+    if (Path(name) / "job.toml").is_file():
+        return Run(Path(name))
+    known = list_runs(runs)
+    fit = [run for run in known if run.id == name] or [r for r in known if r.id.startswith(name) or r.id.endswith(name)]
+    if len(fit) != 1:
+        reason = f"{len(fit)} runs fit" if fit else f"there is no such run in {runs}"
+        raise RunError(f"run {name!r}", reason, suggest(name, [run.id for run in fit or known]))
+    return fit[0]
 
 
 def environment() -> dict[str, Any]:
@@ -193,8 +219,8 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "accelerators": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
-        "started": _now(),
-        "unix_time": time.time(),
+        "commit": _commit(),
+        "created": _now(),
     }
 
 
@@ -203,3 +229,12 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it does."""
+    here = Path(__file__).resolve().parents[2]
+    if not (here / ".git").exists() or shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
