@@ -76,6 +76,10 @@ class ConceptTask(DiffusionTask):
         """One group without weight decay, which would pull a word's rows to the origin."""
         return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
 
+    def gradients(self) -> list[list[Tensor]]:
+        """The gradients of every job, which are clipped each by their own norm."""
+        return [_gradients(self.handle, slot) for slot in range(len(self.subjects))]
+
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draws every job's prompts as they are now; modes, generators and routes stay as they were."""
         files = []
@@ -258,6 +262,12 @@ def _sources(base: DiffusionBase, subject: Subject, slot: int, table: PromptTabl
         prior = class_latents(base, class_prompt, method.class_pictures, side, cache)
         prompts = [table.rows(slot, [class_prompt])] * method.class_pictures
         yield Source(prior["mean"][:, None], prior["std"][:, None], prompts, rows, method.prior_weight, slot)
+
+
+def _gradients(handle: Any, slot: int) -> list[Tensor]:
+    if isinstance(handle, Concepts):  # a parameter per word; elsewhere a stack over slots
+        return [grad for grad in (handle.bank.rows[slot].grad,) if grad is not None]
+    return [p.grad[slot] for p in handle.bank.parameters() if p.grad is not None]
 
 
 def row_slots(sources: Sequence[Source]) -> Tensor:

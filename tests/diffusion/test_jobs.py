@@ -36,6 +36,9 @@ def steps(task, count: int = 3, start: int = 0) -> list[float]:
         loss, _ = task(task.batch(step, torch.Generator().manual_seed(100 + step)))
         optimizer.zero_grad()
         loss.backward()
+        for gradients in task.gradients():
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, (0.1 / norm).clamp(max=1.0))
         optimizer.step()
         losses.append(loss.item())
     return losses
