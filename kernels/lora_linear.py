@@ -87,7 +87,7 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, plan: tuple, *tensors: Any) -> Tensor:
         width = tensors[1].shape[1] if weight is None else weight.shape[0]
-        y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias)
+        y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
         hiddens = []
         for (rows, dropout, seed), (down, up, scale, route) in zip(plan, _fours(tensors), strict=True):
             down, up, scale = _pick(down, up, scale, route, x.dtype, dropout)
@@ -113,7 +113,7 @@ class _LoRALinear(torch.autograd.Function):
         hiddens, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
         grad_x = None
         if needs[0]:
-            grad_x = grad.new_zeros(ctx.shape) if weight is None else grad @ weight
+            grad_x = grad.new_zeros(ctx.shape) if weight is None else (grad @ weight).contiguous()
         flat = grad.reshape(-1, grad.shape[-1])
         grad_weight = flat.T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
         grad_bias = flat.sum(0) if needs[2] else None
@@ -191,7 +191,8 @@ def _spread(grad: Tensor | None, stack: Tensor, route: Tensor | None) -> Tensor 
 
 
 def _threshold(dropout: float) -> int:
-    return round(dropout * 256)
+    """How many of the 256 bytes drop their element; never all."""
+    return min(round(dropout * 256), 255)
 
 
 def _masks(

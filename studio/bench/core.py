@@ -7,7 +7,6 @@ process CPU times, on one thread. Saved activations are counted to the byte.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graft.studio.disk import write_json
 from graft.studio.errors import InputError
 from graft.studio.methods.lora import LoRA
 from graft.studio.slots import Handle
@@ -92,8 +92,7 @@ def run(out: Path | None = None, rounds: int = 7, depth: int = 12, width: int = 
         "largest_difference_to_peft": agreement,
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "core.json").write_text(json.dumps(result, indent=2))
+        write_json(out / "core.json", result)
     return result
 
 

@@ -45,6 +45,15 @@ def test_gradients_with_dropout_see_the_mask_of_the_forward(route, rows):
     assert torch.autograd.gradcheck(run, (x, term.down, term.up))
 
 
+def test_a_transposed_input_and_an_expanded_gradient_are_served():
+    x, weight, bias, term = case(ROUTES["mixed"], ROWS["packed"])
+    turned = x.detach().mT.contiguous().mT.requires_grad_()
+    torch.testing.assert_close(lora_linear(turned, weight, bias, (term,)), reference(x, weight, bias, (term,)))
+    ours = torch.autograd.grad(lora_linear(turned, weight, bias, (term,)).sum(), turned)
+    expected = torch.autograd.grad(reference(x, weight, bias, (term,)).sum(), x)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_without_a_base_the_terms_stand_alone():
     x, weight, bias, term = case()
     alone = lora_linear(x, None, None, (term,))
