@@ -1,0 +1,123 @@
+"""`graft adapters`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from graft.studio.commands import Answer, add_runs, command, find_adapter, group, table
+from graft.studio.commands.preview import load_base_of
+
+
+def add(commands: Any) -> None:
+    """Add the commands."""
+    inner = group(commands, "adapters", "list, inspect, convert, verify and merge adapters")
+    add_runs(command(inner, "list", list_, "list the adapters of the runs"))
+    for name, run, help in (
+        ("inspect", inspect, "show what an adapter is and what it was made from"),
+        ("convert", convert, "write an adapter for another library"),
+        ("verify", verify, "check that an adapter is whole and fits its base"),
+        ("merge", merge, "write a copy of the base with the adapter in its weights"),
+    ):
+        parser = command(inner, name, run, help)
+        parser.add_argument("name", metavar="RUN_OR_ADAPTER", help="a run, or the folder or file of an adapter")
+        if name in ("convert", "merge"):
+            parser.add_argument("out", metavar="DIR", help="folder to write")
+        if name == "convert":
+            parser.add_argument("--to", default="diffusers", metavar="FORMAT", help="diffusers, peft, kohya or native")
+        if name in ("verify", "merge"):
+            parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
+        add_runs(parser)
+
+
+def list_(args: argparse.Namespace) -> Answer:
+    """The results of finished runs."""
+    from graft.studio.adapter import Adapter
+    from graft.studio.runs import list_runs
+
+    rows = []
+    for run in list_runs(args.runs):
+        if (run.folder / "result").is_dir():
+            card = Adapter.load(run.folder / "result").card
+            rows.append(
+                {"run": run.id, "method": card.method, "base": card.base, "trigger": card.trigger, **_loss(card)}
+            )
+    empty = f"no adapters in {args.runs}"
+    return Answer(rows, table(rows, ("run", "method", "base", "trigger", "loss")) if rows else empty)
+
+
+def _loss(card: Any) -> dict[str, Any]:
+    return {"loss": card.metrics.get("loss")}
+
+
+def inspect(args: argparse.Namespace) -> Answer:
+    """Card and tensors."""
+    adapter, _ = find_adapter(args.name, args.runs)
+    tensors = [
+        {"name": name, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
+        for name, tensor in adapter.tensors.items()
+    ]
+    parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
+    document = {**dataclasses.asdict(adapter.card), "parameters": parameters, "tensors": tensors}
+    facts = [
+        {"": key, " ": f"{len(value)} sites" if key == "sites" else value}
+        for key, value in document.items()
+        if key != "tensors"
+    ]
+    shown = table(tensors[:20], ("name", "shape", "dtype"))
+    more = f"\n... and {len(tensors) - 20} more" if len(tensors) > 20 else ""
+    return Answer(document, f"{table(facts, ('', ' '))}\n\n{shown}{more}")
+
+
+def convert(args: argparse.Namespace) -> Answer:
+    """The adapter in another format."""
+    adapter, _ = find_adapter(args.name, args.runs)
+    files = [str(path) for path in adapter.export(args.out, args.to)]
+    return Answer({"format": args.to, "files": files}, "\n".join(files))
+
+
+def verify(args: argparse.Namespace) -> Answer:
+    """Whole, finite, and attached to its base without leaving a trace."""
+    from graft.studio.adapter import base_hash
+    from graft.studio.errors import FormatError
+
+    adapter, _ = find_adapter(args.name, args.runs)
+    broken = [name for name, tensor in adapter.tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise FormatError(args.name, f"{', '.join(broken[:5])} are not finite", "Train it again")
+    base = load_base_of(adapter, args.base)
+    before = base_hash(base.modules)
+    with adapter.attached(base):
+        pass
+    document = {
+        "tensors": len(adapter.tensors),
+        "base": base.name,
+        "base_hash": base.hash,
+        "attaches": True,
+        "detaches": base_hash(base.modules) == before,
+    }
+    return Answer(
+        document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]})", 0 if document["detaches"] else 1
+    )
+
+
+def merge(args: argparse.Namespace) -> Answer:
+    """The base with the adapter in its weights."""
+    from graft.studio import registry
+    from graft.studio.errors import InputError
+
+    adapter, _ = find_adapter(args.name, args.runs)
+    base = load_base_of(adapter, args.base)
+    domain = registry.domain(base.domain)
+    out = Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(str(out), "it exists and is not an empty folder", "Name a new folder")
+    with adapter.attached(base) as handle:
+        if not hasattr(handle, "merge") or not hasattr(domain, "save_base"):
+            reason = f"what {adapter.card.method} learns is not a change of the base's weights"
+            raise InputError(args.name, reason, "Use `graft adapters convert`")
+        handle.merge()
+        domain.save_base(base, out)
+    return Answer({"folder": str(out)}, f"merged base written to {out}")

@@ -1,0 +1,58 @@
+"""`graft pocket`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from graft.studio.commands import Answer, add_set, command, group, table
+
+
+def add(commands: Any) -> None:
+    """Add the commands."""
+    inner = group(commands, "pocket", "the embedded models: list, export, train, report")
+    command(inner, "list", list_, "list the embedded models")
+    parser = command(inner, "export", export, "write a model as a standard folder of its library")
+    parser.add_argument("name", metavar="NAME", help="such as pocket-sd")
+    parser.add_argument("folder", metavar="DIR", help="a new folder")
+    parser = command(inner, "train", train, "train one network of the embedded models, or go on with its run")
+    parser.add_argument("network", metavar="NETWORK", help="autoencoder, clip or unet")
+    parser.add_argument("--run-dir", metavar="DIR", help="folder of the run; one that exists is resumed")
+    parser.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
+    add_set(parser, "train.batch_size=32")
+    parser = command(inner, "report", report, "measure the embedded models and write the report")
+    parser.add_argument("--out", default="docs", metavar="DIR", help="folder of the report (default: docs)")
+
+
+def list_(args: argparse.Namespace) -> Answer:
+    """The models."""
+    from graft.studio.pocket.commands import list_models
+
+    rows = list_models()
+    return Answer(rows, table(rows, ("name", "networks", "megabytes", "present", "hash")))
+
+
+def export(args: argparse.Namespace) -> Answer:
+    """One model as a folder."""
+    from graft.studio.pocket.commands import export
+
+    folder = export(args.name, args.folder)
+    return Answer({"name": args.name, "folder": str(folder)}, f"{args.name} written to {folder}")
+
+
+def train(args: argparse.Namespace) -> Answer:
+    """One network."""
+    from graft.studio.commands.train import outcome, told
+    from graft.studio.pocket.commands import train
+
+    run = train(args.network, run_dir=args.run_dir, steps=args.steps, overrides=args.set)
+    return Answer(outcome(run), told(run))
+
+
+def report(args: argparse.Namespace) -> Answer:
+    """The quality of the models."""
+    from graft.studio.pocket.commands import report
+
+    figures = report(args.out)
+    rows = [{"figure": key, "value": value} for key, value in figures.items()]
+    return Answer(figures, table(rows, ("figure", "value")))
