@@ -92,10 +92,7 @@ class _LoRALinear(torch.autograd.Function):
         for (rows, dropout, seed), (down, up, scale, route) in zip(plan, _fours(tensors), strict=True):
             down, up, scale = _pick(down, up, scale, route, x.dtype, dropout)
             x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
-            hidden = x.new_empty(x3.shape[0], down.shape[1], x3.shape[1])  # (g, r, m), rank first
-            for at, mask in _masks(tuple(x3.shape), dropout, seed, like=x):
-                chunk = x3[at] if mask is None else mask.mul_(x3[at])
-                hidden[at[0], :, at[1]] = down[at[0]] @ chunk.mT
+            hidden = _through(x3, down, dropout, seed)
             part.baddbmm_((hidden * scale).mT, up.mT)
             hiddens.append(hidden)
         ctx.plan = plan
@@ -131,6 +128,16 @@ class _LoRALinear(torch.autograd.Function):
             _into_input(grad_hidden, x3, part_down, grad_down, into, dropout, seed)
             grads += [_spread(grad_down, down, route), _spread(grad_up, up, route), None, None]
         return grad_x, grad_weight, grad_bias, None, *grads
+
+
+def _through(x: Tensor, down: Tensor, dropout: float, seed: int) -> Tensor:
+    """Returns ``A drop(x)'``, (g, r, m): rank first."""
+    if not _threshold(dropout):
+        return down @ x.mT
+    hidden = x.new_empty(x.shape[0], down.shape[1], x.shape[1])
+    for at, mask in _masks(tuple(x.shape), dropout, seed, like=x):
+        hidden[at[0], :, at[1]] = down[at[0]] @ mask.mul_(x[at]).mT
+    return hidden
 
 
 def _into_input(
@@ -176,7 +183,8 @@ def _pick(
     else:
         slot = route.clamp(min=0)
         down, up, scale = down[slot], up[slot], scale[slot] * (route >= 0)
-    scale = scale / (1 - _threshold(dropout) / 256)
+    if dropped := _threshold(dropout):
+        scale = scale * (256 / (256 - dropped))
     return down.to(dtype), up.to(dtype), scale.to(dtype).view(-1, 1, 1)
 
 
