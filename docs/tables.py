@@ -1,20 +1,24 @@
 """Rewrites the tables of `docs/*.md` that are made from the code (`make docs`).
 
-A table stands between `<!-- fields module:Class -->` and `<!-- end -->`; it lists the fields of a dataclass with their
-defaults and the text under each.
+Between `<!-- fields module:Class -->` and `<!-- end -->` stand the fields of a dataclass with their defaults and the
+text under each; between `<!-- commands -->` and `<!-- end -->`, every command with its arguments.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from graft.studio.cli import build_parser
 from graft.studio.config import field_docs
 
-BLOCK = re.compile(r"(?P<head><!-- fields (?P<place>\S+) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(?P<head><!-- (?:fields (?P<place>\S+)|commands) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+EVERYWHERE = {"--help", "--json", "--version"}
 
 
 def default(field: dataclasses.Field[Any]) -> str:
@@ -45,12 +49,45 @@ def table(cls: Any) -> str:
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows]) + "\n"
 
 
+def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Parsers of the commands that have no commands of their own."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield parser
+    for action in inner:
+        for child in action.choices.values():
+            yield from leaves(child)
+
+
+def name(action: argparse.Action) -> str:
+    """An argument as it is written on a command line."""
+    value = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    if not action.option_strings:
+        return value
+    return action.option_strings[-1] + ("" if action.nargs == 0 else f" {value}")
+
+
+def commands() -> str:
+    """Every command: a heading, what it does, its arguments."""
+    parts = []
+    for parser in leaves(build_parser()):
+        own = [action for action in parser._actions if not EVERYWHERE & set(action.option_strings)]
+        needed = [name(a) + (" ..." if a.nargs == "+" else "") for a in own if a.required]
+        told = parser.description or ""
+        parts += ["", f"### `{' '.join([parser.prog, *needed])}`", "", f"{told[:1].upper()}{told[1:]}."]
+        rows = [f"| `{name(action)}` | {(action.help or '').replace('|', chr(92) + '|')} |" for action in own]
+        parts += ["", "| argument | meaning |", "|---|---|", *rows] if rows else []
+    return "\n".join([*parts, "", ""])
+
+
 def rewritten(text: str) -> str:
     """A page with its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        module, name = match["place"].split(":")
-        return match["head"] + table(getattr(import_module(module), name))
+        if match["place"] is None:
+            return match["head"] + commands()
+        module, cls = match["place"].split(":")
+        return match["head"] + table(getattr(import_module(module), cls))
 
     return BLOCK.sub(fill, text)
 
