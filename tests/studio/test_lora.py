@@ -32,7 +32,7 @@ def test_a_linear_layer_computes_the_equation(rslora, scale):
     [
         (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
         (nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2), (2, 4, 9, 9)),
-        (nn.Conv3d(4, 6, 2, padding="same"), (2, 4, 3, 3, 3)),
+        (nn.Conv3d(4, 6, 3, padding="same"), (2, 4, 3, 3, 3)),
     ],
 )
 def test_a_convolution_convolves_with_the_product(conv, shape):
