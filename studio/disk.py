@@ -61,10 +61,7 @@ def write_atomic(path: Path, data: bytes) -> Path:
     with naming_full_disk(path):
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write(handle, data)
             Path(name).chmod(0o644)  # mkstemp makes files for the owner only
             Path(name).replace(path)
         except BaseException:
@@ -72,6 +69,24 @@ def write_atomic(path: Path, data: bytes) -> Path:
             raise
     sync_folder(path.parent)
     return path
+
+
+def write_synced(path: Path, data: bytes) -> Path:
+    """Write a file into a draft folder, which gets its name only when all its files are there.
+
+    Raises:
+        DiskFullError: no space.
+    """
+    with naming_full_disk(path):
+        _write(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644), data)
+    return path
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load, save
 from torch import Tensor
 
-from graft.studio.disk import sync_folder, write_atomic
+from graft.studio.disk import naming_full_disk, sync_folder, write_atomic, write_synced
 from graft.studio.errors import FormatError
-from graft.studio.formats.files import read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final = folder / f"{checkpoint.step:08d}"
     draft = folder / f".{final.name}-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
-        tensors, plain = _flatten(checkpoint.optimizer)
-        write_tensors(draft / "model.safetensors", checkpoint.model, {"format": "pt"})
-        write_tensors(draft / "optimizer.safetensors", tensors, {"format": "pt"})
-        rest = {"step": checkpoint.step, "optimizer": plain, "extra": checkpoint.extra}
-        write_atomic(draft / "training.json", json.dumps(rest).encode())
-        hashes = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
-        write_atomic(draft / "manifest.json", json.dumps(hashes, indent=1).encode())
+        with naming_full_disk(draft):
+            draft.mkdir(parents=True)
+        files = _files(checkpoint)
+        for name, data in files.items():
+            write_synced(draft / name, data)
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        write_synced(draft / "manifest.json", json.dumps(hashes, indent=1).encode())
         sync_folder(draft)
         _remove(final)  # a rewind to an earlier step
         draft.rename(final)
@@ -83,22 +82,32 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Return a checkpoint.
+    """Return a checkpoint; what is returned comes from the very bytes that were checked.
 
     Raises:
         FormatError: a file is missing or differs from its hash.
     """
     try:
         hashes = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        damaged = [name for name, value in hashes.items() if _sha256(path / name) != value]
+        files = {name: (path / name).read_bytes() for name in hashes}
     except (OSError, ValueError) as error:
         raise FormatError(str(path), f"not a whole checkpoint ({error})", "Resume from an earlier one") from error
+    damaged = [name for name, value in hashes.items() if hashlib.sha256(files[name]).hexdigest() != value]
     if damaged:
         raise FormatError(str(path), f"{', '.join(damaged)} changed after writing", "Resume from an earlier one")
-    rest = json.loads((path / "training.json").read_text(encoding="utf-8"))
-    tensors, _ = read_tensors(path / "optimizer.safetensors")
-    model, _ = read_tensors(path / "model.safetensors")
-    return Checkpoint(rest["step"], model, _unflatten(tensors, rest["optimizer"]), rest["extra"])
+    rest = json.loads(files["training.json"])
+    optimizer = _unflatten(load(files["optimizer.safetensors"]), rest["optimizer"])
+    return Checkpoint(rest["step"], load(files["model.safetensors"]), optimizer, rest["extra"])
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, bytes]:
+    tensors, plain = _flatten(checkpoint.optimizer)
+    rest = {"step": checkpoint.step, "optimizer": plain, "extra": checkpoint.extra}
+    return {
+        "model.safetensors": save({name: tensor.contiguous() for name, tensor in checkpoint.model.items()}),
+        "optimizer.safetensors": save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}),
+        "training.json": json.dumps(rest).encode(),
+    }
 
 
 def _remove(path: Path) -> None:
@@ -135,8 +144,3 @@ def _unflatten(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, A
         state[int(index)][name] = tensor
     groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in plain["param_groups"]]
     return {"state": state, "param_groups": groups}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

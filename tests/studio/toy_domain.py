@@ -1,0 +1,86 @@
+"""A domain of one small regression, with everything that the loop asks of one. Importing it registers it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.studio import registry
+from graft.studio.adapter import Adapter, Card
+from graft.studio.errors import InputError
+from graft.studio.job import Job
+
+registry.DOMAINS["toy"] = __name__
+registry.METHODS["toy", "regression"] = f"{__name__}:Regression"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Regression:
+    width: int = 16
+    dropout: float = 0.1
+    breaks_at: int = -1
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise InputError(f"width {self.width}", "must be at least 1", "16 is usual")
+
+
+class Task(nn.Module):
+    """Several regressions side by side, one per job; each sees its own rows."""
+
+    default_learning_rate = 1e-2
+
+    def __init__(self, jobs: list[Job]):
+        super().__init__()
+        self.methods = [Regression(**{k: v for k, v in job.method.items() if k != "name"}) for job in jobs]
+        self.scales = [DataConfig(**job.data).scale for job in jobs]
+        self.rows = jobs[0].train.batch_size
+        nets = []
+        for job, method in zip(jobs, self.methods, strict=True):
+            torch.manual_seed(job.train.seed)
+            layers = [nn.Linear(4, method.width), nn.Tanh(), nn.Dropout(method.dropout), nn.Linear(method.width, 1)]
+            nets.append(nn.Sequential(*layers))
+        self.nets = nn.ModuleList(nets)
+        self.seen: list[tuple[int, Tensor]] = []
+
+    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+        x = torch.randn(self.rows, 4, generator=generator)
+        self.seen.append((step, x))
+        return x * float("nan") if step == self.methods[0].breaks_at else x
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        device = next(self.parameters()).device
+        pairs = zip(self.nets, self.scales, strict=True)
+        losses = [(net(x.to(device)) - s * x.to(device).sum(1, keepdim=True)).square().mean() for net, s in pairs]
+        return torch.stack(losses).sum(), {"first": losses[0]}
+
+    def gradients(self) -> list[list[Tensor]]:
+        return [[p.grad for p in net.parameters() if p.grad is not None] for net in self.nets]
+
+    def sample(self, step: int, folder: Path) -> list[Path]:
+        torch.rand(3)  # a careless domain: the loop must not mind
+        path = folder / f"{step:06d}.png"
+        path.write_bytes(b"picture")
+        return [path]
+
+    def adapter(self, metrics: dict[str, Any], slot: int = 0) -> Adapter:
+        return Adapter(dict(self.nets[slot].state_dict()), Card("regression", {}, domain="toy", metrics=metrics))
+
+
+def prepare(job: Job, run_folder: Path | None = None) -> Task:
+    return Task([job])
+
+
+def prepare_together(jobs: list[Job]) -> Task:
+    if len({job.train.steps for job in jobs}) > 1:
+        raise InputError("jobs", "they differ in their steps", "Train them alone")
+    return Task(jobs)
