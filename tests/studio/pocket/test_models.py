@@ -1,0 +1,97 @@
+"""The embedded models as the libraries they are for load them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from graft.studio.errors import InputError
+from graft.studio.pocket import models
+from graft.studio.pocket.commands import list_models
+
+OUTSIDER = """
+import json, sys, torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPModel, CLIPTokenizer, CLIPImageProcessor
+assert not any(name.startswith("graft") for name in sys.modules)
+torch.set_num_threads(1)
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+image = pipe("red apple", num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
+clip = CLIPModel.from_pretrained(sys.argv[2])
+tokens = CLIPTokenizer.from_pretrained(sys.argv[2])(["red apple", "ghost"], padding=True, return_tensors="pt")
+pixels = CLIPImageProcessor.from_pretrained(sys.argv[2])(image[0], do_rescale=False, return_tensors="pt").pixel_values
+logits = clip(pixel_values=pixels, **tokens).logits_per_image
+print(json.dumps({"size": image.shape, "mean": float(image.mean()), "logits": logits.tolist()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("export")
+    return {name: models.export(name, root / name) for name in models.MODELS}
+
+
+def test_outsider_gets_the_same_outputs(folders):
+    """A program with diffusers and transformers only, in a process of its own."""
+    command = [sys.executable, "-c", OUTSIDER, str(folders["pocket-sd"]), str(folders["pocket-clip"])]
+    theirs = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    pipe = models.stable_diffusion()
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.Generator().manual_seed(0)
+    ours = pipe("red apple", num_inference_steps=4, generator=noise, output_type="np").images
+    assert theirs["size"] == [1, 64, 64, 3]
+    assert theirs["mean"] == pytest.approx(float(ours.mean()), abs=1e-5)
+
+    clip, tokens = models.clip(), models.load_tokenizer()(["red apple", "ghost"], padding=True, return_tensors="pt")
+    pixels = torch.from_numpy(ours).permute(0, 3, 1, 2).float() * 2 - 1
+    with torch.no_grad():
+        logits = clip(pixel_values=pixels, **tokens).logits_per_image
+    assert torch.tensor(theirs["logits"]) == pytest.approx(logits, abs=1e-3)
+
+
+def test_pocket_sd_speaks_with_the_text_tower_of_pocket_clip():
+    tower, clip = models.text_encoder().state_dict(), models.clip().text_model.state_dict()
+    assert tower.keys() == clip.keys()
+    assert all(torch.equal(tower[key], clip[key]) for key in tower)
+
+
+def test_files_are_small_enough():
+    sizes = [path.stat().st_size for path in models.WEIGHTS.glob("*.safetensors")]
+    assert max(sizes) <= 14e6
+    assert sum(sizes) <= 32e6
+
+
+def test_parameter_counts_are_those_of_the_files():
+    for name in ("autoencoder", "clip", "unet"):
+        network = getattr(models, name)()
+        assert models.facts(name)["parameters"] == sum(v.numel() for v in network.state_dict().values())
+
+
+def test_resolve_writes_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    first = models.resolve("pocket-clip")
+    stamp = (first / "config.json").stat().st_mtime_ns
+    assert models.resolve("pocket-clip") == first
+    assert (first / "config.json").stat().st_mtime_ns == stamp
+    assert not list(first.parent.glob(".*")), "a draft was left"
+
+
+def test_export_refuses_a_folder_that_holds_something(tmp_path):
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="not an empty folder"):
+        models.export("pocket-clip", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_unknown_model_is_refused():
+    with pytest.raises(InputError, match="pocket-sd"):
+        models.resolve("pocket-xl")
+
+
+def test_list_tells_what_is_there():
+    rows = {row["name"]: row for row in list_models()}
+    assert rows["pocket-sd"]["present"]
+    assert rows["pocket-sd"]["hash"] == models.weights_hash("pocket-sd")
