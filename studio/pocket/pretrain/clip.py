@@ -7,7 +7,8 @@ arXiv 2103.00020). Steps of two kinds take turns:
     names:    cross entropy of  s u_i . v_c  over `bank` known names c, in one phrasing drawn for the step
 
 with u, v the normalised projections and s = exp(logit_scale). The second kind shows each picture more wrong names than
-those that happen to be in its batch; no sprite occurs twice in a batch, so no pair is wrongly called a negative. With
+those that happen to be in its batch. Half of the pictures are worn (blurred, noisy): drawings of a diffusion model are to
+be read, too. No sprite occurs twice in a batch, so no pair is wrongly called a negative. With
 `freeze_text` the texts cost nothing, and the bank holds all known names.
 """
 
@@ -22,7 +23,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
-from graft.studio.pocket.pretrain.draw import pictures, rng_of
+from graft.studio.pocket.pretrain.draw import pictures, rng_of, worn
 from graft.studio.pocket.scenes import OPENINGS, caption, portrait, sample_scene, with_article
 from graft.studio.pocket.tokenizer import LENGTH, load_tokenizer
 
@@ -126,9 +127,9 @@ class ClipTask(nn.Module):
             opening = OPENINGS[rng.integers(len(OPENINGS))]
             names = [self.atlas.names[i] for i in order[: self.bank]]
             texts = [opening.format(with_article(name), bare=name) for name in names]
-            return Batch(pictures(scenes), self._tokens(texts), torch.arange(self.batch_size))
+            return Batch(worn(pictures(scenes), generator), self._tokens(texts), torch.arange(self.batch_size))
         scenes = [sample_scene(rng, order[3 * k : 3 * k + 3]) for k in range(self.batch_size)]
-        return Batch(pictures(scenes), self._tokens([caption(scene, rng) for scene in scenes]), None)
+        return Batch(worn(pictures(scenes), generator), self._tokens([caption(scene, rng) for scene in scenes]), None)
 
     def _tokens(self, texts: list[str]) -> Tensor:
         """Return ids padded to the longest text only: behind the end mark a causal tower's output is not read."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from graft.studio.pocket.scenes import Scene, render
 
@@ -14,6 +15,18 @@ from graft.studio.pocket.scenes import Scene, render
 def rng_of(generator: torch.Generator) -> np.random.Generator:
     """Return a NumPy generator that continues a torch one: scenes are drawn with NumPy."""
     return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
+
+
+def worn(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Return pictures of which half are blurred or noisy, as a copy, a small thumbnail or a generator leaves them."""
+    out = batch.clone()
+    for row in torch.nonzero(torch.rand(len(batch), generator=generator) < 0.5).flatten().tolist():
+        side = int(torch.randint(20, 56, (), generator=generator))
+        small = interpolate(batch[row : row + 1], (side, side), mode="bilinear", antialias=True)
+        out[row] = interpolate(small, batch.shape[-2:], mode="bilinear")[0]
+        strength = 0.15 * torch.rand((), generator=generator)
+        out[row] += strength * torch.randn(batch.shape[1:], generator=generator)
+    return out.clamp_(-1, 1)
 
 
 def pictures(scenes: Sequence[Scene]) -> Tensor:
