@@ -7,7 +7,7 @@ arXiv 2103.00020). Steps of two kinds take turns:
     names:    cross entropy of  s u_i . v_c  over `bank` known names c, in one phrasing drawn for the step
 
 with u, v the normalised projections and s = exp(logit_scale). The second kind shows each picture more wrong names than
-those that happen to be in its batch. No sprite occurs twice in a batch, so no pair is wrongly called a negative. Half of
+those that happen to be in its batch. No sprite occurs twice in a batch, so no pair is wrongly called negative. Half of
 the pictures are worn (blurred, noisy), since drawings of a diffusion model are to be read, too. With `freeze_text` the
 texts cost next to nothing, and the bank can hold all known names.
 """
