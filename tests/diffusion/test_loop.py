@@ -1,0 +1,49 @@
+"""The domain's tasks in the studio's loop, as users run them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import graft
+from graft.diffusion.base import DiffusionBase
+
+
+def job(folder: Path, photos: Path, method: dict, **train) -> dict:
+    settings = {"steps": 4, "batch_size": 2, "threads": 1, "device": "cpu", **train}
+    return {"base": str(folder), "method": method, "data": {"path": str(photos)}, "train": settings}
+
+
+TI = {"name": "textual_inversion", "token": "<cat>"}
+LORA = {"name": "lora", "rank": 2}
+
+
+@pytest.mark.parametrize("method", [TI, LORA], ids=["ti", "lora"])
+def test_train_ends_with_an_adapter_that_attaches(
+    base: DiffusionBase, folder: Path, photos: Path, tmp_path: Path, method: dict
+):
+    sampled = job(folder, photos, method) | {"sample": {"every": 2, "steps": 1, "prompts": ["a {token} toy"]}}
+    run = graft.train(sampled, run_dir=tmp_path / "run")
+    assert run.status == "finished"
+    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    adapter = run.adapter()
+    assert adapter.card.base_hash == base.hash and adapter.card.metrics["steps"] == 4
+    with adapter.attached(base):
+        pass
+    quiet = graft.train(job(folder, photos, method), run_dir=tmp_path / "quiet").adapter()
+    assert all(torch.equal(quiet.tensors[name], tensor) for name, tensor in adapter.tensors.items())
+
+
+@pytest.mark.parametrize("method", [TI, LORA], ids=["ti", "lora"])
+def test_train_many_equals_each_alone(folder: Path, photos: Path, tmp_path: Path, method: dict):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "0.png").write_bytes((photos / "3.png").read_bytes())
+    jobs = [job(folder, photos, method), job(folder, other, method)]
+    together = graft.train_many(jobs, runs=tmp_path / "runs")
+    for i, each in enumerate(jobs):
+        alone = graft.train(each, run_dir=tmp_path / f"alone-{i}").adapter()
+        shared = together[i].adapter()
+        assert shared.card.data_digest == alone.card.data_digest
+        for name, tensor in alone.tensors.items():
+            torch.testing.assert_close(shared.tensors[name], tensor, rtol=2e-3, atol=2e-5)
