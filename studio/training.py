@@ -134,7 +134,7 @@ class Loop:
         self.task.train()
         means, elapsed = _Means(), self.seconds
         saved = began = time.monotonic()
-        with _seeds_kept(), self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
+        with self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
             while self.step < self.config.steps:
                 means.add(self._train_step())
                 self.step += 1
@@ -223,8 +223,8 @@ class Loop:
         return self._asked("sample-now") or by_step
 
     def _sample(self) -> None:
-        with _seeds_kept():
-            files = self.task.sample(self.step, self.run.folder / "samples")
+        # What it draws from the global generators does no harm: each step seeds them anew.
+        files = self.task.sample(self.step, self.run.folder / "samples")
         self.run.write_event("sample", step=self.step, files=[path.name for path in files])
 
     def save(self) -> None:
@@ -302,7 +302,8 @@ def _can_fuse(groups: Sequence[Mapping[str, Any]]) -> bool:
 @contextmanager
 def _seeds_kept() -> Iterator[None]:
     """Leave torch's global generators as they were."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
         yield
 
 
@@ -428,10 +429,11 @@ def _fit(task: Any, runs: list[Run], job: Job, threads: int, accelerator: Accele
 
 @contextmanager
 def _threads(wanted: int) -> Iterator[int]:
-    """Run with a number of CPU threads, and leave the number as it was."""
+    """Run with a number of CPU threads; leave it, and the global generators, as they were."""
     before = torch.get_num_threads()
     try:
-        yield set_threads(wanted)
+        with _seeds_kept():
+            yield set_threads(wanted)
     finally:
         torch.set_num_threads(before)
 
