@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import ImageFont
 
 FOLDER = Path(__file__).parent / "atlas"
 SIZE = 64
@@ -110,9 +111,9 @@ def build(font_path: str, sprites: int = 1050, new: int = 150, seed: int = 7) ->
     held_out = set(rng.choice(len(names), new, replace=False).tolist())
 
     rows = -(-len(names) // COLUMNS)
-    sheet = np.zeros((rows * COLUMNS, SIZE, SIZE, 4), np.uint8)
-    sheet[: len(names)] = np.stack([pictures[name] for name in names])
-    sheet = sheet.reshape(rows, COLUMNS, SIZE, SIZE, 4).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 4)
+    cells = np.zeros((rows * COLUMNS, SIZE, SIZE, 4), np.uint8)
+    cells[: len(names)] = np.stack([pictures[name] for name in names])
+    sheet = cells.reshape(rows, COLUMNS, SIZE, SIZE, 4).swapaxes(1, 2).reshape(rows * SIZE, COLUMNS * SIZE, 4)
     FOLDER.mkdir(exist_ok=True)
     Image.fromarray(sheet).save(FOLDER / "sprites.webp", lossless=True, quality=100, method=6)
     table = [{"name": name, "split": "new" if i in held_out else "known"} for i, name in enumerate(names)]
@@ -128,7 +129,7 @@ def _is_single(character: str) -> bool:
     return not joiner and not modifier
 
 
-def _render(character: str, font: object) -> np.ndarray | None:
+def _render(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray | None:
     """Return the (64, 64, 4) picture of one emoji, or None if the font lacks it."""
     import numpy as np
     from PIL import Image, ImageDraw

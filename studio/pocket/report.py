@@ -118,9 +118,9 @@ def measure(names: int = 200, seed: int = 0) -> tuple[dict[str, float], dict[str
     figures: dict[str, float] = {}
     shown: dict[str, Any] = {}
     for side, sprites in (("known", atlas.known), ("new", atlas.new)):
-        scenes, output = reconstructions(vae, sprites, 400, seed)
-        figures[f"autoencoder: PSNR on {side} sprites in random scenes, dB"] = psnr(scenes, output).mean().item()
-        shown[f"reconstructions_{side}"] = grid(torch.cat([scenes[:12], output[:12]]), 12, 2)
+        drawn, output = reconstructions(vae, sprites, 400, seed)
+        figures[f"autoencoder: PSNR on {side} sprites in random scenes, dB"] = psnr(drawn, output).mean().item()
+        shown[f"reconstructions_{side}"] = grid(torch.cat([drawn[:12], output[:12]]), 12, 2)
 
     chosen = [int(s) for s in rng.permutation(atlas.known)[:names]]
     scenes = [sample_scene(rng, [s], objects=(1.0,)) for s in chosen]

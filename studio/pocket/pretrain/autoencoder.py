@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import pictures, rng_of
-from graft.studio.pocket.scenes import Scene, Thing, sample_scene
+from graft.studio.pocket.scenes import Scene, Thing, portrait, sample_scene
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,35 +55,50 @@ def crowded_scene(rng: np.random.Generator, sprites: tuple[int, ...]) -> Scene:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Nothing to choose beyond the training section; half of a batch are crowded scenes."""
+    """Which half is trained."""
+
+    decoder_only: bool = False
+    """Go on from the committed weights with the decoder: latents, and so the UNet, stay as they are."""
 
     def task(self, train: TrainConfig) -> AutoencoderTask:
         """Return the training."""
-        return AutoencoderTask(train.batch_size)
+        task = AutoencoderTask(train.batch_size, self.decoder_only)
+        if self.decoder_only:
+            from graft.studio.pocket import models
+
+            task.vae.load_state_dict(models.autoencoder().state_dict())
+        return task
 
 
 class AutoencoderTask(nn.Module):
     """One training of the autoencoder.
 
     Args:
-        batch_size: pictures in a step; half are crowded scenes.
+        batch_size: pictures in a step. Half are crowded scenes; for the decoder alone, portraits.
+        decoder_only: leave the encoder as it is.
     """
 
     default_learning_rate = 2e-3
 
-    def __init__(self, batch_size: int = 16):
+    def __init__(self, batch_size: int = 16, decoder_only: bool = False):
         super().__init__()
         from diffusers import AutoencoderKL
 
-        self.batch_size = batch_size
+        self.batch_size, self.decoder_only = batch_size, decoder_only
         self.sprites = Atlas.load().known
         self.vae = AutoencoderKL(**CONFIG).to(memory_format=torch.channels_last)
+        if decoder_only:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
 
     def batch(self, step: int, generator: torch.Generator) -> Tensor:
         """Return pictures (b, 3, 64, 64) in [-1, 1]."""
         rng = rng_of(generator)
         half = self.batch_size // 2
-        scenes = [crowded_scene(rng, self.sprites) for _ in range(half)]
+        if self.decoder_only:
+            scenes = [portrait(rng, int(sprite)) for sprite in rng.choice(self.sprites, half)]
+        else:
+            scenes = [crowded_scene(rng, self.sprites) for _ in range(half)]
         scenes += [sample_scene(rng, self.sprites) for _ in range(self.batch_size - half)]
         return pictures(scenes)
 

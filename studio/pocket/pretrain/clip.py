@@ -128,7 +128,7 @@ class ClipTask(nn.Module):
             names = [self.atlas.names[i] for i in order[: self.bank]]
             texts = [opening.format(with_article(name), bare=name) for name in names]
             return Batch(worn(pictures(scenes), generator), self._tokens(texts), torch.arange(self.batch_size))
-        scenes = [sample_scene(rng, order[3 * k : 3 * k + 3]) for k in range(self.batch_size)]
+        scenes = [sample_scene(rng, order[3 * k : 3 * k + 3].tolist()) for k in range(self.batch_size)]
         return Batch(worn(pictures(scenes), generator), self._tokens([caption(scene, rng) for scene in scenes]), None)
 
     def _tokens(self, texts: list[str]) -> Tensor:

@@ -67,7 +67,7 @@ def training_scenes(count: int, seed: int = 11) -> list[Scene]:
     """Return the scenes that the UNet sees: every known sprite equally often, three quarters as large portraits."""
     rng = np.random.default_rng(seed)
     known = Atlas.load().known
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         for sprite in rng.permutation(known):
             kind = rng.random()
@@ -82,7 +82,7 @@ def training_scenes(count: int, seed: int = 11) -> list[Scene]:
 
 
 @torch.no_grad()
-def cached_latents(vae: nn.Module, scenes: list[Scene], folder: Path, batch_size: int = 64) -> Tensor:
+def cached_latents(vae: Any, scenes: list[Scene], folder: Path, batch_size: int = 64) -> Tensor:
     """Return the posterior means of scenes, (count, 16, 8, 8) float16; computed once and kept in `folder`."""
     from safetensors.torch import load_file, save_file
 
