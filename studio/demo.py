@@ -122,7 +122,7 @@ def compare(out: Path, concept: str, runs: dict[str, Run]) -> dict[str, Any]:
         adapter = open_run(trained.folder).adapter()
         rows[method] = diffusion.evaluate(base, adapter, settings)
         with adapter.attached(base):
-            blocks[method.replace("_", " ")] = draw(base, adapter.card.trigger)
+            blocks[method.replace("_", " ")] = draw(base, adapter.card.trigger or concept)
     from graft.diffusion.previews import grid, save_png
 
     prompts = [prompt.format("...") for prompt in PROMPTS]

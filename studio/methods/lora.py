@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class LoRA:
         """Attaches a trained adapter to its base (or to a plain model), ready for inference."""
         from graft.studio.config import from_dict
 
-        method: Self = from_dict(cls, card.config, "adapter.json")
+        method = from_dict(cls, card.config, "adapter.json")
         model = base if isinstance(base, nn.Module) else base.modules
         handle = method.attach(model, plan=Plan.from_list(card.sites))
         handle.load(tensors)
