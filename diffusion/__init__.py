@@ -18,10 +18,11 @@ _PUBLIC = {
     "prepare": "jobs",
     "prepare_together": "jobs",
     "preview": "previews",
+    "save_base": "base",
 }
 
 if TYPE_CHECKING:
-    from graft.diffusion.base import DiffusionBase, load_base
+    from graft.diffusion.base import DiffusionBase, load_base, save_base
     from graft.diffusion.data import DataConfig
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
     from graft.diffusion.jobs import prepare, prepare_together
@@ -41,6 +42,7 @@ __all__ = [
     "prepare",
     "prepare_together",
     "preview",
+    "save_base",
 ]
 
 

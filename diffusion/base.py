@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
+from graft.studio.disk import naming_full_disk
 from graft.studio.errors import InputError
 
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
@@ -186,3 +189,26 @@ def _no_safety_checker(source: str) -> dict[str, None]:
 
     config = DiffusionPipeline.load_config(source)
     return {name: None for name in ("safety_checker", "feature_extractor") if name in config}
+
+
+def save_base(base: DiffusionBase, folder: str | Path) -> Path:
+    """Writes a base as it is now, merged adapters and all, as a diffusers folder; whole or not at all.
+
+    Raises:
+        InputError: the folder holds something.
+        DiskFullError: no space.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(str(folder), "it exists and is not an empty folder", "Name a new folder")
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        with naming_full_disk(folder):
+            base.pipe.save_pretrained(draft)
+            if folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return folder

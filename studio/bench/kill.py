@@ -36,15 +36,21 @@ COLUMNS = ("kill", "run", "seconds", "status", "step", "checkpoint", "writing", 
 
 
 def run(
-    out: Path | None = None, kills: int = 50, steps: int = 60, method: str = "lora", seed: int = 0
+    out: Path | None = None,
+    kills: int = 50,
+    steps: int = 60,
+    method: str = "lora",
+    base: str = "pocket-sd",
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Kill trainings of `pocket-sd` and return what became of them.
+    """Kill trainings of a diffusion model and return what became of them.
 
     Args:
         out: folder for `kill.json`; None writes nothing.
         kills: how many.
         steps: of the training.
         method: "lora" or "textual_inversion".
+        base: what is adapted.
         seed: of the moments.
 
     Raises:
@@ -57,7 +63,7 @@ def run(
         where = Path(folder)
         write_photos(where / "photos", CONCEPT, 5, seed=0)
         train = {"steps": steps, "checkpoint_every": 3, "threads": 1, "device": "cpu", "batch_size": 2}
-        job = {"base": "pocket-sd", "method": {"name": method}, "data": {"path": str(where / "photos")}, "train": train}
+        job = {"base": base, "method": {"name": method}, "data": {"path": str(where / "photos")}, "train": train}
         result = torment(job, where, kills, random.Random(seed), PRELOAD)
     result["table"] = table(result["kills"], COLUMNS) + f"\n\n{result['summary']}"
     if out is not None:

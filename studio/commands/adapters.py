@@ -111,13 +111,10 @@ def merge(args: argparse.Namespace) -> Answer:
     adapter, _ = find_adapter(args.name, args.runs)
     base = load_base_of(adapter, args.base)
     domain = registry.domain(base.domain)
-    out = Path(args.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(str(out), "it exists and is not an empty folder", "Name a new folder")
     with adapter.attached(base) as handle:
         if not hasattr(handle, "merge") or not hasattr(domain, "save_base"):
             reason = f"what {adapter.card.method} learns is not a change of the base's weights"
             raise InputError(args.name, reason, "Use `graft adapters convert`")
         handle.merge()
-        domain.save_base(base, out)
-    return Answer({"folder": str(out)}, f"merged base written to {out}")
+        folder = domain.save_base(base, Path(args.out))
+    return Answer({"folder": str(folder)}, f"merged base written to {folder}")
