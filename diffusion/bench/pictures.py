@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.pocket.scenes import COLOURS, SIZES, portrait, render
+from graft.studio.pocket.scenes import COLOURS, SIZES, centred, portrait, render
 
 GROUNDS = ("teal", "orange", "purple", "white", "brown")
 """Backgrounds of the five training pictures; none is asked for in the evaluation, so obeying it is no memory."""
@@ -23,8 +23,7 @@ def new_sprites(count: int, seed: int = 0) -> list[int]:
 
 def training_pictures(sprite: int) -> list[Image.Image]:
     """Five 64 x 64 pictures on five backgrounds."""
-    rng = np.random.default_rng([sprite, 1])
-    return [Image.fromarray(render(portrait(rng, sprite, colour))) for colour in GROUNDS]
+    return [Image.fromarray(render(centred(sprite, colour))) for colour in GROUNDS]
 
 
 def held_out_pictures(sprite: int) -> list[Image.Image]:

@@ -97,6 +97,11 @@ def sample_scene(
     return Scene(tuple(things), colour, texture)
 
 
+def centred(sprite: int, colour: str) -> Scene:
+    """Return the plainest picture of a sprite: large, in the middle, on one colour. A bare name stands for it."""
+    return Scene((Thing(sprite, 56, 4, 4),), colour)
+
+
 def portrait(rng: np.random.Generator, sprite: int, colour: str | None = None) -> Scene:
     """Draw a scene with one large sprite near the middle, on a plain background."""
     size = int(rng.choice([s for s in SIZES if s >= 44]))
@@ -172,10 +177,11 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     if len(scene.things) == 1:
         thing = scene.things[0]
         name = names[thing.sprite]
-        words = _sized(thing, name) if rng.random() < 0.3 else name
+        plain = (thing.size, thing.x, thing.y) == (56, 4, 4)
+        words = _sized(thing, name) if rng.random() < (0.1 if plain else 0.6) else name
         opening = OPENINGS[rng.integers(len(OPENINGS))]
         text = opening.format(with_article(words), bare=words)
-        if thing.size <= 36 and rng.random() < 0.5:
+        if rng.random() < 0.8:
             text += _place(thing)
     else:
         words_of = [with_article(names[t.sprite]) for t in scene.things]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import pictures, rng_of
-from graft.studio.pocket.scenes import Scene, Thing, portrait, sample_scene
+from graft.studio.pocket.scenes import COLOURS, Scene, Thing, centred, sample_scene
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,7 +74,7 @@ class AutoencoderTask(nn.Module):
     """One training of the autoencoder.
 
     Args:
-        batch_size: pictures in a step. Half are crowded scenes; for the decoder alone, portraits.
+        batch_size: pictures in a step. Half are crowded scenes; for the decoder alone, plain ones.
         decoder_only: leave the encoder as it is.
     """
 
@@ -96,7 +96,8 @@ class AutoencoderTask(nn.Module):
         rng = rng_of(generator)
         half = self.batch_size // 2
         if self.decoder_only:
-            scenes = [portrait(rng, int(sprite)) for sprite in rng.choice(self.sprites, half)]
+            colours = rng.choice(list(COLOURS), half)
+            scenes = [centred(int(s), str(c)) for s, c in zip(rng.choice(self.sprites, half), colours, strict=True)]
         else:
             scenes = [crowded_scene(rng, self.sprites) for _ in range(half)]
         scenes += [sample_scene(rng, self.sprites) for _ in range(self.batch_size - half)]

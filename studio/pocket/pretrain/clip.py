@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
@@ -24,7 +25,7 @@ from torch.nn.functional import cross_entropy, normalize
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import pictures, rng_of, worn
-from graft.studio.pocket.scenes import OPENINGS, caption, portrait, sample_scene, with_article
+from graft.studio.pocket.scenes import COLOURS, OPENINGS, Scene, caption, centred, portrait, sample_scene, with_article
 from graft.studio.pocket.tokenizer import LENGTH, load_tokenizer
 
 if TYPE_CHECKING:
@@ -121,15 +122,20 @@ class ClipTask(nn.Module):
         order = rng.permutation(self.atlas.known)
         if step % 2:
             targets = order[: self.batch_size]
-            scenes = [
-                portrait(rng, int(s)) if rng.random() < 0.4 else sample_scene(rng, [s], objects=(1.0,)) for s in targets
-            ]
+            scenes = [self._scene(rng, int(sprite)) for sprite in targets]
             opening = OPENINGS[rng.integers(len(OPENINGS))]
             names = [self.atlas.names[i] for i in order[: self.bank]]
             texts = [opening.format(with_article(name), bare=name) for name in names]
             return Batch(worn(pictures(scenes), generator), self._tokens(texts), torch.arange(self.batch_size))
         scenes = [sample_scene(rng, order[3 * k : 3 * k + 3].tolist()) for k in range(self.batch_size)]
         return Batch(worn(pictures(scenes), generator), self._tokens([caption(scene, rng) for scene in scenes]), None)
+
+    def _scene(self, rng: np.random.Generator, sprite: int) -> Scene:
+        """Draw a scene of one sprite; half of them are large and plain."""
+        kind = rng.random()
+        if kind < 0.25:
+            return centred(sprite, str(rng.choice(list(COLOURS))))
+        return portrait(rng, sprite) if kind < 0.5 else sample_scene(rng, [sprite], objects=(1.0,))
 
     def _tokens(self, texts: list[str]) -> Tensor:
         """Return ids padded to the longest text only: behind the end mark a causal tower's output is not read."""

@@ -7,7 +7,7 @@ from PIL import Image
 from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import FOLDER, Atlas
 from graft.studio.pocket.pretrain.autoencoder import AutoencoderTask, crowded_scene
-from graft.studio.pocket.pretrain.unet import training_scenes
+from graft.studio.pocket.pretrain.unet import plain_scenes, varied_scenes
 from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, portrait, render, sample_scene
 
 
@@ -40,13 +40,15 @@ def test_unknown_name_is_refused_with_the_nearest():
 def test_training_never_sees_a_new_sprite():
     known = set(Atlas.load().known)
     rng = np.random.default_rng(0)
-    scenes = [crowded_scene(rng, Atlas.load().known) for _ in range(500)] + training_scenes(5000)
+    scenes = [crowded_scene(rng, Atlas.load().known) for _ in range(500)] + varied_scenes(5000)
     assert {thing.sprite for scene in scenes for thing in scene.things} <= known
     assert AutoencoderTask().sprites == Atlas.load().known
 
 
 def test_unet_scenes_show_every_known_sprite():
-    scenes = training_scenes(2000)
+    plain = plain_scenes()
+    assert [(s.things[0].sprite, s.colour) for s in plain] == [(k, c) for k in Atlas.load().known for c in COLOURS]
+    scenes = varied_scenes(2000)
     assert {thing.sprite for scene in scenes for thing in scene.things} == set(Atlas.load().known)
 
 
