@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 CONCEPT = "hedgehog"
 METHODS = ("textual_inversion", "lora")
-PHOTOS, HELD_OUT = 5, 12
-"""Pictures that are trained on, and pictures that the result is compared with."""
 PROMPTS = ("a picture of {}", "{} on a blue background", "{} on a yellow background")
 SEEDS = (0, 1, 2)
 
@@ -42,35 +40,26 @@ def run(out: str | Path = "demo", concept: str = CONCEPT, overrides: Sequence[st
     Raises:
         InputError: no such sprite, or `out` holds something else.
     """
+    from graft.studio.job import Job
     from graft.studio.training import train
 
     out = Path(out)
     _make_room(out)
     _say(f"1/4  five pictures of {concept!r}, which no embedded model has seen")
-    photos, held_out = out / "photos", out / "held_out"
-    write_photos(photos, concept, PHOTOS, seed=0)
-    write_photos(held_out, concept, HELD_OUT, seed=1)
+    write_photos(out / "photos", out / "held_out", concept)
     began = time.perf_counter()
     runs: dict[str, Run] = {}
     for number, method in enumerate(METHODS, start=2):
         _say(f"{number}/4  {method} learns it")
         job = out / f"{method}.toml"
         job.write_text(job_text(method), encoding="utf-8")
-        runs[method] = train_file(train, job, out / "runs" / method, overrides)
+        runs[method] = train(Job.load(job, overrides), out / "runs" / method)
     seconds = time.perf_counter() - began
     _say("4/4  before and after")
     figures = compare(out, concept, runs)
     figures["training_seconds"] = round(seconds, 1)
     report = write_page(out, concept, runs, figures)
     return {"report": str(report), "grid": str(out / "before_after.png"), "figures": figures}
-
-
-def train_file(train: Any, job: Path, folder: Path, overrides: Sequence[str]) -> Run:
-    """Train a job file with overrides into a run folder."""
-    from graft.studio.job import Job
-
-    result: Run = train(Job.load(job, overrides), folder)
-    return result
 
 
 def job_text(method: str) -> str:
@@ -88,24 +77,16 @@ path = "photos"
 """
 
 
-def write_photos(folder: Path, concept: str, count: int, seed: int, side: int = 64) -> list[Path]:
-    """Write portraits of one sprite, each on a background colour of its own, as PNG files of `side` pixels."""
-    import numpy as np
-    from PIL import Image
-
+def write_photos(photos: Path, held_out: Path, concept: str) -> None:
+    """Write five pictures with captions to learn from, and others to compare with: other grounds, sizes and places."""
+    from graft.diffusion.bench.pictures import held_out_pictures, write_pictures
     from graft.studio.pocket.atlas import Atlas
-    from graft.studio.pocket.scenes import COLOURS, portrait, render
 
     sprite = Atlas.load().index(concept)
-    rng = np.random.default_rng([seed, sprite])
-    colours = rng.permutation(list(COLOURS))
-    folder.mkdir(parents=True)
-    files = []
-    for k in range(count):
-        picture = Image.fromarray(render(portrait(rng, sprite, str(colours[k % len(colours)]))))
-        files.append(folder / f"{k:02d}.png")
-        picture.resize((side, side), Image.Resampling.BICUBIC).save(files[-1])
-    return files
+    write_pictures(photos, sprite)
+    held_out.mkdir(parents=True)
+    for k, picture in enumerate(held_out_pictures(sprite)):
+        picture.save(held_out / f"{k:02d}.png")
 
 
 def compare(out: Path, concept: str, runs: dict[str, Run]) -> dict[str, Any]:
@@ -144,9 +125,9 @@ def write_page(out: Path, concept: str, runs: dict[str, Run], figures: dict[str,
 
     table = [{"": name, **measures} for name, measures in figures["measures"].items()]
     pictures = [("Before and after: one column per seed", out / "before_after.png")]
-    pictures += [(f"trained on {path.name}", path) for path in sorted((out / "photos").iterdir())]
+    pictures += [(f"trained on {path.name}", path) for path in sorted((out / "photos").glob("*.png"))]
     (out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    caption = f"Compared with {HELD_OUT} pictures that were not trained on"
+    caption = "Compared with pictures that were not trained on"
     title = f"Graft Studio demo: {concept}"
     return write_report(list(runs.values()), out / "report.html", title, pictures, [(caption, table)])
 
