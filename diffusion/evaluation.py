@@ -177,8 +177,8 @@ def _measure(base: DiffusionBase, word: str, real: Tensor, settings: EvaluationC
 
 def _real(folder: Path) -> list[Image.Image]:
     """The folder's pictures, upright, on white."""
-    from graft.diffusion.caches import Cache
     from graft.diffusion.data import DataConfig, load_dataset
+    from graft.studio.caches import Cache
 
     pixels = load_dataset(DataConfig(path=str(folder)), 224, Cache()).pixels[:, 0]
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.base import DiffusionBase, load_base
-from graft.diffusion.caches import Cache, content_key
 from graft.diffusion.data import DataConfig, Dataset, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.objectives import objective_for
@@ -22,6 +21,7 @@ from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png,
 from graft.diffusion.task import DiffusionTask, Source
 from graft.diffusion.textual_inversion import Concepts, TextualInversion, attach_concepts
 from graft.studio.adapter import Adapter, Card
+from graft.studio.caches import Cache, content_key
 from graft.studio.config import from_dict, to_dict
 from graft.studio.errors import InputError
 from graft.studio.registry import method_class

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graft.diffusion.caches import Cache, content_key
 from graft.diffusion.data import TEMPLATES
+from graft.studio.caches import Cache, content_key
 from graft.studio.errors import InputError
 from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Model, Plan, plan_sites

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError
-from graft.studio.formats.files import write_atomic
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import graft
+from graft.studio.disk import write_atomic
 from graft.studio.errors import BaseMismatchError, FormatError
-from graft.studio.formats.files import read_tensors, write_atomic, write_tensors
+from graft.studio.formats.files import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 _TENSORS, _CARD = "adapter.safetensors", "adapter.json"

@@ -34,7 +34,7 @@ from graft.diffusion.bench.pictures import (
 )
 from graft.diffusion.evaluation import Clip, background_alignment, image_similarity
 from graft.diffusion.previews import PreviewConfig, draw
-from graft.studio.formats.files import write_atomic
+from graft.studio.disk import write_atomic
 from graft.studio.pocket.atlas import Atlas
 
 METHODS = ("textual_inversion", "lora")

@@ -34,8 +34,8 @@ from graft.diffusion.jobs import narrow
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.diffusion.textual_inversion import TextualInversion
 from graft.studio.adapter import Adapter, Card
+from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError
-from graft.studio.formats.files import write_atomic
 
 LIMITS = {"phone photos": 3.0, "small pictures": 1.5}
 """How many times faster a run promises to be."""

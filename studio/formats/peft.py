@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from graft.studio.adapter import Adapter
+from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError
-from graft.studio.formats.files import read_tensors, write_atomic, write_tensors
+from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from graft.diffusion.caches import Cache
 from graft.diffusion.data import DataConfig, load_dataset, load_pixels
+from graft.studio.caches import Cache
 from graft.studio.errors import DataError
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.diffusion.caches import Cache, content_key, default_root
+from graft.studio.caches import Cache, content_key, default_root
 from graft.studio.errors import DiskFullError
 
 
@@ -54,3 +54,10 @@ def test_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert default_root() == tmp_path / "here"
     monkeypatch.delenv("GRAFT_CACHE")
     assert default_root() == Path.home() / ".cache" / "graft"
+
+
+def test_a_root_that_cannot_be_written_costs_time_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file")
+    assert torch.equal(cache.get("text", content_key("x"), value)["mean"], value()["mean"])
+    assert "nothing is cached" in caplog.text

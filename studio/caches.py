@@ -1,4 +1,4 @@
-"""Content-addressed store for all that a frozen base computes: decoded pixels, latents, text embeddings.
+"""Content-addressed store for all that is computed once from frozen things: decoded pixels, latents, text embeddings.
 
 An entry's key is the SHA-256 of everything its value depends on (picture bytes, transform, encoder weights, caption),
 so an entry is never stale and never belongs to another picture: an edited caption or another VAE is simply another key.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from graft.studio.errors import FormatError
 from graft.studio.formats.files import read_tensors, write_tensors
+
+log = logging.getLogger(__name__)
 
 
 def content_key(*parts: object) -> str:
@@ -82,7 +85,10 @@ class Cache:
             return found
         self.counts[kind, "miss"] += 1
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in build().items()}
-        write_tensors(self.path(kind, key), tensors, {"checksum": _checksum(tensors)})
+        try:
+            write_tensors(self.path(kind, key), tensors, {"checksum": _checksum(tensors)})
+        except OSError as error:  # a read-only home is no reason not to train
+            log.warning("nothing is cached: %s cannot be written (%s)", self.root, error)
         return tensors
 
     def peek(self, kind: str, key: str) -> dict[str, Tensor] | None:
