@@ -61,7 +61,7 @@ def run(
 
     with tempfile.TemporaryDirectory(prefix="graft-kill-") as folder:
         where = Path(folder)
-        write_photos(where / "photos", CONCEPT, 5, seed=0)
+        write_photos(where / "photos", where / "held_out", CONCEPT)
         train = {"steps": steps, "checkpoint_every": 3, "threads": 1, "device": "cpu", "batch_size": 2}
         job = {"base": base, "method": {"name": method}, "data": {"path": str(where / "photos")}, "train": train}
         result = torment(job, where, kills, random.Random(seed), PRELOAD)
@@ -107,6 +107,7 @@ def torment(
             if facts is None:
                 break  # it was done before its time had come
             rows.append({**row, **facts})
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), file=sys.stderr)
         if len(rows) == kills:
             _life(job, folder, modules)  # the last one may live
         if _result(folder) != peace:
@@ -145,11 +146,9 @@ def _life(
         raise GraftError(
             f"{folder}: failed\n{log.read_text() if log.exists() else folder.with_suffix('.err').read_text()}"
         )
-    return (
-        None
-        if process.exitcode == 0
-        else {"seconds": seconds, "writing": _draft(folder, process.pid), **_inspect(folder)}
-    )
+    if process.exitcode == 0:
+        return None
+    return {"seconds": round(seconds or 0.0, 3), "writing": _draft(folder, process.pid), **_inspect(folder)}
 
 
 def _train(job: dict[str, Any], folder: str, modules: Sequence[str]) -> None:
