@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from graft.studio.cli import build_parser
-from graft.studio.demo import write_photos
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.scenes import centred, render
 
 
 def block(root: Path, language: str) -> str:
@@ -29,7 +31,10 @@ def test_the_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert short != code
     assert len([line for line in code.splitlines() if line and not line.startswith("import")]) <= 5
     monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "photos", "hedgehog", 5, seed=0)
+    (tmp_path / "photos").mkdir()
+    for colour in ("blue", "yellow"):
+        picture = Image.fromarray(render(centred(Atlas.load().new[0], colour)))
+        picture.save(tmp_path / "photos" / f"{colour}.png")
     exec(compile(short, "README.md", "exec"), {})
     assert (tmp_path / "sks.png").stat().st_size > 0
     (run,) = (tmp_path / "runs").iterdir()

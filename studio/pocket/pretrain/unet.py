@@ -74,7 +74,7 @@ def varied_scenes(count: int, seed: int = 11) -> list[Scene]:
     """Return `count` scenes of any size, place, ground and company; every known sprite comes equally often."""
     rng = np.random.default_rng(seed)
     known = Atlas.load().known
-    scenes = []
+    scenes: list[Scene] = []
     while len(scenes) < count:
         for sprite in rng.permutation(known):
             kind = rng.random()
