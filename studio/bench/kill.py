@@ -2,8 +2,8 @@
 
 A first run is left in peace. Then the same job is trained again and again by a process of its own, which gets SIGKILL
 at a moment drawn from its whole life: while it starts, trains, or writes its result. Every other kill waits, from that
-moment on, for a checkpoint that is being written. After each kill the folder is read as any reader would, and every
-file with a manifest must match it. Each run must end with the bits of the first.
+moment on, for one of the next five checkpoints to be half written. After each kill the folder is read as any reader
+would, and every file with a manifest must match it. Each run must end with the bits of the first.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def torment(
         folder = where / f"run-{run}"
         while len(rows) < kills:
             row = {"kill": len(rows) + 1, "run": run}
-            facts = _life(job, folder, modules, moments.uniform(0, life), writing=len(rows) % 2 == 1)
+            facts = _life(job, folder, modules, moments.uniform(0, life), moments.randint(1, 5) * (len(rows) % 2))
             if facts is None:
                 break  # it was done before its time had come
             rows.append({**row, **facts})
@@ -121,9 +121,9 @@ def torment(
 
 
 def _life(
-    job: Mapping[str, Any], folder: Path, modules: Sequence[str], seconds: float | None = None, writing: bool = False
+    job: Mapping[str, Any], folder: Path, modules: Sequence[str], seconds: float | None = None, writes: int = 0
 ) -> dict[str, Any] | None:
-    """Start or resume a run in a process of its own; kill it after some seconds, or let it live.
+    """Start or resume a run in a process of its own; kill it after some seconds and checkpoints, or let it live.
 
     Returns:
         What the killed process left, or None if it ended by itself.
@@ -136,7 +136,9 @@ def _life(
     process = context.Process(target=_train, args=(dict(job), str(folder), tuple(modules)))
     process.start()
     process.join(seconds)
-    while writing and process.is_alive() and not _draft(folder, process.pid):
+    seen: set[str] = set()
+    while len(seen) < writes and process.is_alive():
+        seen |= _drafts(folder, process.pid)
         time.sleep(0.0003)
     if seconds is not None:
         process.kill()
@@ -148,7 +150,7 @@ def _life(
         )
     if process.exitcode == 0:
         return None
-    return {"seconds": round(seconds or 0.0, 3), "writing": _draft(folder, process.pid), **_inspect(folder)}
+    return {"seconds": round(seconds or 0.0, 3), "writing": bool(_drafts(folder, process.pid)), **_inspect(folder)}
 
 
 def _train(job: dict[str, Any], folder: str, modules: Sequence[str]) -> None:
@@ -191,9 +193,9 @@ def _inspect(folder: Path) -> dict[str, Any]:
     return {"status": status, "step": step, "checkpoint": max(steps, default=0), "whole": True}
 
 
-def _draft(folder: Path, pid: int | None) -> bool:
-    """Whether a process is writing a checkpoint, or was when it died."""
-    return any((folder / "checkpoints").glob(f".*-{pid}"))
+def _drafts(folder: Path, pid: int | None) -> set[str]:
+    """Checkpoints that a process is writing, or was when it died."""
+    return {path.name for path in (folder / "checkpoints").glob(f".*-{pid}")}
 
 
 def _result(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:

@@ -20,4 +20,4 @@ def test_a_dozen_kills(make_job: Callable[..., dict[str, Any]], toy: ModuleType,
     result = torment(job, tmp_path, 12, random.Random(), modules)
     assert result["identical"]
     assert len(result["kills"]) == 12
-    assert sum(row["writing"] for row in result["kills"]) >= 4, "too few kills hit a checkpoint"
+    assert sum(row["writing"] for row in result["kills"]) >= 3, "too few kills hit a checkpoint"
