@@ -14,7 +14,6 @@ Letters: b batch rows, n tokens, i input width, o output width, r rank, k slots 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -211,7 +210,7 @@ def _masks(
     if not _threshold(dropout):
         yield (everything, everything), None
         return
-    generator = _generator(like.device).manual_seed(seed)
+    generator = torch.Generator(like.device).manual_seed(seed)  # its own: threads may train at the same time
     groups, rows, width = shape
     count = groups if groups > 1 else rows
     step = max(1, _CHUNK // (width if groups == 1 else rows * width)) if like.device.type == "cpu" else count
@@ -230,8 +229,3 @@ def _mask(shape: tuple[int, int, int], dropout: float, generator: torch.Generato
     last_dropped = _threshold(dropout) - 129
     bits = words.view(torch.int8)[:count].clamp_(last_dropped, last_dropped + 1).sub_(last_dropped)
     return bits.view(shape)
-
-
-@lru_cache
-def _generator(device: torch.device) -> torch.Generator:
-    return torch.Generator(device)

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import graft
+from graft.studio.config import from_dict
 from graft.studio.disk import write_atomic
-from graft.studio.errors import BaseMismatchError, FormatError
+from graft.studio.errors import BaseMismatchError, FormatError, InputError
 from graft.studio.formats.files import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
@@ -79,14 +80,14 @@ class Card:
             data = json.loads(text)
         except ValueError as error:
             raise FormatError(where, f"the card is not JSON ({error})", "export the adapter again") from error
-        names = {f.name for f in fields(cls)}
-        if not isinstance(data, dict) or not {"method", "config", "format_version"} <= set(data) <= names:
-            raise FormatError(where, "this is not the card of an adapter", "export the adapter again")
-        if data["format_version"] > FORMAT_VERSION:
-            raise FormatError(
-                where, f"format {data['format_version']}, this version reads {FORMAT_VERSION}", "update graft"
-            )
-        return cls(**data)
+        found = data.get("format_version", 0) if isinstance(data, dict) else 0
+        if isinstance(found, int) and found > FORMAT_VERSION:
+            raise FormatError(where, f"format {found}, this version reads {FORMAT_VERSION}", "update graft")
+        try:
+            return from_dict(cls, data, "card")
+        except InputError as error:
+            reason = f"this is not the card of an adapter ({error.given}: {error.reason})"
+            raise FormatError(where, reason, "export the adapter again") from error
 
 
 @dataclass(frozen=True)
@@ -137,12 +138,14 @@ class Adapter:
 
         Raises:
             BaseMismatchError: the adapter was trained on another base.
+            SiteError: the base lacks its sites or, for an adapter that names no base, bypasses them.
         """
-        found = base_hash({"": base}) if isinstance(base, nn.Module) else base.hash
-        if self.card.base_hash and found != self.card.base_hash:
-            given = f"adapter for {self.card.base or 'a base'} with hash {self.card.base_hash}"
-            name = getattr(base, "name", type(base).__name__)
-            raise BaseMismatchError(given, f"{name} has hash {found}", "load the base it was trained on")
+        if self.card.base_hash:
+            found = base_hash({"": base}) if isinstance(base, nn.Module) else base.hash
+            if found != self.card.base_hash:
+                given = f"adapter for {self.card.base or 'a base'} with hash {self.card.base_hash}"
+                name = getattr(base, "name", type(base).__name__)
+                raise BaseMismatchError(given, f"{name} has hash {found}", "load the base it was trained on")
         handle = _method(self.card).attach_to(base, self.tensors, self.card)
         try:
             yield handle

@@ -215,7 +215,8 @@ def _all_sites(model: Model) -> list[Site]:
         kind = _kind(module)
         if kind is None:
             continue
-        site = Site(name, kind, tuple(module.get_parameter("weight").shape), None, _tower(name, modules), _role(name))
+        weight: Any = module.weight  # a parameter, or what a parametrisation or a slot makes of it
+        site = Site(name, kind, tuple(weight.shape), None, _tower(name, modules), _role(name))
         sites.append(site)
         if kind == "linear":
             sites += _rows(site)

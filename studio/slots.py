@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class Slot(nn.Module):
     Subclasses define `reset`, `delta` and either `term` (linear sites) or `forward`.
     """
 
+    rank_dims: ClassVar[Mapping[str, int]] = {}
+    """For each tensor that has one, the dimension (not counting the slot's) along which zeros change nothing."""
     scale: Tensor
     route: Tensor | None
 
@@ -142,10 +144,11 @@ class Handle:
         >>> handle.detach()
     """
 
-    def __init__(self, modules: dict[str, nn.Module], plan: Plan, slots: list[Slot]):
+    def __init__(self, modules: dict[str, nn.Module], plan: Plan, slots: list[Slot], tied: Mapping[str, str]):
         self.plan = plan
         self.bank = Bank(slots)
         self._modules = modules
+        self._tied = tied
         self._slots = slots
         self.slots = slots[0].slots
 
@@ -164,14 +167,15 @@ class Handle:
         for name in sorted(set(own) ^ set(tensors)):
             reason = "missing from the adapter" if name in own else "not part of the attached method"
             raise FormatError(name, reason, nearest(name, tensors if name in own else own))
+        rank_dims = {f"{each.site.key}.{name}": dim for each in self._slots for name, dim in each.rank_dims.items()}
         for name, tensor in tensors.items():
-            room = own[name][slot]
-            if tensor.dim() != room.dim() or any(a > b for a, b in zip(tensor.shape, room.shape, strict=True)):
-                raise FormatError(
-                    name, f"shape {tuple(tensor.shape)} for {tuple(room.shape)}", "attach with its config"
-                )
-            room.zero_()
-            room[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
+            have, room = tuple(tensor.shape), tuple(own[name][slot].shape)
+            if not _fits(have, room, rank_dims.get(name)):
+                raise FormatError(name, f"shape {have} for {room}", "attach with its config")
+        for name, tensor in tensors.items():
+            values = own[name][slot]
+            values.zero_()
+            values[tuple(slice(size) for size in tensor.shape)].copy_(tensor)
 
     @torch.no_grad()
     def reset(self, slot: int, seed: int) -> None:
@@ -197,13 +201,16 @@ class Handle:
                     raise InputError(
                         slot.site.key, "in weight mode rows cannot differ", "route(None), or leave this site out"
                     )
+        placed = {slot.scale.device: None if rows is None else rows.to(slot.scale.device) for slot in self._slots}
         for slot in self._slots:
-            slot.route = None if rows is None else rows.to(slot.scale.device)
+            slot.route = placed[slot.scale.device]
 
     def scale(self, slot: int, value: float) -> None:
         """Sets the strength of a slot: 1 as trained, 0 off."""
         for each in self._slots:
             each.scale[slot] = each.scaling * value
+        if self._modules and self._slots[0].merged == slot:
+            self._set_merged(slot)
 
     def probe(self, run: Callable[[], Tensor]) -> None:
         """Runs the model once, forward and backward, and checks that every site takes part.
@@ -231,13 +238,47 @@ class Handle:
             reason = f"{len(dead)} of {len(self.plan)} sites get no gradient (bypassed, or the weight is read directly)"
             raise SiteError(", ".join(dead), reason, _REMEDY)
 
+    @torch.no_grad()
+    def bypassed(self, run: Callable[[], object]) -> list[str]:
+        """Runs the model once, forward, and returns the sites whose module it never calls: nothing acts there.
+
+        Unlike `probe` this needs no gradient and does not mind sites that are called without effect on the result.
+        """
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args, name=name: called.add(name))  # type: ignore[misc]
+            for name, module in self._modules.items()
+        ]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        sites = zip(self.plan, self._slots, strict=True)
+        return [site.key for site, slot in sites if site.name not in called and not slot.weight_mode]
+
     def merge(self, slot: int = 0) -> None:
-        """Adds a slot into the base weights, whose exact originals are kept for `unmerge`."""
+        """Adds a slot into the base weights, whose exact originals are kept for `unmerge`.
+
+        Raises:
+            SiteError: a weight that another module uses too, that is quantised, or that is no longer attached.
+        """
+        if not self._modules:
+            raise SiteError("the adapter", "it was detached", "attach it again")
+        for name, module in self._modules.items():
+            if name in self._tied:
+                reason = f"its weight is that of {self._tied[name]} too, which a merge would change"
+                raise SiteError(name, reason, "leave the adapter attached, or untie them")
+            weight: Any = module._parameters["weight"]
+            if not weight.is_floating_point():
+                reason = f"its weight is quantised ({weight.dtype})"
+                raise SiteError(name, reason, "merge into the base as it was before quantisation")
         self._set_merged(slot)
 
     def unmerge(self) -> None:
         """Restores the base weights bit for bit."""
-        self._set_merged(None)
+        if self._modules:
+            self._set_merged(None)
 
     @torch.no_grad()
     def _set_merged(self, slot: int | None) -> None:
@@ -247,8 +288,13 @@ class Handle:
             _refresh(self._modules[name])
 
     def detach(self) -> None:
-        """Takes the slots out: classes, keys and weights are what they were. The bank keeps its tensors."""
+        """Takes the slots out: classes, keys and weights are what they were. The bank keeps its tensors.
+
+        A second time does nothing.
+        """
         self.unmerge()
+        if not self._modules:
+            return
         for site, slot in zip(self.plan, self._slots, strict=True):
             module: Any = self._modules[site.name]
             module.graft_slots = [other for other in module.graft_slots if other is not slot]
@@ -256,6 +302,13 @@ class Handle:
                 del module.graft_slots
                 module.__class__ = type(module).__bases__[1]  # the original
         self._modules = {}
+
+
+def _fits(have: tuple[int, ...], room: tuple[int, ...], rank_dim: int | None) -> bool:
+    """Whether a tensor fills its room, or all of it but some ranks."""
+    if len(have) != len(room):
+        return False
+    return all(a == b or (dim == rank_dim and a < b) for dim, (a, b) in enumerate(zip(have, room, strict=True)))
 
 
 _REMEDY = "leave them out of the targets, or declare weight_mode for modules whose weight is read directly"
@@ -275,22 +328,41 @@ def attach(model: Model, plan: Plan, build: Callable[[Site], Slot]) -> Handle:
     if not len(plan):
         raise SiteError("an empty plan", "there is nothing to attach to", "choose other targets")
     modules = named_modules(model)
-    for site in plan:
-        if site.name not in modules:
-            raise SiteError(site.name, "the model has no such module", nearest(site.name, modules))
-        found = tuple(getattr(modules[site.name], "weight", torch.empty(0)).shape)
-        if found != site.shape:
-            raise SiteError(site.name, f"planned for a weight {site.shape}, the model has {found}", "use its own base")
-    slots = []
-    for site in plan:
+    slots = [_built(site, modules, build) for site in plan]  # all of them, before the first module is touched
+    for site, slot in zip(plan, slots, strict=True):
         module: Any = modules[site.name]
-        slot = build(site).to(module.weight.device)
         if not isinstance(module, _Slotted):
             module.__class__ = _slotted(module.__class__)
             module.graft_slots = []
         module.graft_slots.append(slot)
-        slots.append(slot)
-    return Handle({site.name: modules[site.name] for site in plan}, plan, slots)
+    return Handle({site.name: modules[site.name] for site in plan}, plan, slots, _tied(modules))
+
+
+def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site], Slot]) -> Slot:
+    """The slot of a site, on its module's device."""
+    if site.name not in modules:
+        raise SiteError(site.name, "the model has no such module", nearest(site.name, modules))
+    weight = getattr(modules[site.name], "weight", torch.empty(0))
+    if tuple(weight.shape) != site.shape:
+        reason = f"planned for a weight {site.shape}, the model has {tuple(weight.shape)}"
+        raise SiteError(site.name, reason, "use its own base")
+    slot = build(site).to(weight.device)
+    parent = modules.get(site.name.rpartition(".")[0])
+    raw = isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward
+    if raw and not slot.weight_mode:
+        raise SiteError(site.name, "torch's MultiheadAttention reads its weight without calling it", _REMEDY)
+    return slot
+
+
+def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Modules whose weight another one uses too, with that one's name."""
+    users: dict[Tensor, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(parameter, []).append(name)  # tensors hash by identity
+    pairs = (pair for names in users.values() for pair in zip(names, names[1:] + names[:1], strict=True))
+    return {name: other for name, other in pairs if name != other}
 
 
 def _refresh(module: Any) -> None:

@@ -21,14 +21,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.kernels.lora_linear import Term, lora_linear
-from graft.studio.errors import InputError
+from graft.studio.errors import InputError, SiteError
 from graft.studio.sites import Model, Plan, Site, named_modules, plan_sites
 from graft.studio.slots import Handle, Slot, attach
 
@@ -95,20 +95,37 @@ class LoRA:
         names = {key.partition("[")[0] for key in direct}
 
         def build(site: Site) -> Slot:
+            if site.kind not in _SLOTS:
+                raise SiteError(
+                    site.name, f"LoRA has nothing for sites of kind {site.kind}", f"use {', '.join(_SLOTS)}"
+                )
             return _SLOTS[site.kind](site, slots, self, site.name in names, modules[site.name])
 
         return attach(model, plan or self.plan(model), build)
 
     @classmethod
     def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Handle:
-        """Attaches a trained adapter to its base (or to a plain model), ready for inference."""
+        """Attaches a trained adapter to its base (or to a plain model), ready for inference.
+
+        An adapter that names no base, as those of other libraries, is tried on a base that offers `exercise`.
+
+        Raises:
+            SiteError: sites that the base does not have, or whose modules it never calls.
+            FormatError: tensors that do not fit.
+        """
         from graft.studio.config import from_dict
 
         method = from_dict(cls, card.config, "adapter.json")
         model = base if isinstance(base, nn.Module) else base.modules
         handle = method.attach(model, plan=Plan.from_list(card.sites))
-        handle.load(tensors)
         handle.bank.eval().requires_grad_(False)
+        try:
+            handle.load(tensors)
+            if not card.base_hash and hasattr(base, "exercise"):
+                _check_called(handle, base)
+        except BaseException:
+            handle.detach()
+            raise
         return handle
 
     @classmethod
@@ -122,8 +139,16 @@ class LoRA:
         return writers[format](adapter, folder)
 
 
+def _check_called(handle: Handle, base: Any) -> None:
+    if dead := handle.bypassed(base.exercise):
+        reason = f"{len(dead)} of {len(handle.plan)} sites are never called by {base.name}: nothing would act there"
+        raise SiteError(", ".join(dead), reason, "use the base that the adapter was made for")
+
+
 class LowRankSlot(Slot):
     """LoRA on a linear layer or on rows of a packed one."""
+
+    rank_dims: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
 
     def __init__(self, site: Site, slots: int, method: LoRA, weight_mode: bool, module: nn.Module):
         """Makes the factors of a site; ``module`` is the site's own, for what the shape does not say."""

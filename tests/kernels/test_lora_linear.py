@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from graft.kernels.lora_linear import Term, lora_linear, reference
+from graft.kernels.lora_linear import Term, _masks, lora_linear, reference
 
 ROUTES = {"one": None, "mixed": torch.tensor([0, 2, -1, 1])}
 ROWS = {"all": None, "packed": (3, 9)}
@@ -128,3 +128,14 @@ def test_autocast_computes_as_a_linear_layer_would():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad.dtype == term.down.grad.dtype == torch.float32
+
+
+def test_masks_drawn_at_the_same_time_do_not_mix():
+    """As when two threads train at once: each mask follows its own seed."""
+    like = torch.empty(0)
+    shape = (1, 3000, 100)  # several chunks
+    alone = [[mask for _, mask in _masks(shape, 0.5, seed, like)] for seed in (1, 2)]
+    together = zip(*(_masks(shape, 0.5, seed, like) for seed in (1, 2)), strict=True)
+    for (a, b), ((_, c), (_, d)) in zip(zip(*alone, strict=True), together, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, d)

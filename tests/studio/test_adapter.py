@@ -9,7 +9,7 @@ from torch import nn
 import graft
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
-from graft.studio.errors import BaseMismatchError, DiskFullError, FormatError, InputError
+from graft.studio.errors import BaseMismatchError, DiskFullError, FormatError, InputError, SiteError
 from graft.studio.methods.lora import LoRA
 
 
@@ -113,6 +113,8 @@ def test_a_card_of_another_kind_or_time_is_refused(adapter):
         Card.from_json("{", "x")
     with pytest.raises(FormatError, match="not the card"):
         Card.from_json('{"method": "lora"}', "x")
+    with pytest.raises(FormatError, match="not the card.*format_version"):
+        Card.from_json(replace(adapter.card, format_version="x").to_json(), "x")  # type: ignore[arg-type]
     with pytest.raises(FormatError, match="format 99, this version reads 1"):
         Card.from_json(replace(adapter.card, format_version=99).to_json(), "x")
 
@@ -137,3 +139,45 @@ def test_unknown_methods_and_formats_say_what_there_is(adapter, tmp_path):
     with pytest.raises(InputError, match="'lora'"), stranger.attached(model()):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_do_not_fit_leave_the_base_alone(adapter):
+    base = model()
+    fewer = Adapter({name: t for name, t in adapter.tensors.items() if name != "2.B"}, adapter.card)
+    with pytest.raises(FormatError, match="2.B: missing"), fewer.attached(base):
+        pass
+    assert [type(module) for module in base] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_detaching_inside_is_no_error(adapter):
+    base, x = model(), torch.randn(5, 4)
+    before = base(x)
+    with adapter.attached(base) as handle:
+        handle.detach()
+    assert torch.equal(base(x), before)
+
+
+def test_a_foreign_adapter_is_tried_on_a_base_that_can_be(adapter):
+    """A file of another library: nobody has ever seen it act on this base."""
+
+    class Base:
+        name, domain, hash = "toy", "", "unknown"
+
+        def __init__(self, net, run):
+            self.modules, self.exercise = {"net": net}, run
+
+    def moved(card):
+        return {name: f"net.{value}" if name == "name" else value for name, value in card.items()}
+
+    sites = [moved(site) for site in adapter.card.sites]
+    tensors = {f"net.{name}": tensor for name, tensor in adapter.tensors.items()}
+    foreign = Adapter(tensors, replace(adapter.card, base_hash="", sites=sites))
+    net, x = model(), torch.randn(5, 4)
+    with foreign.attached(Base(net, lambda: net(x))):
+        pass
+    with (
+        pytest.raises(SiteError, match=r"net\.2: .*never called"),
+        foreign.attached(Base(net, lambda: nn.functional.linear(net[1](net[0](x)), net[2].weight))),
+    ):
+        pass
+    assert type(net[2]) is nn.Linear

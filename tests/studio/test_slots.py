@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from graft.studio.errors import FormatError, InputError, SiteError
 from graft.studio.methods.lora import LoRA
+from graft.studio.sites import Plan, Site
 
 
 def vit(name="vit_tiny_patch16_224", **settings):
@@ -172,10 +173,8 @@ def test_weight_mode_reaches_a_weight_that_is_read_directly(x, targets):
 def test_weight_mode_serves_the_packed_attention_of_torch():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False).eval()
     x = torch.randn(2, 3, 8)
-    handle = LoRA(targets="out_proj").attach(layer)
-    with pytest.raises(SiteError, match="out_proj|none takes part"):
-        handle.probe(lambda: layer(x))
-    handle.detach()
+    with pytest.raises(SiteError, match=r"self_attn\.out_proj: .*MultiheadAttention reads its weight.*weight_mode"):
+        LoRA(targets="out_proj").attach(layer)
     LoRA(targets="out_proj", weight_mode=("out_proj",)).attach(layer).probe(lambda: layer.train()(x))
 
 
@@ -248,3 +247,60 @@ def test_a_plan_of_another_model_is_refused():
         LoRA().attach(vit(depth=1), plan=plan)
     with pytest.raises(SiteError, match=r"planned for a weight \(48, 16\), the model has \(96, 32\)"):
         LoRA().attach(vit(embed_dim=32), plan=plan)
+
+
+def test_a_narrower_tensor_is_no_smaller_rank(x):
+    handle = attach(vit(), targets="attn.proj")
+    before, tensors = handle.tensors(), handle.tensors()
+    narrow = tensors | {"blocks.1.attn.proj.A": torch.zeros(2, 8)}
+    with pytest.raises(FormatError, match=r"blocks\.1\.attn\.proj\.A: shape \(2, 8\) for \(2, 16\)"):
+        handle.load({name: torch.zeros_like(tensor) for name, tensor in tensors.items()} | narrow)
+    assert all(torch.equal(handle.tensors()[name], tensor) for name, tensor in before.items())
+
+
+def test_what_is_detached_stays_so(x):
+    model = vit()
+    base = model(x)
+    handle = attach(model)
+    handle.detach()
+    handle.detach()
+    with pytest.raises(SiteError, match="detached"):
+        handle.merge()
+    assert torch.equal(model(x), base)
+
+
+def test_a_slot_that_cannot_be_made_leaves_the_model_alone():
+    model = vit()
+    good, bad = Site("blocks.0.attn.proj", "linear", (16, 16)), Site("norm", "norm", (16,))
+    with pytest.raises(SiteError, match="norm: LoRA has nothing for sites of kind norm"):
+        LoRA().attach(model, plan=Plan((good, bad)))
+    assert type(model.blocks[0].attn.proj) is nn.Linear
+
+
+def test_a_weight_that_two_modules_share_is_not_merged():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)).requires_grad_(False)
+    model[1].weight = model[0].weight
+    handle = LoRA(rank=2, targets="embedding").attach(model)
+    with pytest.raises(SiteError, match="0: its weight is that of 1 too"):
+        handle.merge()
+    assert model[0].weight is model[1].weight
+
+
+def test_strength_counts_when_merged_too(x):
+    model = vit(depth=1)
+    handle = attach(model)
+    handle.scale(0, 0.5)
+    expected = model(x)
+    handle.scale(0, 1.0)
+    handle.merge()
+    handle.scale(0, 0.5)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bypassed_names_the_sites_whose_module_is_not_called(x):
+    beit = vit("beit_base_patch16_224", depth=1)
+    handle = LoRA(targets=("attn.qkv", "attn.proj")).attach(beit)
+    assert handle.bypassed(lambda: beit(x[:1])) == ["blocks.0.attn.qkv"]
+    handle.detach()
+    LoRA(targets=("attn.qkv", "attn.proj"), weight_mode=("attn.qkv",)).attach(beit)
+    assert LoRA(targets="attn.proj").attach(beit).bypassed(lambda: beit(x[:1])) == []
