@@ -42,17 +42,20 @@ def export(args: argparse.Namespace) -> Answer:
 
 def train(args: argparse.Namespace) -> Answer:
     """One network."""
-    from graft.studio.commands.train import outcome, told
+    from graft.studio.commands.train import outcome
     from graft.studio.pocket.commands import train
 
     run = train(args.network, run_dir=args.run_dir, steps=args.steps, overrides=args.set)
-    return Answer(outcome(run), told(run))
+    text = f"{run.folder}: {run.status} at step {run.state['step']}"
+    if run.status == "finished":
+        return Answer(outcome(run), f"{text}; the weights are in the package\nNext: graft pocket report")
+    return Answer(outcome(run), f"{text}\nNext: graft pocket train {args.network} --run-dir {run.folder}")
 
 
 def report(args: argparse.Namespace) -> Answer:
     """The quality of the models."""
     from graft.studio.pocket.commands import report
 
-    figures = report(args.out)
-    rows = [{"figure": key, "value": value} for key, value in figures.items()]
-    return Answer(figures, table(rows, ("figure", "value")))
+    answer = report(args.out)
+    rows = [{"figure": key, "value": value} for key, value in answer["figures"].items()]
+    return Answer(answer, table(rows, ("figure", "value")) + f"\n{answer['page']}")

@@ -22,7 +22,8 @@ from graft.studio.errors import DiskFullError, GraftError, InputError, RunError
 from graft.studio.job import TrainConfig
 from graft.studio.runs import Run, RunLock, list_runs
 from graft.studio.runs.checkpoints import latest_checkpoint
-from graft.studio.training import learning_rate, resume, step_seed, train, train_many
+from graft.studio.loop import learning_rate, step_seed
+from graft.studio.training import resume, train, train_many
 
 Make = Callable[..., dict[str, Any]]
 

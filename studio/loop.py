@@ -1,0 +1,301 @@
+"""The one training loop. A domain hands over a `Task`; the loop knows nothing of pictures or text.
+
+Everything random in a step comes from generators seeded by (seed, step, micro step, rank), and the learning rate is a
+function of the step. So a training that was killed and resumed from any whole checkpoint ends with the same bits as one
+that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from graft.studio import registry
+from graft.studio.disk import append_line
+from graft.studio.errors import GraftError
+from graft.studio.job import Job, TrainConfig
+from graft.studio.runs.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
+from graft.studio.runs.folder import Run
+from graft.studio.runs.progress import progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from graft.studio.adapter import Adapter
+
+log = logging.getLogger("graft")
+
+
+class Task(Protocol):
+    """What a domain hands to the loop: an `nn.Module` whose parameters are exactly the trainable ones.
+
+    Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
+    gradients that are clipped each by its own norm, as jobs that share a batch must be.
+    """
+
+    default_learning_rate: float
+
+    def batch(self, step: int, generator: torch.Generator) -> Any:
+        """Return the data of one micro step: a function of the generator's state and nothing else that changes."""
+
+    def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and further figures, all scalars."""
+
+    def sample(self, step: int, folder: Path) -> list[Path]:
+        """Draw what has been learnt so far; modes, generators and caches stay as they were."""
+
+    def adapter(self, metrics: dict[str, Any]) -> Adapter:
+        """Return the trained adapter."""
+
+
+def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Return the seed of one micro step: 63 bits of a hash."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def learning_rate(config: TrainConfig, peak: float, step: int) -> float:
+    """Return the learning rate of a step (counted from 0)."""
+    if step < config.warmup_steps:
+        return peak * (step + 1) / config.warmup_steps
+    past = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1 - past, "cosine": 0.5 * (1 + math.cos(math.pi * past))}
+    return peak * shape[config.schedule]
+
+
+def set_threads(threads: int) -> int:
+    """Set the tensor library's CPU threads and return their number; 0 takes the cores that this process may use."""
+    free = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or free)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Return the accelerator of one training."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    # Its state is one per process, and would keep the mixed precision of the training before this one.
+    AcceleratorState._reset_state()
+    device = config.device or registry.default_device()
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation,
+    )
+
+
+class Loop:
+    """One training, from its newest checkpoint or from the start to its last step.
+
+    Args:
+        task: what is trained.
+        runs: one per slot of the task; the first has the checkpoints.
+        accelerator: of `make_accelerator`.
+        number: of this attempt.
+    """
+
+    def __init__(self, task: Any, runs: Sequence[Run], job: Job, accelerator: Accelerator, number: int = 1):
+        self.task, self.runs, self.run, self.accelerator, self.number = task, runs, runs[0], accelerator, number
+        self.config, self.sample_every = job.train, job.sample.every
+        self.main = accelerator.is_main_process
+        self.peak = self.config.learning_rate or task.default_learning_rate
+        groups = task.param_groups() if hasattr(task, "param_groups") else [{"params": list(task.parameters())}]
+        decay, fused = self.config.weight_decay, _can_fuse(groups)
+        optimizer = torch.optim.AdamW(groups, lr=self.peak, weight_decay=decay, fused=fused)
+        self.module, self.optimizer = accelerator.prepare(task, optimizer)
+        self.step, self.seconds = 0, 0.0
+        self.stopping = threading.Event()
+
+    def fit(self) -> bool:
+        """Train to the end; return False if it was asked to stop before."""
+        self.restore()
+        self.task.train()
+        means, elapsed = _Means(), self.seconds
+        saved = began = time.monotonic()
+        with self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
+            while self.step < self.config.steps:
+                means.add(self._train_step())
+                self.step += 1
+                self.seconds = elapsed + time.monotonic() - began
+                last, stop = self.step == self.config.steps, self._stop_asked()
+                due = last or stop or self._checkpoint_due(saved)
+                if due or self.step % self.config.log_every == 0:
+                    show(self.step, self._log(means.take()))
+                if due:
+                    self.save()
+                    saved = time.monotonic()
+                if self._sample_due(last):
+                    self._sample()
+                if stop and not last:
+                    return False
+        return True
+
+    def _train_step(self) -> dict[str, Tensor]:
+        """One optimiser step over all micro steps; returns figures as tensors, without waiting for them."""
+        rate = learning_rate(self.config, self.peak, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        figures: dict[str, Tensor] = {}
+        for micro in range(self.config.gradient_accumulation):
+            seed = step_seed(self.config.seed, self.step, micro, self.accelerator.process_index)
+            batch = self.task.batch(self.step, torch.Generator().manual_seed(seed))
+            torch.manual_seed(seed)  # for dropout
+            with self.accelerator.accumulate(self.module):
+                loss, parts = self.module(batch)
+                self.accelerator.backward(loss)
+                if self.accelerator.sync_gradients and self.config.max_grad_norm > 0:
+                    self._clip(self.config.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            for name, value in {"loss": loss, **parts}.items():
+                share = value.detach() / self.config.gradient_accumulation
+                figures[name] = figures[name] + share if name in figures else share
+        return figures
+
+    def _clip(self, limit: float) -> None:
+        """Scale gradients down to the limit, without waiting for their norm."""
+        self.accelerator.unscale_gradients()
+        every = [p.grad for p in self.task.parameters() if p.grad is not None]
+        for gradients in self.task.gradients() if hasattr(self.task, "gradients") else [every]:
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+    def _log(self, means: dict[str, float]) -> dict[str, float]:
+        if not all(math.isfinite(value) for value in means.values()):
+            self._diverged(", ".join(f"{name} {value}" for name, value in means.items()))
+        row = {"step": self.step, **means, "learning_rate": learning_rate(self.config, self.peak, self.step - 1)}
+        timing = {"seconds": round(self.seconds, 3), "attempt": self.number}
+        for run in self.runs if self.main else []:
+            append_line(run.folder / "metrics.jsonl", row | timing)
+        return row
+
+    def _diverged(self, shown: str) -> None:
+        remedy = "lower train.learning_rate, or use train.mixed_precision = 'no'"
+        raise GraftError(f"step {self.step}: the training diverged ({shown}); {remedy}")
+
+    def _asked(self, what: str) -> bool:
+        return self.run.take_request(what) if self.main else False
+
+    def _stop_asked(self) -> bool:
+        """Whether to stop here. Several processes agree on it, when they wait for each other's figures anyway."""
+        asked = self.stopping.is_set() or (not self.stopping.is_set() and self._asked("stop"))
+        if asked:
+            self.stopping.set()
+        if self.accelerator.num_processes == 1:
+            return asked
+        if self.step % self.config.log_every:
+            return False
+        votes = torch.tensor([float(asked)], device=self.accelerator.device)
+        return bool(self.accelerator.reduce(votes, "sum").item())
+
+    def _checkpoint_due(self, saved: float) -> bool:
+        config = self.config
+        by_step = config.checkpoint_every > 0 and self.step % config.checkpoint_every == 0
+        by_time = config.checkpoint_seconds > 0 and time.monotonic() - saved >= config.checkpoint_seconds
+        return by_step or by_time or self._asked("save-now")
+
+    def _sample_due(self, last: bool) -> bool:
+        if not self.main:
+            return False
+        by_step = self.sample_every > 0 and (self.step % self.sample_every == 0 or last)
+        return self._asked("sample-now") or by_step
+
+    def _sample(self) -> None:
+        # What it draws from the global generators does no harm: each step seeds them anew.
+        files = self.task.sample(self.step, self.run.folder / "samples")
+        self.run.write_event("sample", step=self.step, files=[path.name for path in files])
+
+    def save(self) -> None:
+        """Write a checkpoint and the state."""
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        extra = {"seconds": self.seconds, "scaler": scaler.state_dict() if scaler is not None else None}
+        model = {name: tensor.detach().cpu() for name, tensor in self.task.state_dict().items()}
+        broken = [name for name, tensor in model.items() if not bool(tensor.isfinite().all())]
+        if broken:  # the loss tells it one step too late
+            self._diverged(f"{', '.join(broken[:3])} not finite")
+        checkpoint = Checkpoint(self.step, model, self.optimizer.state_dict(), extra)
+        write_checkpoint(self.run.folder / "checkpoints", checkpoint, self.config.keep_checkpoints)
+        for run in self.runs:
+            run.write_state(step=self.step)
+        self.run.write_event("checkpoint", step=self.step)
+
+    def restore(self) -> None:
+        """Continue from the newest whole checkpoint, if there is one."""
+        checkpoint = latest_checkpoint(self.run.folder / "checkpoints")
+        if checkpoint is None:
+            return
+        self.task.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.accelerator.scaler is not None and checkpoint.extra["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
+        self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
+        log.info("resumed at step %d", self.step)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGTERM and SIGINT into a stop at the next step; a second one acts as ever. Only the main thread may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        old = {which: signal.getsignal(which) for which in (signal.SIGTERM, signal.SIGINT)}
+
+        def stop(number: int, frame: object) -> None:
+            self.stopping.set()
+            signal.signal(number, old[signal.Signals(number)])
+
+        for which in old:
+            signal.signal(which, stop)
+        try:
+            yield
+        finally:
+            for which, handler in old.items():
+                signal.signal(which, handler)
+
+
+class _Means:
+    """Running means of figures, added up where they are and fetched once."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        for name, value in figures.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(total) / self.count for name, total in self.sums.items()}
+        self.sums, self.count = {}, 0
+        return means
+
+
+def _can_fuse(groups: Sequence[Mapping[str, Any]]) -> bool:
+    kinds = {p.device.type for group in groups for p in group["params"]}
+    return kinds <= {"cpu", "cuda"}
+
+
+@contextmanager
+def seeds_kept() -> Iterator[None]:
+    """Leave torch's global generators as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
