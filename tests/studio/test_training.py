@@ -20,9 +20,9 @@ import torch
 from graft.studio.disk import write_atomic
 from graft.studio.errors import DiskFullError, GraftError, InputError, RunError
 from graft.studio.job import TrainConfig
+from graft.studio.loop import learning_rate, step_seed
 from graft.studio.runs import Run, RunLock, list_runs
 from graft.studio.runs.checkpoints import latest_checkpoint
-from graft.studio.loop import learning_rate, step_seed
 from graft.studio.training import resume, train, train_many
 
 Make = Callable[..., dict[str, Any]]

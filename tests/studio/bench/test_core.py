@@ -1,6 +1,10 @@
 import json
 
+import torch
+from torch import nn
+
 from graft.studio.bench import core
+from graft.studio.bench.core import Variant
 
 
 def test_the_table_compares_equal_work(tmp_path):
@@ -15,3 +19,10 @@ def test_the_table_compares_equal_work(tmp_path):
     text = core.table(result)
     assert "8 adapters over 1" in text
     assert "limit 1.20" in text
+
+
+def test_a_step_leaves_the_pictures_as_they_are():
+    x, model = torch.randn(2, 4), nn.Linear(4, 3).requires_grad_(False)
+    _, (grad,) = Variant(model, []).step(x, torch.ones(2, 3))
+    torch.testing.assert_close(grad, model.weight.sum(0).expand(2, -1))
+    assert not x.requires_grad
