@@ -16,7 +16,6 @@ OPTIONAL = {
     "timm": ("adapting vision transformers", "vision"),
     "open_clip": ("adapting open_clip models", "vlm"),
     "peft": ("comparing with peft", "dev"),
-    "gradio": ("the page in the browser", "app"),
     "xformers": ("memory-saving attention on a GPU", "gpu"),
 }
 """Library -> (what it is for, the extra that brings it)."""
