@@ -19,6 +19,8 @@ from graft.studio.adapter import base_hash
 from graft.studio.disk import naming_full_disk
 from graft.studio.errors import InputError
 
+Condition = dict[str, Tensor]
+"""What the denoiser is told beside picture and noise level, by name; prompts or rows come first."""
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 
 
@@ -84,9 +86,23 @@ class DiffusionBase:
         """Side in pixels that the base was trained at."""
         return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
 
+    def side(self, wanted: int = 0) -> int:
+        """Side in pixels of pictures to train on or to draw; 0 is the base's own.
+
+        Raises:
+            InputError: the pipeline draws no pictures of that side.
+        """
+        side, step = wanted or self.resolution, max(8, int(self.pipe.vae_scale_factor))
+        if side % step:
+            remedy = f"Use {max(step, round(side / step) * step)}"
+            raise InputError(f"resolution {side}", f"{self.name} needs a multiple of {step}", remedy)
+        return side
+
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids as the pipeline makes them, placeholders of several vectors expanded: (p, n) long, on the CPU."""
-        tokenizer = self.tokenizer
+        return self._ids(prompts, self.tokenizer)
+
+    def _ids(self, prompts: list[str], tokenizer: Any) -> Tensor:
         return tokenizer(
             self.pipe.maybe_convert_prompt(prompts, tokenizer),
             padding="max_length",
@@ -98,6 +114,27 @@ class DiffusionBase:
     def encode(self, ids: Tensor) -> Tensor:
         """Text embeddings for the denoiser's cross-attention: (p, n) -> (p, n, d)."""
         return self.pipe.text_encoder(ids.to(self.device))[0]
+
+    def condition(self, ids: Tensor) -> Condition:
+        """What the denoiser is told of prompts, from their ids as `tokenize` gives them."""
+        return {"text": self.encode(ids)}
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """The denoiser's prediction: (b, c, h, w), (b,) and rows of `condition` -> (b, c, h, w)."""
+        prediction: Tensor = self.denoiser(
+            noisy, timesteps, encoder_hidden_states=condition["text"], return_dict=False
+        )[0]
+        return prediction
+
+    @torch.no_grad()
+    def exercise(self) -> None:
+        """Calls every network once, on as little as it takes: what is not called then takes no part in pictures."""
+        latent, vae = 2 ** len(self.denoiser.config.block_out_channels), self.pipe.vae
+        pixels = latent * int(self.pipe.vae_scale_factor)
+        condition = {name: part.to(self.dtype) for name, part in self.condition(self.tokenize([""])).items()}
+        noisy = torch.zeros(1, self.denoiser.config.in_channels, latent, latent, device=self.device, dtype=self.dtype)
+        self.denoise(noisy, torch.zeros(1, dtype=torch.long, device=self.device), condition)
+        vae(torch.zeros(1, vae.config.in_channels, pixels, pixels, device=vae.device, dtype=vae.dtype))
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -116,6 +153,37 @@ class DiffusionBase:
         return {"mean": ((posterior.mean - shift) * scale).float(), "std": (posterior.std * scale).float()}
 
 
+class SDXLBase(DiffusionBase):
+    """Stable Diffusion XL (Podell et al., 2023, arXiv:2307.01952): two text encoders, and a denoiser that is told the
+    size and crop of the picture too."""
+
+    def tokenize(self, prompts: list[str]) -> Tensor:
+        """Token ids of both tokenizers: (p, 2, n) long, on the CPU."""
+        return torch.stack([self._ids(prompts, each) for each in (self.pipe.tokenizer, self.pipe.tokenizer_2)], dim=1)
+
+    def condition(self, ids: Tensor) -> Condition:
+        """The last layers but one of both encoders, side by side, and the second one's pooled output."""
+        encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)
+        told = [
+            encoder(part, output_hidden_states=True)
+            for encoder, part in zip(encoders, ids.to(self.device).unbind(1), strict=True)
+        ]
+        return {"text": torch.cat([each.hidden_states[-2] for each in told], dim=-1), "pooled": told[1][0]}
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """As for any base; the picture is said to be of its own size and not cropped, as when it is drawn."""
+        height, width = (side * int(self.pipe.vae_scale_factor) for side in noisy.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        prediction: Tensor = self.denoiser(
+            noisy,
+            timesteps,
+            encoder_hidden_states=condition["text"],
+            added_cond_kwargs={"text_embeds": condition["pooled"], "time_ids": sizes.expand(len(noisy), -1)},
+            return_dict=False,
+        )[0]
+        return prediction
+
+
 def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DiffusionBase:
     """Loads a pocket model, a diffusers folder, or a model from the hub.
 
@@ -132,20 +200,36 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
     source = _source(name)
     try:
         with _without_progress_bars():
-            pipe = DiffusionPipeline.from_pretrained(source, **_no_safety_checker(source))
-    except (OSError, ValueError, SafetensorError) as error:
+            pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_no_safety_checker(source))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "Check the name and the connection, or delete the folder and fetch it again"
         raise InputError(name, f"the base cannot be loaded ({lines[0]})", remedy) from error
-    if not all(hasattr(pipe, part) for part in ("unet", "vae", "text_encoder")):
-        kind = type(pipe).__name__
-        raise InputError(name, f"{kind} has no unet, vae and text_encoder", "Use a Stable Diffusion base")
-    base = DiffusionBase(name, pipe)
+    base = _family(name, pipe)(name, pipe)
     _place(base, device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     if dtype not in (None, torch.float32):
         _ = base.hash, base.part_hashes  # the identity is that of the float32 weights, in whatever type they run
         _place(base, base.device, dtype)
     return base
+
+
+def _family(name: str, pipe: Any) -> type[DiffusionBase]:
+    """The class that knows how a pipeline's denoiser is called.
+
+    Raises:
+        InputError: none does.
+    """
+    kind, remedy = type(pipe).__name__, "Use a base of Stable Diffusion 1, 2 or XL that draws from text"
+    if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder")):
+        raise InputError(name, f"{kind} has no unet, vae and text_encoder", remedy)
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        reason = f"its unet takes {pipe.unet.config.in_channels} channels, its vae makes"
+        raise InputError(name, f"{reason} {pipe.vae.config.latent_channels}", remedy)
+    families = {(None, False): DiffusionBase, ("text_time", True): SDXLBase}
+    told = (pipe.unet.config.addition_embed_type, getattr(pipe, "text_encoder_2", None) is not None)
+    if told not in families:
+        raise InputError(name, f"{kind} tells its unet {told[0]} in a way that is not known here", remedy)
+    return families[told]
 
 
 def _place(base: DiffusionBase, device: str | torch.device, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graft.diffusion.base import DiffusionBase, load_base
+from graft.diffusion.base import Condition, DiffusionBase, load_base
 from graft.diffusion.data import DataConfig, Dataset, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.objectives import objective_for
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 OWN = frozenset({"token", "trigger", "initializer", "jitter", "vectors", "templates", "class_prompt"})
 """Method fields in which jobs that share a batch may differ."""
-Encode = Callable[[Tensor], Tensor]
+Encode = Callable[[Tensor], Condition]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class ConceptTask(DiffusionTask):
             return
         hooks = [
             module.register_forward_pre_hook(lambda m, args, kw: self._route_all(slot, args, kw), with_kwargs=True)
-            for module in (self.base.denoiser, self.base.pipe.text_encoder)
+            for name, module in self.base.modules.items()
+            if module is self.base.denoiser or name.startswith("text_encoder")
         ]
         try:
             yield
@@ -171,7 +172,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     subjects = []
     for job, method in zip(jobs, methods, strict=True):
         data = from_dict(DataConfig, dict(job.data), "data")
-        subjects.append(Subject(job, method, data, load_dataset(data, base.resolution, cache)))
+        subjects.append(Subject(job, method, data, load_dataset(data, base.side(data.resolution), cache)))
     table = PromptTable()
     attach = _attach_words if isinstance(methods[0], TextualInversion) else _attach_lora
     sources = [
@@ -224,6 +225,7 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
             "base": job.base,
             "train": job.train,
             "data.resolution": job.data.get("resolution", 0),
+            "sample.every": job.sample.every,
             "method": (type(method), {k: v for k, v in to_dict(method).items() if k not in OWN}),
         }
         for job, method in zip(jobs, methods, strict=True)
@@ -239,11 +241,12 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
 
 def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:
     """The posterior of every variant, from the cache: `mean` and `std`, each (p, k, c, h, w)."""
-    vae = base.part_hashes["vae"]
+    config = base.pipe.vae.config
+    vae = [base.part_hashes["vae"], config.scaling_factor, config.get("shift_factor")]
     rows = []
     for keys, pixels in zip(dataset.keys, dataset.pixels, strict=True):
         row = [
-            cache.get("latents", content_key("latents-1", key, vae), partial(base.posterior, p[None]))
+            cache.get("latents", content_key("latents-2", key, vae), partial(base.posterior, p[None]))
             for key, p in zip(keys, pixels, strict=True)
         ]
         rows.append({name: torch.cat([entry[name] for entry in row]) for name in ("mean", "std")})
@@ -284,7 +287,13 @@ def _attach_words(
     inner = methods if len(methods) == 1 else [replace(m, token=f"<graft-{i}>") for i, m in enumerate(methods)]
     handle = attach_concepts(base, inner, [subject.job.train.seed for subject in subjects])
     ids = base.tokenize([text.replace(methods[slot].token, inner[slot].token) for slot, text in table.entries])
-    return handle, lambda rows: base.encode(ids[rows])
+    known = len(base.tokenizer) - sum(method.vectors for method in methods)
+    for (_, text), row in zip(table.entries, ids, strict=True):
+        if not bool((row >= known).any()):
+            handle.detach()
+            reason = f"it is cut off after {ids.shape[1]} tokens, before the word to learn"
+            raise InputError(f"caption {text!r}", reason, "Shorten it, or put the word first")
+    return handle, lambda rows: base.condition(ids[rows])
 
 
 def _attach_lora(
@@ -300,29 +309,26 @@ def _attach_lora(
     rows_of_batch = row_slots(sources) if len(subjects) > 1 else None
     handle.route(rows_of_batch)
     if frozen is not None:
-        return handle, lambda rows: frozen[rows.to(frozen.device)]
+        return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in frozen.items()}
 
-    def encode(rows: Tensor) -> Tensor:
+    def encode(rows: Tensor) -> Condition:
         """The text encoder sees prompts, the denoiser rows: each gets its own route."""
         if rows_of_batch is None:
-            return base.encode(ids[rows])
+            return base.condition(ids[rows])
         handle.route(slots[rows])
-        text = base.encode(ids[rows])
+        condition = base.condition(ids[rows])
         handle.route(rows_of_batch)
-        return text
+        return condition
 
     return handle, encode
 
 
 @torch.no_grad()
-def _text(base: DiffusionBase, ids: Tensor, cache: Cache) -> Tensor:
-    """Text embeddings of all prompts, (p, n, d)."""
-    encoder = base.part_hashes["text_encoder"]
+def _text(base: DiffusionBase, ids: Tensor, cache: Cache) -> Condition:
+    """What the denoiser is told of all prompts."""
+    encoders = [value for name, value in base.part_hashes.items() if name.startswith("text_encoder")]
     entries = [
-        cache.get("text", content_key("text-1", row.tolist(), encoder), partial(_encoded, base, row)) for row in ids
+        cache.get("text", content_key("text-2", row.tolist(), encoders), partial(base.condition, row[None]))
+        for row in ids
     ]
-    return torch.cat([entry["text"] for entry in entries]).to(base.device)
-
-
-def _encoded(base: DiffusionBase, ids: Tensor) -> dict[str, Tensor]:
-    return {"text": base.encode(ids[None])}
+    return {name: torch.cat([entry[name] for entry in entries]).to(base.device) for name in entries[0]}

@@ -18,7 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.diffusion.data import TEMPLATES
 from graft.studio.caches import Cache, content_key
@@ -78,7 +78,9 @@ class DiffusionLoRA(LoRA):
         Args:
             model: the base's `modules`.
         """
-        assert isinstance(model, dict)
+        if isinstance(model, nn.Module) or not {"unet", "transformer"} & set(model):
+            given = f"a {type(model).__name__}"
+            raise InputError(given, "these are not the networks of a pipeline", "Give base.modules, or use LoRA")
         denoiser = "unet" if "unet" in model else "transformer"
         parts = [denoiser, *(name for name in model if self.text_encoder and name.startswith("text_encoder"))]
         sites = plan_sites({name: model[name] for name in parts}, self.targets, towers=self.towers).sites

@@ -75,8 +75,12 @@ def undisturbed(base: DiffusionBase, *banks: nn.Module) -> Iterator[None]:
 
 
 def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
-    """Draws every prompt from every seed with whatever is attached to the base."""
-    side = config.resolution or base.resolution
+    """Draws every prompt from every seed with whatever is attached to the base.
+
+    Raises:
+        InputError: a resolution that the base cannot draw.
+    """
+    side = base.side(config.resolution)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn: list[Image.Image] = []
     with undisturbed(base), mixed(base):

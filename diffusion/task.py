@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from graft.diffusion.base import DiffusionBase
+from graft.diffusion.base import Condition, DiffusionBase
 from graft.diffusion.objectives import Objective, weighted_mse
 
 
@@ -64,7 +64,7 @@ class DiffusionTask(nn.Module):
         handle: of the attached adapters; `handle.bank` owns the trainable parameters.
         sources: of all jobs, in the order of the rows.
         objective: what is predicted.
-        encode: rows of the prompt table (u,) -> text embeddings (u, n, d).
+        encode: rows of the prompt table (u,) -> what the denoiser is told of them, u rows of each tensor.
     """
 
     base: DiffusionBase
@@ -77,7 +77,7 @@ class DiffusionTask(nn.Module):
         handle: Any,
         sources: Sequence[Source],
         objective: Objective,
-        encode: Callable[[Tensor], Tensor],
+        encode: Callable[[Tensor], Condition],
     ):
         super().__init__()
         self.base, self.handle, self.bank = base, handle, handle.bank
@@ -113,18 +113,16 @@ class DiffusionTask(nn.Module):
         return mean, std, redraw, noise, self.objective.levels(source.rows, generator), prompts
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and the error of each source."""
+        """The loss: errors by the objective, averaged over the rows of a source and added up over sources."""
         device = self.shares.device
         mean, std, redraw, noise = (part.to(device, non_blocking=True) for part in batch[:4])
         x0 = mean + std * redraw
         target = self.objective.target(x0, noise, batch.levels)
-        text = self.encode(batch.prompts)[batch.prompt_of.to(device)]
-        dtype = self.base.dtype
-        prediction = self.base.denoiser(
+        told, dtype = self.encode(batch.prompts), self.base.dtype
+        prediction = self.base.denoise(
             self.objective.noisy(x0, noise, batch.levels).to(dtype),
             self.objective.timesteps(batch.levels).to(device),
-            encoder_hidden_states=text.to(dtype),
-            return_dict=False,
-        )[0]
+            {name: part[batch.prompt_of.to(device)].to(dtype) for name, part in told.items()},
+        )
         errors = weighted_mse(prediction, target, self.objective.weights(batch.levels).to(device))
         return (errors * self.shares).sum(), {}

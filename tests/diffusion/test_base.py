@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.diffusion.base import DiffusionBase, load_base
+from graft.diffusion.base import DiffusionBase, _family, load_base
 from graft.studio.errors import InputError
 
 
@@ -59,3 +59,41 @@ def test_a_cut_download_is_one_clear_error(folder: Path, tmp_path: Path):
     shutil.rmtree(broken / "text_encoder")
     with pytest.raises(InputError, match="the base cannot be loaded"):
         load_base(str(broken))
+
+
+def test_a_base_that_is_told_more_than_text_is_refused(folder: Path, tmp_path: Path):
+    pipe = load_base(str(folder)).pipe
+    pipe.unet.register_to_config(addition_embed_type="image")
+    with pytest.raises(InputError, match="tells its unet image in a way"):
+        _family("other", pipe)
+    pipe.save_pretrained(tmp_path / "damaged")
+    pipe.unet.register_to_config(addition_embed_type=None, in_channels=9)
+    pipe.unet.conv_in = torch.nn.Conv2d(9, 16, 3, padding=1)
+    pipe.save_pretrained(tmp_path / "inpainting")
+    with pytest.raises(InputError, match="the base cannot be loaded"):
+        load_base(str(tmp_path / "damaged"))
+    with pytest.raises(InputError, match="its unet takes 9 channels, its vae makes 4"):
+        load_base(str(tmp_path / "inpainting"))
+
+
+def test_pickled_weights_are_never_opened(folder: Path, tmp_path: Path):
+    pickled = shutil.copytree(folder, tmp_path / "pickled")
+    weights = pickled / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save(load_base(str(folder)).pipe.unet.state_dict(), weights.with_suffix(".bin"))
+    with pytest.raises(InputError, match="the base cannot be loaded"):
+        load_base(str(pickled))
+
+
+def test_sides_that_cannot_be_drawn_are_refused(base: DiffusionBase):
+    assert (base.side(), base.side(24)) == (8, 24)
+    with pytest.raises(InputError, match="resolution 20: .* needs a multiple of 8. Use 16"):
+        base.side(20)
+
+
+def test_exercise_calls_every_network(base: DiffusionBase):
+    called = []
+    for name, module in base.modules.items():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    base.exercise()
+    assert sorted(called) == ["text_encoder", "unet", "vae"]

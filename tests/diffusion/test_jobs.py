@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,11 +7,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from graft.diffusion.base import DiffusionBase
-from graft.diffusion.jobs import prepare, prepare_together
+from graft.diffusion.data import DataConfig, load_dataset
+from graft.diffusion.jobs import latents, prepare, prepare_together
+from graft.diffusion.lora import DiffusionLoRA
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.adapter import Adapter
+from graft.studio.caches import Cache
 from graft.studio.errors import BaseMismatchError, DataError, InputError
-from graft.studio.job import Job
+from graft.studio.job import Job, SampleConfig
 
 TI = {"name": "textual_inversion", "token": "<cat>", "vectors": 2}
 LORA = {"name": "lora", "rank": 2, "trigger": "sks"}
@@ -241,6 +245,9 @@ def test_bf16_trains_close_to_fp32_and_samples(folder: Path, photos: Path, tmp_p
 def test_jobs_that_differ_cannot_share_a_batch(folder: Path, photos: Path):
     with pytest.raises(InputError, match="its method differs"):
         prepare_together([job(folder, photos, LORA), job(folder, photos, {**LORA, "rank": 4})])
+    sampled = replace(job(folder, photos, LORA), sample=SampleConfig(every=5))
+    with pytest.raises(InputError, match="its sample.every differs"):
+        prepare_together([job(folder, photos, LORA), sampled])
     with pytest.raises(InputError, match="its train differs"):
         prepare_together([job(folder, photos, LORA), job(folder, photos, LORA, seed=9)])
     with pytest.raises(InputError, match="other masks"):
@@ -253,3 +260,29 @@ def test_bad_data_stops_before_the_first_step(folder: Path, photos: Path, tmp_pa
     (photos / "0.txt").write_text("a photo of something")
     with pytest.raises(InputError, match="does not contain <cat>"):
         prepare(job(folder, photos, TI))
+
+
+def test_a_resolution_that_cannot_be_drawn_stops_before_the_first_step(folder: Path, photos: Path):
+    bad = job(folder, photos, TI)
+    bad.data["resolution"] = 20
+    with pytest.raises(InputError, match="resolution 20"):
+        prepare(bad)
+
+
+def test_a_caption_that_is_cut_off_before_the_word_is_refused(folder: Path, photos: Path):
+    (photos / "3.txt").write_text("a photo of the red toy on the blue cat and " * 2 + "<cat>")
+    with pytest.raises(InputError, match="cut off after 24 tokens"):
+        prepare(job(folder, photos, TI))
+
+
+def test_another_scale_of_latents_is_another_entry(folder: Path, photos: Path, base: DiffusionBase, tmp_path: Path):
+    cache = Cache(tmp_path / "latents")
+    dataset = load_dataset(DataConfig(path=str(photos)), 8, cache)
+    one = latents(base, dataset, cache)["mean"]
+    base.pipe.vae.register_to_config(scaling_factor=2 * base.pipe.vae.config.scaling_factor)
+    torch.testing.assert_close(latents(base, dataset, cache)["mean"], 2 * one)
+
+
+def test_a_plain_model_is_no_pipeline(base: DiffusionBase):
+    with pytest.raises(InputError, match="not the networks of a pipeline"):
+        DiffusionLoRA().attach(base.pipe.unet)

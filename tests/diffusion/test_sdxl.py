@@ -1,0 +1,102 @@
+"""Stable Diffusion XL: two text encoders, and a denoiser that is told sizes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from graft.diffusion.base import SDXLBase, load_base
+from graft.diffusion.jobs import prepare
+from graft.studio.adapter import load_adapter
+from graft.studio.errors import InputError
+from graft.studio.job import Job
+
+
+@pytest.fixture(scope="module")
+def xl(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random pipeline as a diffusers folder."""
+    torch.manual_seed(0)
+    words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id, projection_dim=12,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32, attention_head_dim=8, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 12,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 2, sample_size=8,
+    )  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), tokenizer=words,
+        tokenizer_2=words, unet=unet, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
+        add_watermarker=False,
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("xl")
+    pipe.save_pretrained(path)
+    return path
+
+
+def job(xl: Path, photos: Path, **method) -> Job:
+    method = {"name": "lora", "rank": 2, "targets": "all-linear"} | method
+    data = {"path": str(photos)}
+    return Job.load({"base": str(xl), "method": method, "data": data, "train": {"batch_size": 2, "device": "cpu"}})
+
+
+def test_the_denoiser_is_told_what_the_pipeline_tells_it(xl: Path):
+    base = load_base(str(xl), "cpu")
+    assert isinstance(base, SDXLBase)
+    prompts = ["a photo of a red cat", "a toy"]
+    text, _, pooled, _ = base.pipe.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+    told = base.condition(base.tokenize(prompts))
+    torch.testing.assert_close(told["text"], text)
+    torch.testing.assert_close(told["pooled"], pooled)
+    noisy, levels = torch.randn(2, 4, 4, 4), torch.tensor([3, 500])
+    sizes = torch.tensor([8.0, 8, 0, 0, 8, 8]).repeat(2, 1)
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    expected = base.pipe.unet(noisy, levels, text, added_cond_kwargs=added).sample
+    torch.testing.assert_close(base.denoise(noisy, levels, told), expected)
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_a_lora_trains_and_stock_diffusers_draws_the_same(xl: Path, photos: Path, tmp_path: Path, text_encoder: bool):
+    # The encoders' last layers do not reach the pictures (the second one's do, through its pooled output).
+    living = r"unet\..*attn.*\.to_[qkv]|text_encoder\..*layers\.0.*(q|v)_proj|text_encoder_2\..*(q|v)_proj"
+    targets = living if text_encoder else "all-linear"
+    task = prepare(job(xl, photos, targets=targets, text_encoder=text_encoder))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    for step in range(2):
+        optimizer.zero_grad()
+        task(task.batch(step, torch.Generator().manual_seed(step)))[0].backward()
+        optimizer.step()
+    adapter = task.adapter({})
+    adapter.export(tmp_path, "diffusers")
+    stock = StableDiffusionXLPipeline.from_pretrained(xl, add_watermarker=False)
+    plain = picture(stock)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    assert np.abs(plain - picture(task.base.pipe)).max() > 1e-4
+    np.testing.assert_allclose(picture(stock), picture(task.base.pipe), atol=1e-5)
+    fresh = load_base(str(xl), "cpu")
+    with load_adapter(tmp_path).attached(fresh):  # a file that names no base is tried first
+        np.testing.assert_allclose(picture(fresh.pipe), picture(stock), atol=1e-5)
+
+
+def picture(pipe) -> np.ndarray:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(11)
+    settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np"}
+    return pipe("a photo of sks", generator=generator, **settings).images[0]
+
+
+def test_textual_inversion_says_that_it_trains_one_encoder(xl: Path, photos: Path):
+    method, data = {"name": "textual_inversion"}, {"path": str(photos)}
+    with pytest.raises(InputError, match="trains one text encoder, it has two"):
+        prepare(Job.load({"base": str(xl), "method": method, "data": data, "train": {"device": "cpu"}}))
