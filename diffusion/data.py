@@ -163,13 +163,18 @@ def _found(config: DataConfig, problems: list[str]) -> list[tuple[Path, str | No
     paths = sorted(
         path
         for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.relative_to(root).as_posix().startswith(".")
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not _hidden(path.relative_to(root))
     )
     if not paths:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DataError(config.path, f"the folder holds no pictures ({kinds})", "Put the pictures there")
     own = _metadata(root, problems)
     return [(path, own.get(path.resolve()) or _beside(path, problems) or _configured(path, config)) for path in paths]
+
+
+def _hidden(path: Path) -> bool:
+    """Thumbnails and a Mac's shadow files are no pictures."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _metadata(root: Path, problems: list[str]) -> dict[Path, str]:

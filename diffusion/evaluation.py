@@ -3,7 +3,7 @@
 Two numbers are always read together. *Image similarity* is the cosine between CLIP features of drawn and real pictures;
 a copy machine would win it. *Text alignment* says whether the rest of the prompt is still obeyed: the cosine between
 picture and prompt, and, measured in pixels and not by any model, whether the background has the colour that was asked
-for. A validation loss at fixed noise and fixed levels compares checkpoints of one run.
+for.
 """
 
 from __future__ import annotations
@@ -21,20 +21,13 @@ from torch.nn import functional as F
 
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.errors import InputError
+from graft.studio.pocket import scenes
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
-    from graft.diffusion.task import DiffusionTask
     from graft.studio.adapter import Adapter
 
-COLOURS = {
-    "red": (214, 48, 49),
-    "yellow": (250, 215, 70),
-    "green": (60, 160, 75),
-    "blue": (50, 100, 210),
-    "black": (25, 25, 30),
-    "white": (248, 248, 248),
-}
+COLOURS = {name: scenes.COLOURS[name] for name in ("red", "yellow", "green", "blue", "black", "white")}
 """Colours that are asked for, as sRGB; they lie far apart, so that the nearest one is no matter of taste."""
 
 
@@ -43,7 +36,7 @@ class EvaluationConfig:
     """What `evaluate` draws and measures with."""
 
     path: str = ""
-    """Folder of real pictures, best ones that were not trained on; "" takes the job's own."""
+    """Folder of real pictures, best ones that were not trained on. `graft eval` fills in those of the run."""
     clip: str = "pocket-clip"
     """CLIP that compares: pocket-clip, a transformers folder, or a hub id."""
     prompts: tuple[str, ...] = ("a photo of {}", "a picture of {}")
@@ -67,6 +60,12 @@ class EvaluationConfig:
             raise InputError(
                 str(unknown or self.seeds), "colours must be known, seeds at least 1", f"Known: {', '.join(COLOURS)}"
             )
+        for prompt in (*self.prompts, self.background):
+            try:
+                prompt.format("word", colour="red")
+            except (LookupError, ValueError):
+                remedy = "Write {} for the concept, and {colour} in the background's prompt"
+                raise InputError(f"prompt {prompt!r}", "its braces name something else", remedy) from None
 
 
 class Clip:
@@ -86,11 +85,12 @@ class Clip:
 
             source = str(resolve(name))
         try:
-            self.model = CLIPModel.from_pretrained(source, dtype=torch.float32).to(device).eval().requires_grad_(False)
+            self.model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+            self.model.to(device).eval().requires_grad_(False)
             self.processor = CLIPImageProcessor.from_pretrained(source)
             self.tokenizer = CLIPTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            reason = f"no CLIP can be loaded from it ({str(error).splitlines()[0]})"
+            reason = f"no CLIP can be loaded from it ({(str(error).splitlines() or [type(error).__name__])[0]})"
             raise InputError(name, reason, "Give pocket-clip, a transformers CLIP folder, or a hub id") from error
 
     @torch.no_grad()
@@ -149,7 +149,12 @@ def evaluate(
 
     Returns:
         `image_similarity`, `text_alignment`, `background_alignment`.
+
+    Raises:
+        InputError: no folder of real pictures was named.
     """
+    if not settings.path:
+        raise InputError("eval.path", "there is nothing to compare with", "Name a folder of real pictures")
     clip = clip or Clip(settings.clip, base.device)
     real = clip.images(_real(Path(settings.path)))
     word = settings.class_word if adapter is None else adapter.card.trigger or settings.class_word
@@ -182,15 +187,3 @@ def _real(folder: Path) -> list[Image.Image]:
 
     pixels = load_dataset(DataConfig(path=str(folder)), 224, Cache()).pixels[:, 0]
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
-
-
-@torch.no_grad()
-def validation_loss(task: DiffusionTask, draws: int = 8, seed: int = 0) -> float:
-    """The task's loss at fixed noise and levels: unlike the training loss, comparable between checkpoints of a run."""
-    modes = [module.training for module in task.modules()]
-    task.eval()
-    with torch.random.fork_rng(devices=[]):
-        losses = [task(task.batch(0, torch.Generator().manual_seed(seed + i)))[0] for i in range(draws)]
-    for module, mode in zip(task.modules(), modes, strict=True):
-        module.training = mode
-    return float(torch.stack(losses).mean())

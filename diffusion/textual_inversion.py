@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.diffusion.data import TEMPLATES
+from graft.studio.config import from_dict
 from graft.studio.errors import FormatError, InputError, SiteError
 from graft.studio.formats.files import write_tensors
 
@@ -99,7 +100,7 @@ class TextualInversion:
     @classmethod
     def attach_to(cls, base: Any, tensors: dict[str, Tensor], card: Any) -> Concepts:
         """Puts a trained word back; `card.config` holds its hyper-parameters."""
-        handle = attach_concepts(base, [cls(**card.config)], [0])
+        handle = attach_concepts(base, [from_dict(cls, card.config, "adapter.json")], [0])
         try:
             handle.load(tensors)
         except FormatError:

@@ -132,3 +132,10 @@ def test_a_folder_must_exist_and_hold_pictures(tmp_path: Path):
 def test_settings_out_of_range_are_refused(wrong: dict):
     with pytest.raises(DataError, match=f"data.{next(iter(wrong))} = "):
         DataConfig(path="x", **wrong)
+
+
+def test_hidden_files_are_no_pictures(photos: Path, tmp_path: Path):
+    (photos / "more").mkdir()
+    for name in ("._0.png", "more/._0.png"):
+        (photos / name).write_bytes(b"a Mac's shadow file")
+    assert len(load_dataset(DataConfig(path=str(photos)), 8, Cache(tmp_path / "c")).pictures) == 5

@@ -68,3 +68,10 @@ def test_unknown_colours_and_clips_are_refused(tmp_path: Path):
         EvaluationConfig(colours=("mauve",))
     with pytest.raises(InputError, match="no CLIP can be loaded"):
         Clip(str(tmp_path))
+
+
+def test_missing_pictures_and_strange_prompts_are_refused(base: DiffusionBase, clip_folder: Path):
+    with pytest.raises(InputError, match="nothing to compare with"):
+        evaluate(base, None, EvaluationConfig(clip=str(clip_folder)))
+    with pytest.raises(InputError, match="braces"):
+        EvaluationConfig(prompts=("a {token} dog",))

@@ -141,6 +141,8 @@ def test_attach_to_restores_what_was_saved(base: DiffusionBase):
     with pytest.raises(FormatError, match=r"expected \(2, 16\), got \(2, 8\)"):
         TextualInversion.attach_to(base, {"embedding": torch.zeros(2, 8)}, card)
     assert type(table(base)) is nn.Embedding
+    with pytest.raises(InputError, match="adapter.json.tokne"):
+        TextualInversion.attach_to(base, kept, SimpleNamespace(config={"tokne": "<sprout>"}))
 
 
 def test_a_word_that_no_prompt_holds_is_dead(base: DiffusionBase):
