@@ -32,6 +32,13 @@ _REFUSED = (
     "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
 )
 
 

@@ -221,7 +221,8 @@ def test_a_file_that_reads_back_different_is_an_error():
 def test_peft_files_that_say_more_than_two_factors_are_refused(tmp_path):
     dora = peft.LoraConfig(r=2, target_modules=["fc1"], use_dora=True)
     pissa = peft.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights="pissa")
-    for name, config in {"dora": dora, "pissa": pissa}.items():
+    late = peft.LoraConfig(r=2, target_modules=["fc1"], alora_invocation_tokens=[1])
+    for name, config in {"dora": dora, "pissa": pissa, "late": late}.items():
         peft.get_peft_model(vit(), config).save_pretrained(tmp_path / name)
         with pytest.raises(FormatError, match="not a plain LoRA"):
             load_adapter(tmp_path / name)
