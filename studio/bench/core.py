@@ -44,7 +44,9 @@ class Variant:
 
     def step(self, x: Tensor, upstream: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns the output and the gradients of the parameters (of the input, without any)."""
-        wanted: list[Tensor] = [*self.parameters] or [x.requires_grad_()]
+        wanted: list[Tensor] = [*self.parameters]
+        if not wanted:  # x itself stays as it is: the others must not keep more for its sake
+            wanted = [x := x.detach().requires_grad_()]
         y = self.model(x)
         return y.detach(), torch.autograd.grad(y, wanted, upstream)
 
