@@ -72,6 +72,11 @@ class ConceptTask(DiffusionTask):
         """The method's own."""
         return float(self.subjects[0].method.default_learning_rate)
 
+    def origin(self) -> dict[str, str]:
+        """Digests of the base and of each job's pictures and captions."""
+        data = ",".join(subject.dataset.digest for subject in self.subjects)
+        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
+
     def param_groups(self) -> list[dict[str, Any]]:
         """One group without weight decay, which would pull a word's rows to the origin."""
         return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]

@@ -42,7 +42,8 @@ class Task(Protocol):
     """What a domain hands to the loop: an `nn.Module` whose parameters are exactly the trainable ones.
 
     Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
-    gradients that are clipped each by its own norm, as jobs that share a batch must be.
+    gradients that are clipped each by its own norm, as jobs that share a batch must be; `origin()`, digests of what it
+    is trained from (base, data), which must be the same when a run goes on.
     """
 
     default_learning_rate: float

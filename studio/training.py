@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -15,7 +16,7 @@ import torch
 
 from graft.studio import registry
 from graft.studio.disk import require_space, sync_folder, write_json
-from graft.studio.errors import InputError
+from graft.studio.errors import InputError, RunError
 from graft.studio.job import Job
 from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads
 from graft.studio.runs.attempt import attempt
@@ -90,8 +91,27 @@ def resume(run: Run | str | Path) -> Run:
     with _threads(job.train.threads or int(run.state.get("threads", 0))) as threads:
         accelerator = make_accelerator(job.train)
         task = _prepared([member.job for member in members], accelerator)
+        _check_origin(members[0], _origin(task))
         _fit(task, members, members[0].job, threads, accelerator)
     return run
+
+
+def _origin(task: Any) -> dict[str, str]:
+    origin: dict[str, str] = task.origin() if hasattr(task, "origin") else {}
+    return origin
+
+
+def _check_origin(run: Run, found: dict[str, str]) -> None:
+    """Compare what a run was started from with what there is now.
+
+    Raises:
+        RunError: it differs; going on would train something else under the same name.
+    """
+    begun = json.loads((run.folder / "env.json").read_text(encoding="utf-8"))
+    for name, value in found.items():
+        if begun.get(name, value) != value:
+            reason = f"its {name} was {begun[name]} at the start and is {value} now"
+            raise RunError(str(run.folder), reason, "Bring the old one back, or start a new run")
 
 
 def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
@@ -124,9 +144,7 @@ def _create(
         # A checkpoint is the weights and two moments; one more is written before the oldest goes.
         require_space(folders[0], 3 * weights * (jobs[0].train.keep_checkpoints + 1) + 2 * weights + (16 << 20))
         facts = {"threads": threads, "device": str(accelerator.device), "processes": accelerator.num_processes}
-        base = getattr(task, "base", None)
-        if base is not None:
-            facts |= {"base": base.name, "base_hash": base.hash}
+        facts |= _origin(task)
         made = [create_run(job, folder, facts) for job, folder in zip(jobs, folders, strict=True)]
         for run in made if len(made) > 1 else []:
             write_json(run.folder / "group.json", [other.id for other in made])

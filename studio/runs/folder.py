@@ -141,7 +141,7 @@ def new_folder(job: Job, folder: str | Path | None = None, runs: str | Path | No
     if folder is None:
         slug = re.sub(r"[^a-z0-9]+", "-", (job.name or str(job.method["name"])).lower()).strip("-")[:40] or "run"
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        folder = Path(runs or "runs") / f"{stamp}-{secrets.token_hex(2)}-{slug}"
+        folder = Path(runs or "runs") / f"{stamp}-{secrets.token_hex(4)}-{slug}"
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(str(folder), "it is not an empty folder", "Name a new one, or `graft runs resume` this run")

@@ -7,6 +7,8 @@ import torch
 
 import graft
 from graft.diffusion.base import DiffusionBase
+from graft.studio.errors import RunError
+from graft.studio.training import resume
 
 
 def job(folder: Path, photos: Path, method: dict, **train) -> dict:
@@ -32,6 +34,19 @@ def test_train_ends_with_an_adapter_that_attaches(
         pass
     quiet = graft.train(job(folder, photos, method), run_dir=tmp_path / "quiet").adapter()
     assert all(torch.equal(quiet.tensors[name], tensor) for name, tensor in adapter.tensors.items())
+
+
+def test_resume_refuses_other_pictures(folder: Path, photos: Path, tmp_path: Path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "0.png").write_bytes((photos / "0.png").read_bytes())
+    run = graft.train(job(folder, mine, LORA), run_dir=tmp_path / "run")
+    run.write_state(status="stopped")  # as if it had been asked to stop before its last step
+    (mine / "0.png").write_bytes((photos / "3.png").read_bytes())
+    with pytest.raises(RunError, match="data_digest"):
+        resume(run)
+    (mine / "0.png").write_bytes((photos / "0.png").read_bytes())
+    assert resume(run).status == "finished"
 
 
 @pytest.mark.parametrize("method", [TI, LORA], ids=["ti", "lora"])
