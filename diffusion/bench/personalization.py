@@ -54,7 +54,7 @@ class Judge:
     """Draws."""
     clip: Clip
     """Compares."""
-    pictures: int = 8
+    pictures: int = 4
     """Drawn per prompt."""
 
     @cached_property
