@@ -25,7 +25,7 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain.draw import pictures
 from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, Scene, portrait, sample_scene
 
-STEPS, GUIDANCE = 25, 3.0
+STEPS, GUIDANCE = 25, 5.0
 """DDIM steps and classifier-free guidance of every generated picture."""
 
 

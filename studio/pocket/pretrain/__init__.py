@@ -2,6 +2,9 @@
 
     graft pocket train autoencoder        # then clip, then unet: each needs the one before
     graft pocket train unet --steps 20000 --set train.device=cuda
+    graft pocket train unet --set method.go_on=true        # better weights from the committed ones
+    graft pocket train autoencoder --set method.decoder_only=true
+    graft pocket train clip --set method.freeze_text=true --set method.bank=900
 
 They are ordinary runs: with checkpoints, resumable, with a log and a curve. `graft pocket train` puts the weights into
 the package when the run has finished.

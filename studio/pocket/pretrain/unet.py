@@ -16,6 +16,7 @@ Latents are computed once; captions are drawn anew at every step.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,9 +66,9 @@ class Batch(NamedTuple):
     timesteps: Tensor
 
 
-def plain_scenes() -> list[Scene]:
+def plain_scenes(colours: Sequence[str] = tuple(COLOURS)) -> list[Scene]:
     """Return the plainest picture of every known sprite on every colour."""
-    return [centred(sprite, colour) for sprite in Atlas.load().known for colour in COLOURS]
+    return [centred(sprite, colour) for sprite in Atlas.load().known for colour in colours]
 
 
 def varied_scenes(count: int, seed: int = 11) -> list[Scene]:
@@ -117,6 +118,8 @@ class Unet:
     """Varied scenes, beside the plain ones; the latents of about 250 scenes are computed in a second."""
     plain: float = 0.75
     """Share of plain scenes in a batch."""
+    go_on: bool = False
+    """Start from the committed weights instead of from nothing."""
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones to use."""
 
@@ -125,7 +128,10 @@ class Unet:
         from graft.studio.pocket import models
 
         parts = models.autoencoder(), models.text_encoder(), models.load_tokenizer()
-        return UnetTask(*parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay)
+        task = UnetTask(*parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay)
+        if self.go_on:
+            task.start_from(models.unet())
+        return task
 
 
 class UnetTask(nn.Module):
@@ -140,6 +146,7 @@ class UnetTask(nn.Module):
         plain: share of plain scenes in a batch.
         batch_size: latents in a step.
         ema_decay: of the averaged weights, which are the ones to use.
+        plain_colours: backgrounds of the plain scenes.
     """
 
     default_learning_rate = 1e-3
@@ -147,6 +154,7 @@ class UnetTask(nn.Module):
     def __init__(
         self, vae: Any, text_encoder: Any, tokenizer: Any, folder: Path,
         scenes: int = 9_000, plain: float = 0.75, batch_size: int = 64, ema_decay: float = 0.999,
+        plain_colours: Sequence[str] = tuple(COLOURS),
     ):  # fmt: skip
         super().__init__()
         from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -155,7 +163,7 @@ class UnetTask(nn.Module):
         self.plain = plain
         self.tokenizer = tokenizer
         self.frozen = (text_encoder.eval().requires_grad_(False),)  # a tuple hides it from parameters()
-        self.scenes = plain_scenes()
+        self.scenes = plain_scenes(plain_colours)
         self.first_varied = len(self.scenes)
         self.scenes += varied_scenes(scenes)
         latents = cached_latents(vae.eval(), self.scenes, folder)
@@ -181,6 +189,13 @@ class UnetTask(nn.Module):
         # one timestep from each of `b` equal strata: the loss of a batch varies less
         spread = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
         return Batch(latents, ids, noise, (spread * len(self.alphas)).long())
+
+    @torch.no_grad()
+    def start_from(self, unet: nn.Module) -> None:
+        """Take the weights, and the average, from a network."""
+        for weight, average, value in zip(self.unet.parameters(), self.ema, unet.parameters(), strict=True):
+            weight.copy_(value)
+            average.copy_(value)
 
     @torch.no_grad()
     def update_average(self) -> None:

@@ -1,0 +1,104 @@
+"""The trainings of the embedded models: gradients reach what is trained, and nothing else moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.studio.job import Job, TrainConfig
+from graft.studio.pocket import models
+from graft.studio.pocket.commands import RECIPES
+from graft.studio.pocket.pretrain.autoencoder import Autoencoder
+from graft.studio.pocket.pretrain.clip import Clip
+from graft.studio.pocket.pretrain.draw import worn
+from graft.studio.pocket.pretrain.unet import SCHEDULER, UnetTask
+
+
+def gradients(task: torch.nn.Module) -> dict[str, bool]:
+    """Name -> whether a step moves it, of every parameter that is to be trained."""
+    loss, figures = task(task.batch(0, torch.Generator().manual_seed(0)))
+    loss.backward()
+    assert loss.isfinite() and all(value.isfinite() for value in figures.values())
+    trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    return {name: p.grad is not None and bool(p.grad.abs().sum() > 0) for name, p in trained.items()}
+
+
+def test_autoencoder_learns_everywhere():
+    moved = gradients(Autoencoder().task(TrainConfig(batch_size=2)))
+    assert [name for name, alive in moved.items() if not alive] == []
+    assert any("encoder" in name for name in moved)
+
+
+def test_decoder_only_leaves_the_latents_as_they_are():
+    task = Autoencoder(decoder_only=True).task(TrainConfig(batch_size=2))
+    moved = gradients(task)
+    assert moved and all(name.startswith(("vae.decoder", "vae.post_quant_conv")) for name in moved)
+    committed = models.autoencoder().state_dict()
+    assert all(torch.equal(value, committed[name]) for name, value in task.vae.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [0, 1], ids=["captions", "names"])
+def test_both_towers_of_clip_learn(step: int):
+    task = Clip(bank=6).task(TrainConfig(batch_size=4))
+    batch = task.batch(step, torch.Generator().manual_seed(0))
+    assert (batch.target is not None) == bool(step)
+    task(batch)[0].backward()
+    norms = {name: p.grad.abs().sum() for name, p in task.named_parameters() if p.grad is not None}
+    for tower in ("vision_model", "text_model", "visual_projection", "text_projection"):
+        assert sum(value for name, value in norms.items() if tower in name) > 0, f"{tower} is dead"
+
+
+def test_frozen_text_stays():
+    moved = gradients(Clip(bank=6, freeze_text=True).task(TrainConfig(batch_size=4)))
+    assert not any("text" in name for name in moved)
+    assert any("vision_model" in name for name in moved)
+
+
+@pytest.fixture(scope="module")
+def unet_task(tmp_path_factory) -> UnetTask:
+    parts = models.autoencoder(), models.text_encoder(), models.load_tokenizer()
+    folder: Path = tmp_path_factory.mktemp("latents")
+    task = UnetTask(*parts, folder, scenes=8, batch_size=4, plain_colours=("blue",))
+    assert len(list(folder.iterdir())) == 1
+    return task
+
+
+def test_unet_loss_is_the_velocity_formula(unet_task: UnetTask):
+    batch = unet_task.batch(0, torch.Generator().manual_seed(1))
+    loss, _ = unet_task(batch)
+    from diffusers import DDPMScheduler
+
+    scheduler = DDPMScheduler(**{k: v for k, v in SCHEDULER.items() if k in ("beta_schedule", "prediction_type")})
+    noisy = scheduler.add_noise(batch.latents, batch.noise, batch.timesteps)
+    velocity = scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
+    with torch.no_grad():
+        text = unet_task.frozen[0](batch.input_ids)[0]
+        expected = (unet_task.unet(noisy, batch.timesteps, text).sample - velocity).square().mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unet_hears_the_caption_and_averages(unet_task: UnetTask):
+    batch = unet_task.batch(0, torch.Generator().manual_seed(1))
+    unet_task.start_from(models.unet())
+    loss = unet_task(batch)[0].item()
+    shuffled = batch._replace(input_ids=batch.input_ids.roll(1, 0))
+    assert unet_task(shuffled)[0].item() != loss
+    before = unet_task.ema[0].clone()
+    with torch.no_grad():
+        next(unet_task.unet.parameters()).add_(1.0)
+    unet_task.update_average()
+    torch.testing.assert_close(unet_task.ema[0] - before, torch.full_like(before, 1e-3), rtol=1e-2, atol=1e-5)
+
+
+def test_worn_pictures_are_half_of_them_and_stay_in_range():
+    clean = torch.rand(64, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    other = worn(clean, torch.Generator().manual_seed(0))
+    changed = (other != clean).flatten(1).any(1).float().mean()
+    assert 0.3 < changed < 0.7
+    assert other.abs().max() <= 1
+
+
+@pytest.mark.parametrize("network", RECIPES)
+def test_recipes_are_jobs(network: str):
+    job = {"base": "", "domain": "pocket", "method": {"name": network}, "data": {}, "train": RECIPES[network]}
+    assert Job.load(job).train.steps == RECIPES[network]["steps"]
