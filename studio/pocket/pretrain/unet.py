@@ -84,8 +84,10 @@ def varied_scenes(count: int, seed: int = 11) -> list[Scene]:
             elif kind < 0.7:
                 scenes.append(sample_scene(rng, [sprite], objects=(1.0,)))
             else:
-                others = rng.choice([k for k in known if k != sprite], 2, replace=False)
-                scenes.append(sample_scene(rng, [sprite, *others], objects=(0.0, 0.7, 0.3)))
+                others = 1 if rng.random() < 0.7 else 2
+                company = rng.choice([k for k in known if k != sprite], others, replace=False)
+                objects = (0.0, 1.0) if others == 1 else (0.0, 0.0, 1.0)
+                scenes.append(sample_scene(rng, [sprite, *company], objects))
     return scenes[:count]
 
 
