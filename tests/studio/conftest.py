@@ -13,13 +13,18 @@ from typing import Any
 
 import pytest
 
+from graft.studio import registry
+
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module `toy_domain`, registered."""
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The module `toy_domain`, registered as long as the test runs."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # for processes that a test starts
-    return import_module("toy_domain")
+    module = import_module("toy_domain")
+    module.register()
+    yield module
+    del registry.DOMAINS["toy"], registry.METHODS["toy", "regression"]
 
 
 @pytest.fixture

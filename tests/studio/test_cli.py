@@ -68,7 +68,10 @@ def test_runs_are_listed_with_their_status(answer: Answer, job_file: Path) -> No
     interrupted = Run(Path(answer("train", "job.toml", "--set", "name=mine")[1]["folder"]))
     interrupted.write_state(status="running")
     rows = answer("runs", "list")[1]
-    assert {row["id"].split("-", 3)[3]: row["status"] for row in rows} == {"regression": "finished", "mine": "interrupted"}
+    assert {row["id"].split("-", 3)[3]: row["status"] for row in rows} == {
+        "regression": "finished",
+        "mine": "interrupted",
+    }
     assert [row["run"] for row in answer("adapters", "list")[1]] == [row["id"] for row in rows]
 
 

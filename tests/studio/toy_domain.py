@@ -14,8 +14,13 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.errors import InputError
 from graft.studio.job import Job
 
-registry.DOMAINS["toy"] = __name__
-registry.METHODS["toy", "regression"] = f"{__name__}:Regression"
+
+def register() -> None:
+    registry.DOMAINS["toy"] = __name__
+    registry.METHODS["toy", "regression"] = f"{__name__}:Regression"
+
+
+register()  # for processes that a test starts
 
 
 @dataclass(frozen=True)
