@@ -159,7 +159,7 @@ def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[in
     for b, (name, rows) in enumerate(blocks.items()):
         left = gap + b * (columns * side + gap)
         for column, seed in enumerate(seeds):
-            title = f"{name}, seed {seed}" if column == 0 else f"seed {seed}"
+            title = name if column == 0 else f"seed {seed}"
             pen.text((left + column * side, 3), title, "black", font)
         for r, row in enumerate(rows):
             top = 2 * label + r * (side + label)
