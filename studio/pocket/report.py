@@ -194,7 +194,7 @@ Random scenes above, what the autoencoder makes of them below: known sprites, th
 
 
 def _parts() -> str:
-    lines = ["| network | parameters | file, MB | trained on | seconds |", "|---|---|---|---|---|"]
+    lines = ["| network | parameters | file, MB | trained on | wall seconds |", "|---|---|---|---|---|"]
     for name in ("autoencoder", "clip", "unet"):
         facts = models.facts(name)
         size = (models.WEIGHTS / f"{name}.safetensors").stat().st_size / 1e6
