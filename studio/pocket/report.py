@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain.draw import pictures
-from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, Scene, portrait, sample_scene
+from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, sample_scene
 
 STEPS, GUIDANCE = 25, 5.0
 """DDIM steps and classifier-free guidance of every generated picture."""
@@ -201,13 +201,3 @@ def _parts() -> str:
         count = facts["parameters"] / 1e6
         lines.append(f"| {name} | {count:.2f} M | {size:.1f} | {facts['hardware']} | {facts['seconds']:.0f} |")
     return "\n".join(lines)
-
-
-def portrait_scenes(sprites: Sequence[int], count: int, seed: int) -> list[Scene]:
-    """Return `count` portraits of each sprite, each on a background colour of its own."""
-    rng = np.random.default_rng(seed)
-    scenes = []
-    for sprite in sprites:
-        colours = rng.permutation(list(COLOURS))
-        scenes += [portrait(rng, int(sprite), str(colours[k % len(colours)])) for k in range(count)]
-    return scenes
