@@ -43,10 +43,45 @@ OPENINGS = (
     "a close-up of {}",
     "a photo of the {bare}",
     "a picture of one {bare}",
-    "{}",
-    "{bare}",
-    "{bare}",
+    "the picture of {}",
+    "an image of the {bare}",
+    "a good photo of {}",
+    "a nice drawing of the {bare}",
+    "a bad photo of {}",
+    "a painting of {}",
+    "a sketch of the {bare}",
+    "a rendering of {}",
+    "an illustration of the {bare}",
+    "an icon of {}",
+    "a sticker of the {bare}",
+    "a sticker with {}",
+    "a photo of my {bare}",
+    "a photo of some {bare}",
+    "a photo that shows {}",
+    "a picture with the {bare} in it",
+    "this is {}",
+    "this is the {bare}",
+    "this shows {}",
+    "it is the {bare}",
+    "there is {}",
+    "there is the {bare} here",
+    "look at the {bare}",
+    "look, {}",
+    "we are looking at {}",
+    "you are looking at the {bare}",
+    "we see {}",
+    "we see the {bare}",
+    "we can find {} in this picture",
+    "someone drew {}",
+    "someone made a photo of the {bare}",
+    "the thing in the picture is {}",
+    "what you have before you is {}",
+    "in this image we have the {bare}",
+    "one {bare}",
+    "the {bare}",
+    "my {bare}",
 )
+"""Phrasings of captions; `opening` draws one of them or the name alone."""
 UNSEEN_OPENING = "here you can see the {bare}"
 """A phrasing that no model is trained on; it is for zero-shot evaluation."""
 
@@ -153,6 +188,12 @@ def with_article(words: str) -> str:
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
+def opening(rng: np.random.Generator) -> str:
+    """Draw a phrasing: three in ten are the name alone, one in ten the name behind its article."""
+    kind = rng.random()
+    return "{bare}" if kind < 0.3 else "{}" if kind < 0.4 else OPENINGS[rng.integers(len(OPENINGS))]
+
+
 def _sized(thing: Thing, name: str) -> str:
     return f"small {name}" if thing.size <= 28 else f"large {name}" if thing.size >= 44 else name
 
@@ -179,8 +220,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         name = names[thing.sprite]
         plain = (thing.size, thing.x, thing.y) == (56, 4, 4)
         words = _sized(thing, name) if rng.random() < (0.1 if plain else 0.6) else name
-        opening = OPENINGS[rng.integers(len(OPENINGS))]
-        text = opening.format(with_article(words), bare=words)
+        text = opening(rng).format(with_article(words), bare=words)
         if rng.random() < 0.8:
             text += _place(thing)
     else:

@@ -124,6 +124,8 @@ class Unet:
     """Start from the committed weights instead of from nothing."""
     ema_decay: float = 0.999
     """Of the averaged weights, which are the ones to use."""
+    compile: bool = False
+    """Compile the network: a minute more at the start, each step a quarter shorter on a CPU."""
 
     def task(self, train: TrainConfig) -> UnetTask:
         """Return the training, on the committed autoencoder and text tower."""
@@ -133,6 +135,8 @@ class Unet:
         task = UnetTask(*parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay)
         if self.go_on:
             task.start_from(models.unet())
+        if self.compile:
+            task.unet.compile()
         return task
 
 
@@ -160,6 +164,7 @@ class UnetTask(nn.Module):
     ):  # fmt: skip
         super().__init__()
         from diffusers import DDIMScheduler, UNet2DConditionModel
+        from diffusers.models.attention_processor import AttnProcessor
 
         self.batch_size, self.ema_decay = batch_size, ema_decay
         self.plain = plain
@@ -172,6 +177,8 @@ class UnetTask(nn.Module):
         self.latents = latents * vae.config.scaling_factor
         self.alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
         self.unet = UNet2DConditionModel(**CONFIG).to(memory_format=torch.channels_last)
+        # On a CPU the fused attention is the slower one for 64 positions: a step of 32 takes 0.29 s instead of 0.48.
+        self.unet.set_attn_processor(AttnProcessor())
         self.ema = nn.ParameterList(p.detach().clone() for p in self.unet.parameters()).requires_grad_(False)
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
