@@ -16,12 +16,13 @@ def add(commands: Any) -> None:
     parser.add_argument("name", metavar="NAME", help="such as pocket-sd")
     parser.add_argument("folder", metavar="DIR", help="a new folder")
     parser = command(inner, "train", train, "train one network of the embedded models, or go on with its run")
-    parser.add_argument("network", metavar="NETWORK", help="autoencoder, clip or unet")
+    parser.add_argument("network", metavar="NETWORK", help="autoencoder, clip, vit or unet")
     parser.add_argument("--run-dir", metavar="DIR", help="folder of the run; one that exists is resumed")
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
     add_set(parser, "train.batch_size=32")
     parser = command(inner, "report", report, "measure the embedded models and write the report")
     parser.add_argument("--out", default="docs", metavar="DIR", help="folder of the report (default: docs)")
+    parser.add_argument("--seeds", type=int, default=4, metavar="N", help="0 to N - 1 (default: 4)")
 
 
 def list_(args: argparse.Namespace) -> Answer:
@@ -56,6 +57,10 @@ def report(args: argparse.Namespace) -> Answer:
     """The quality of the models."""
     from graft.studio.pocket.commands import report
 
-    answer = report(args.out)
-    rows = [{"figure": key, "value": value} for key, value in answer["figures"].items()]
-    return Answer(answer, table(rows, ("figure", "value")) + f"\n{answer['page']}")
+    answer = report(args.out, args.seeds)
+    rows = [
+        {"model": model, "figure": name, "mean": round(sum(values) / len(values), 2)}
+        for model, figures in answer["figures"].items()
+        for name, values in figures.items()
+    ]
+    return Answer(answer, table(rows, ("model", "figure", "mean")) + f"\n{answer['page']}")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RECIPES: dict[str, dict[str, Any]] = {
     "autoencoder": {"steps": 4000, "batch_size": 16, "learning_rate": 2e-3, "warmup_steps": 200},
     "clip": {"steps": 3000, "batch_size": 128, "learning_rate": 1e-3, "warmup_steps": 150, "weight_decay": 0.05},
+    "vit": {"steps": 8000, "batch_size": 128, "learning_rate": 1e-3, "warmup_steps": 200, "weight_decay": 0.05},
     "unet": {"steps": 6000, "batch_size": 64, "learning_rate": 1.5e-3, "warmup_steps": 200, "weight_decay": 0.01},
 }
 """The training section of each network."""
@@ -49,7 +50,7 @@ def train(
     """Train one network, or go on with its run, and put the weights into the package when it has finished.
 
     Args:
-        network: "autoencoder", "clip" or "unet".
+        network: one of `RECIPES`.
         run_dir: the run's folder; one that exists is resumed.
         steps: instead of the recipe's.
         overrides: of the job, as `graft train --set`.
@@ -127,8 +128,14 @@ def _processor() -> str:
     return f"{len(names)} x {names[0].split(':')[1].strip()}" if names else platform.processor() or platform.machine()
 
 
-def report(out: str | Path = "docs") -> dict[str, Any]:
-    """Measure the models and write `pocket_models.md` and its pictures."""
+def report(out: str | Path = "docs", seeds: int = 4) -> dict[str, Any]:
+    """Measure the models and write `pocket_models.md` and its pictures.
+
+    Raises:
+        InputError: less than one seed.
+    """
     from graft.studio.pocket.report import report
 
-    return json.loads(json.dumps(report(out)))
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}", "at least one seed is needed", "Give 1 or more")
+    return json.loads(json.dumps(report(out, seeds)))

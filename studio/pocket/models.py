@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.studio.errors import InputError
+from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from timm.models import VisionTransformer
     from torch import Tensor
     from transformers import CLIPModel, CLIPTextModel
 
@@ -100,6 +102,15 @@ def unet() -> UNet2DConditionModel:
     return _filled(UNet2DConditionModel(**CONFIG), "unet")
 
 
+def vit() -> VisionTransformer:
+    """Return `pocket-vit`."""
+    from timm import create_model
+
+    from graft.studio.pocket.pretrain.vit import ARCHITECTURE, CONFIG
+
+    return _filled(create_model(ARCHITECTURE, **CONFIG), "vit")
+
+
 def stable_diffusion() -> StableDiffusionPipeline:
     """Return `pocket-sd`."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -125,7 +136,11 @@ def _save_stable_diffusion(folder: Path) -> None:
 def _save_clip(folder: Path) -> None:
     from transformers import CLIPImageProcessor
 
-    clip().save_pretrained(folder)
+    from graft.studio.pocket import as_open_clip
+
+    model = clip()
+    model.save_pretrained(folder)
+    as_open_clip.save(model, folder)
     load_tokenizer().save_pretrained(folder)
     half = [0.5, 0.5, 0.5]
     CLIPImageProcessor(
@@ -133,10 +148,46 @@ def _save_clip(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def _save_vit(folder: Path) -> None:
+    """Write what `timm.create_model("local-dir:FOLDER", pretrained=True)` reads."""
+    from safetensors.torch import save_file
+
+    from graft.studio.pocket.pretrain.vit import ARCHITECTURE, CONFIG
+
+    atlas = Atlas.load()
+    half = [0.5, 0.5, 0.5]
+    side = CONFIG["img_size"]
+    description = {
+        "architecture": ARCHITECTURE,
+        "num_classes": CONFIG["num_classes"],
+        "num_features": CONFIG["embed_dim"],
+        "global_pool": "token",
+        "model_args": CONFIG,
+        "pretrained_cfg": {
+            "input_size": [3, side, side],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": half,
+            "std": half,
+            "num_classes": CONFIG["num_classes"],
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            "license": "apache-2.0",
+            "label_names": [atlas.names[i] for i in atlas.known],
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    save_file(vit().state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
 # name -> (networks whose weights it uses, writer of its standard folder)
 MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path], None]]] = {
     "pocket-sd": (("autoencoder", "clip", "unet"), _save_stable_diffusion),
     "pocket-clip": (("clip",), _save_clip),
+    "pocket-vit": (("vit",), _save_vit),
 }
 
 

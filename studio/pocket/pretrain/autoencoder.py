@@ -127,7 +127,8 @@ class AutoencoderTask(nn.Module):
     @torch.no_grad()
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draw eight scenes and, below them, what comes back."""
-        from graft.studio.pocket.report import grid, reconstructions
+        from graft.studio.pocket.measures import reconstructions
+        from graft.studio.pocket.report import grid
 
         scenes, output = reconstructions(self.vae.eval(), self.sprites, 8)
         self.vae.train()

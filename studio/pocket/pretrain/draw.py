@@ -17,10 +17,10 @@ def rng_of(generator: torch.Generator) -> np.random.Generator:
     return np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
 
 
-def worn(batch: Tensor, generator: torch.Generator) -> Tensor:
-    """Return pictures of which half are blurred or noisy, as a copy, a small thumbnail or a generator leaves them."""
+def worn(batch: Tensor, generator: torch.Generator, share: float = 0.5) -> Tensor:
+    """Return pictures of which a share is blurred or noisy, as a copy, a small thumbnail or a generator leaves them."""
     out = batch.clone()
-    for row in torch.nonzero(torch.rand(len(batch), generator=generator) < 0.5).flatten().tolist():
+    for row in torch.nonzero(torch.rand(len(batch), generator=generator) < share).flatten().tolist():
         side = int(torch.randint(20, 56, (), generator=generator))
         small = interpolate(batch[row : row + 1], (side, side), mode="bilinear", antialias=True)
         out[row] = interpolate(small, batch.shape[-2:], mode="bilinear")[0]

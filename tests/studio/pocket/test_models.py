@@ -9,7 +9,9 @@ import torch
 
 from graft.studio.errors import InputError
 from graft.studio.pocket import models
+from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.commands import list_models
+from graft.studio.pocket.tokenizer import LENGTH
 
 OUTSIDER = """
 import json, sys, torch
@@ -25,6 +27,24 @@ tokens = CLIPTokenizer.from_pretrained(sys.argv[2])(["red apple", "ghost"], padd
 pixels = CLIPImageProcessor.from_pretrained(sys.argv[2])(image[0], do_rescale=False, return_tensors="pt").pixel_values
 logits = clip(pixel_values=pixels, **tokens).logits_per_image
 print(json.dumps({"size": image.shape, "mean": float(image.mean()), "logits": logits.tolist()}))
+"""
+
+OUTSIDER_VISION = """
+import json, sys, timm, torch, open_clip
+assert not any(name.startswith("graft") for name in sys.modules)
+torch.set_num_threads(1)
+clip, prepare = open_clip.create_model_from_pretrained("local-dir:" + sys.argv[1])
+tokens = open_clip.get_tokenizer("local-dir:" + sys.argv[1])(["red apple", "ghost"])
+pixels = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+image, text, scale = clip.eval()(pixels, tokens)
+vit = timm.create_model("local-dir:" + sys.argv[2], pretrained=True).eval()
+path = sys.argv[2] + "/model.safetensors"
+other = timm.create_model(vit.pretrained_cfg["architecture"], checkpoint_path=path, img_size=64, patch_size=8,
+                          embed_dim=160, depth=6, num_heads=5, num_classes=900).eval()
+assert torch.equal(vit(pixels), other(pixels))
+means = [float(m) for t in prepare.transforms if hasattr(t, "mean") for m in t.mean]
+print(json.dumps({"clip": (scale * image @ text.T).tolist(), "vit": vit(pixels).tolist(), "means": means,
+                  "tokens": list(tokens.shape), "names": vit.pretrained_cfg["label_names"]}))
 """
 
 
@@ -52,6 +72,22 @@ def test_outsider_gets_the_same_outputs(folders):
     assert torch.tensor(theirs["logits"]) == pytest.approx(logits, abs=1e-3)
 
 
+def test_outsider_with_open_clip_and_timm_gets_the_same_outputs(folders):
+    command = [sys.executable, "-c", OUTSIDER_VISION, str(folders["pocket-clip"]), str(folders["pocket-vit"])]
+    theirs = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    pixels = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+    tokens = models.load_tokenizer()(["red apple", "ghost"], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        logits = models.clip()(pixel_values=pixels, **tokens).logits_per_image
+        classes = models.vit()(pixels)
+    assert torch.tensor(theirs["clip"]) == pytest.approx(logits, abs=1e-3)
+    assert torch.tensor(theirs["vit"]) == pytest.approx(classes, abs=1e-4)
+    assert theirs["means"] == [0.5, 0.5, 0.5]
+    assert theirs["tokens"] == [2, LENGTH]
+    atlas = Atlas.load()
+    assert theirs["names"] == [atlas.names[i] for i in atlas.known]
+
+
 def test_pocket_sd_speaks_with_the_text_tower_of_pocket_clip():
     tower, clip = models.text_encoder().state_dict(), models.clip().text_model.state_dict()
     assert tower.keys() == clip.keys()
@@ -65,7 +101,7 @@ def test_files_are_small_enough():
 
 
 def test_parameter_counts_are_those_of_the_files():
-    for name in ("autoencoder", "clip", "unet"):
+    for name in ("autoencoder", "clip", "vit", "unet"):
         network = getattr(models, name)()
         assert models.facts(name)["parameters"] == sum(v.numel() for v in network.state_dict().values())
 

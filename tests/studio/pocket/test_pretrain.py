@@ -1,5 +1,7 @@
 """The trainings of the embedded models: gradients reach what is trained, and nothing else moves."""
 
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,14 @@ import torch
 
 from graft.studio.job import Job, TrainConfig
 from graft.studio.pocket import models
+from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.commands import RECIPES
 from graft.studio.pocket.pretrain.autoencoder import Autoencoder
 from graft.studio.pocket.pretrain.clip import Clip
-from graft.studio.pocket.pretrain.draw import worn
-from graft.studio.pocket.pretrain.unet import SCHEDULER, UnetTask
+from graft.studio.pocket.pretrain.draw import pictures, worn
+from graft.studio.pocket.pretrain.unet import SCHEDULER, UnetTask, plain_scenes, varied_scenes
+from graft.studio.pocket.pretrain.vit import Vit
+from graft.studio.pocket.scenes import Scene
 
 
 def gradients(task: Any) -> dict[str, bool]:
@@ -53,6 +58,15 @@ def test_frozen_text_stays():
     moved = gradients(Clip(bank=6, freeze_text=True).task(TrainConfig(batch_size=4)))
     assert not any("text" in name for name in moved)
     assert any("vision_model" in name for name in moved)
+
+
+def test_vit_learns_everywhere_and_its_targets_are_known_sprites():
+    task = Vit().task(TrainConfig(batch_size=3))
+    moved = gradients(task)
+    assert [name for name, alive in moved.items() if not alive] == []
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    assert len(batch.target) == len(set(batch.target.tolist())) == 3
+    assert len(task.known) == task.vit.num_classes
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +117,25 @@ def test_worn_pictures_are_half_of_them_and_stay_in_range():
 def test_recipes_are_jobs(network: str):
     job = {"base": "", "domain": "pocket", "method": {"name": network}, "data": {}, "train": RECIPES[network]}
     assert Job.load(job).train.steps == RECIPES[network]["steps"]
+
+
+@pytest.mark.parametrize("network", ["autoencoder", "clip", "vit"])
+def test_pretraining_sees_no_new_sprite(network: str, monkeypatch: pytest.MonkeyPatch):
+    module = import_module(f"graft.studio.pocket.pretrain.{network}")
+    seen: list[Scene] = []
+
+    def record(scenes: Sequence[Scene]) -> torch.Tensor:
+        seen.extend(scenes)
+        return pictures(scenes)
+
+    monkeypatch.setattr(module, "pictures", record)
+    task = getattr(module, network.capitalize())().task(TrainConfig(batch_size=32))
+    for step in range(4):
+        task.batch(step, torch.Generator().manual_seed(step))
+    assert {thing.sprite for scene in seen for thing in scene.things} <= set(Atlas.load().known)
+    assert len(seen) == 128
+
+
+def test_unet_is_trained_on_no_new_sprite():
+    sprites = {thing.sprite for scene in (*plain_scenes(), *varied_scenes(2000)) for thing in scene.things}
+    assert sprites == set(Atlas.load().known)
