@@ -50,7 +50,7 @@ def write_weights(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) 
 
 
 def facts(name: str) -> dict[str, Any]:
-    """Return what is known of a network's training: scaling factor, steps, seconds, hardware, date."""
+    """Return what is known of a network: parameters, and steps, seconds, hardware and date of each training."""
     return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
