@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.studio.config import suggest
-from graft.studio.disk import append_line, read_lines, write_atomic, write_json
+from graft.studio.disk import append_line, read_lines, require_empty, write_atomic, write_json
 from graft.studio.errors import RunError
 from graft.studio.job import Job
 from graft.studio.runs.lock import holder
@@ -143,8 +143,7 @@ def new_folder(job: Job, folder: str | Path | None = None, runs: str | Path | No
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         folder = Path(runs or "runs") / f"{stamp}-{secrets.token_hex(4)}-{slug}"
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(str(folder), "it is not an empty folder", "Name a new one, or `graft runs resume` this run")
+    require_empty(folder, RunError, "Name a new one, or `graft runs resume` this run")
     return folder
 
 
