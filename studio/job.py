@@ -33,8 +33,9 @@ class TrainConfig:
     """Gradients are scaled down to this norm; 0 leaves them."""
     gradient_accumulation: int = 1
     """Batches summed into one optimiser step."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Type of the forward pass; trainable tensors stay float32."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Type of the forward pass; trainable tensors stay float32. "auto" is bf16 where the hardware multiplies it fast (a
+    CPU with AMX or AVX-512 BF16, a GPU from NVIDIA's Ampere on), else no; the run keeps what it began with."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 leaves it to `checkpoint_seconds`."""
     checkpoint_seconds: float = 120.0

@@ -113,6 +113,11 @@ class Run:
             return False
         return True
 
+    def freeze(self, job: Job) -> None:
+        """Replace the job by one whose open settings are settled, before the run's first step."""
+        if job != self.job:
+            write_atomic(self.folder / "job.toml", job.to_toml().encode())
+
     def write_state(self, **changes: Any) -> None:
         """Replace the given entries of state.json."""
         state = {**self.state, **changes, "time": _now()}
