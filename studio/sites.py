@@ -82,7 +82,7 @@ class Site:
     kind: str
     """One of `KINDS`."""
     shape: tuple[int, ...]
-    """Shape of the module's whole weight."""
+    """Shape of the module's whole weight; for a bias its own, for blocks (output, input), for others the method's."""
     rows: tuple[int, int] | None = None
     """Output rows that the site covers; None for all."""
     tower: str | None = None
