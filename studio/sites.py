@@ -240,7 +240,8 @@ def plan_blocks(
     """
     ends = {"attention": ("q", "o", "up"), "mlp": ("up", "down", "q")}
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-    sites, order = _all_sites(model), list(named_modules(model))
+    modules = named_modules(model)
+    sites, order = _all_sites(model), list(modules)
     found: dict[str, Site] = {}
     for target in wanted:
         if target not in ends:
@@ -248,6 +249,8 @@ def plan_blocks(
         first, last, never = ends[target]
         for end in [site for site in sites if site.role == last and site.kind == "linear"]:
             block = _sublayer(end, sites, first)
+            while isinstance(modules.get(block), nn.ModuleList | nn.ModuleDict):  # these are never called
+                block = block.rpartition(".")[0]
             inside = [site for site in sites if site.name.startswith(f"{block}.") or site.name == block]
             roles = {site.role: site for site in inside}
             norms = [site for site in inside if site.kind == "norm" and site.shape[0] == end.shape[0]]
