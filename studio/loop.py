@@ -43,7 +43,8 @@ class Task(Protocol):
 
     Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
     gradients that are clipped each by its own norm, as jobs that share a batch must be; `origin()`, digests of what it
-    is trained from (base, data), which must be the same when a run goes on.
+    is trained from (base, data), which must be the same when a run goes on; `files()`, texts by name that the run
+    folder gets at the start.
     """
 
     default_learning_rate: float

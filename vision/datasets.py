@@ -1,0 +1,106 @@
+"""Built-in sets of labelled pictures, drawn by code from a fixed seed, so that none is stored or fetched.
+
+    pocket-new       50 sprites that no embedded model has seen, in random scenes: new classes
+    pocket-colour    the background's colour, whatever stands on it: 12 classes
+    pocket-count     how many things there are: 1, 2 or 3
+    drawn-digits     ten digits of a sans-serif font, turned, sheared, noisy
+    digits           1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak, 1998), by scikit-learn if installed
+
+Training and test pictures are drawn with different seeds. Scenes of colour and count are made of known sprites, of
+which those of the test are others than those of the training.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from graft.studio.config import suggest
+from graft.studio.errors import DataError, InputError
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.scenes import COLOURS, render, sample_scene
+from graft.vision.data import Item, Source
+
+NAMES = ("pocket-new", "pocket-colour", "pocket-count", "drawn-digits", "digits")
+TRAIN, TEST = 1200, 600
+"""Pictures of each built-in set but digits."""
+_NEW_CLASSES = 50
+
+
+def built_in(name: str) -> Source:
+    """Returns a built-in set with declared training and test parts.
+
+    Raises:
+        DataError: no such set, or its library is missing.
+    """
+    if name not in NAMES:
+        raise DataError(f"data.dataset = {name!r}", "there is no such built-in set", suggest(name, NAMES))
+    images, labels, tested = _digits() if name == "digits" else _drawn(name)
+    parts = ["test" if each else ("" if name == "digits" else "train") for each in tested]
+    items = [Item(str(k), label, part) for k, (label, part) in enumerate(zip(labels, parts, strict=True))]
+    return Source(name, items, lambda row: images[int(row)])
+
+
+@lru_cache(maxsize=4)
+def _drawn(name: str) -> tuple[np.ndarray, list[str], list[bool]]:
+    """Pictures (n, h, w, 3) uint8, labels, and which are for the test."""
+    images, labels, tested = [], [], []
+    for test in (False, True):
+        rng = np.random.default_rng([7, NAMES.index(name), test])
+        for k in range(TEST if test else TRAIN):
+            image, label = _one(name, k, rng, test)
+            images.append(image)
+            labels.append(label)
+            tested.append(test)
+    return np.stack(images), labels, tested
+
+
+def _one(name: str, k: int, rng: np.random.Generator, test: bool) -> tuple[np.ndarray, str]:
+    atlas = Atlas.load()
+    if name == "drawn-digits":
+        return _digit(k % 10, rng), str(k % 10)
+    if name == "pocket-new":
+        sprite = atlas.new[:: len(atlas.new) // _NEW_CLASSES][k % _NEW_CLASSES]
+        return render(sample_scene(rng, [sprite], objects=(1.0,))), atlas.names[sprite]
+    sprites = [s for i, s in enumerate(atlas.known) if (i % 3 == 0) is test]
+    if name == "pocket-colour":
+        while (scene := sample_scene(rng, sprites)).colour != list(COLOURS)[k % len(COLOURS)]:
+            pass
+        return render(scene), scene.colour
+    chances = [float(count == k % 3) for count in range(3)]
+    # Alone a sprite is as small as in company: the count cannot be read off the size.
+    while len((scene := sample_scene(rng, sprites, objects=chances, smallest=20)).things) == 1:
+        if scene.things[0].size <= 28:
+            break
+    return render(scene), str(len(scene.things))
+
+
+def _digit(digit: int, rng: np.random.Generator) -> np.ndarray:
+    """A digit of random size, place, turn, shear, contrast and noise, (32, 32) uint8."""
+    sheet = Image.new("L", (48, 48))
+    font = ImageFont.load_default(float(rng.integers(22, 38)))
+    ImageDraw.Draw(sheet).text((24, 24), str(digit), 255, font, anchor="mm")
+    angle, shear = np.deg2rad(rng.normal(0, 12)), rng.normal(0, 0.2)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) @ [[1, shear], [0, 1]]
+    shift = 24 - turn @ (24 + rng.normal(0, 2, 2))
+    moved = sheet.transform(
+        (48, 48), Image.Transform.AFFINE, (*turn[0], shift[0], *turn[1], shift[1]), Image.Resampling.BILINEAR
+    )
+    picture = np.asarray(moved.resize((32, 32), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    low, high = rng.uniform(0, 0.4), rng.uniform(0.6, 1)
+    noisy = low + (high - low) * picture + rng.normal(0, 0.08, picture.shape)
+    return np.clip(255 * noisy, 0, 255).astype(np.uint8)
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[np.ndarray, list[str], list[bool]]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        remedy = "Run: pip install scikit-learn. drawn-digits needs no library"
+        raise InputError("data.dataset = 'digits'", "scikit-learn is not installed", remedy) from error
+    found = load_digits()
+    images = (found.images * (255 / 16)).round().astype(np.uint8)
+    return images, [str(label) for label in found.target], [False] * len(images)
