@@ -273,20 +273,20 @@ class Loop:
 
 
 class _Means:
-    """Running means of figures, added up where they are and fetched once."""
+    """Running means of figures, each over the steps that told it; added up where they are and fetched once."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
 
     def add(self, figures: Mapping[str, Tensor]) -> None:
         for name, value in figures.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        means = {name: float(total) / self.count for name, total in self.sums.items()}
-        self.sums, self.count = {}, 0
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
         return means
 
 
