@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
@@ -158,7 +159,7 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
     source, facts = _source(name)
     try:
         model: Any = timm.create_model(source, pretrained=True)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "Check the name and the connection, or delete the folder and fetch it again"
         raise InputError(name, f"the base cannot be loaded ({lines[0]})", remedy) from error

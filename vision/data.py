@@ -355,20 +355,26 @@ def load_part(
         DataError: listing every picture that cannot be used.
     """
     place = {name: k for k, name in enumerate(classes)}
-    stored, digests, problems = [], [], []
+    stored: dict[str, Any] = {}
+    problems: list[str] = []
     for item in items:
         try:
-            data = source.read(item.name)
-            stored.append(data)
-            digests.append(hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data)).hexdigest())
+            stored[item.name] = source.read(item.name)
         except BROKEN as error:
             problems.append(f"{item.name}: {complaint(error)}")
-    if problems:
-        raise _listed(source.where, problems, "Repair or remove what is listed")
+    digests = [
+        hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data)).hexdigest()
+        for data in stored.values()
+    ]
 
     def decode() -> dict[str, Tensor]:
-        return {"pixels": _decoded(source.where, items, stored, transform, background)}
+        rows = _decoded(stored, transform, background, problems)
+        if problems:
+            raise _listed(source.where, problems, "Repair or remove what is listed")
+        return {"pixels": torch.stack(rows)}
 
+    if problems:
+        decode()  # so that one message lists all of them
     entry = content_key("vision-1", digests, key, background)
     pixels = cache.get("vision", entry, decode)["pixels"] if items else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
     labels = torch.tensor([place[item.label] for item in items], dtype=torch.long)
@@ -376,18 +382,17 @@ def load_part(
 
 
 def _decoded(
-    where: str, items: Sequence[Item], stored: Sequence[Any], transform: Callable[..., Tensor], background: str
-) -> Tensor:
-    rows, problems = [], []
-    for item, data in zip(items, stored, strict=True):
+    stored: Mapping[str, Any], transform: Callable[..., Tensor], background: str, problems: list[str]
+) -> list[Tensor]:
+    """Pixels of what can be decoded; complaints go to `problems`."""
+    rows = []
+    for name, data in stored.items():
         try:
             image = open_picture(data, background) if isinstance(data, bytes) else _from_array(data, background)
             rows.append(transform(image))
         except BROKEN as error:
-            problems.append(f"{item.name}: {complaint(error)}")
-    if problems:
-        raise _listed(where, problems, "Repair or remove what is listed")
-    return torch.stack(rows)
+            problems.append(f"{name}: {complaint(error)}")
+    return rows
 
 
 def _from_array(data: np.ndarray, background: str) -> Image.Image:

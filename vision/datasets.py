@@ -12,6 +12,8 @@ which those of the test are others than those of the training.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -26,7 +28,8 @@ from graft.vision.data import Item, Source
 NAMES = ("pocket-new", "pocket-colour", "pocket-count", "drawn-digits", "digits")
 TRAIN, TEST = 1200, 600
 """Pictures of each built-in set but digits."""
-_NEW_CLASSES = 50
+NEW_CLASSES = 50
+"""Of pocket-new."""
 
 
 def built_in(name: str) -> Source:
@@ -45,36 +48,42 @@ def built_in(name: str) -> Source:
 
 @lru_cache(maxsize=4)
 def _drawn(name: str) -> tuple[np.ndarray, list[str], list[bool]]:
-    """Pictures (n, h, w, 3) uint8, labels, and which are for the test."""
-    images, labels, tested = [], [], []
+    """Pictures (n, h, w[, 3]) uint8, labels, and which are for the test; no picture twice."""
+    pictures: dict[bytes, tuple[np.ndarray, str, bool]] = {}
     for test in (False, True):
-        rng = np.random.default_rng([7, NAMES.index(name), test])
+        rng, draw = np.random.default_rng([7, NAMES.index(name), test]), _drawer(name, test)
         for k in range(TEST if test else TRAIN):
-            image, label = _one(name, k, rng, test)
-            images.append(image)
-            labels.append(label)
-            tested.append(test)
-    return np.stack(images), labels, tested
+            image, label = draw(k, rng)
+            while image.tobytes() in pictures:
+                image, label = draw(k, rng)
+            pictures[image.tobytes()] = image, label, test
+    images, labels, tested = zip(*pictures.values(), strict=True)
+    return np.stack(images), list(labels), list(tested)
 
 
-def _one(name: str, k: int, rng: np.random.Generator, test: bool) -> tuple[np.ndarray, str]:
+def _drawer(name: str, test: bool) -> Callable[[int, np.random.Generator], tuple[np.ndarray, str]]:
+    """What draws picture k of a set, with its label."""
     atlas = Atlas.load()
-    if name == "drawn-digits":
-        return _digit(k % 10, rng), str(k % 10)
-    if name == "pocket-new":
-        sprite = atlas.new[:: len(atlas.new) // _NEW_CLASSES][k % _NEW_CLASSES]
+    known = np.array([s for i, s in enumerate(atlas.known) if (i % 3 == 0) is test])
+    fresh = atlas.new[:: len(atlas.new) // NEW_CLASSES][:NEW_CLASSES]
+
+    def new(k: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        sprite = fresh[k % len(fresh)]
         return render(sample_scene(rng, [sprite], objects=(1.0,))), atlas.names[sprite]
-    sprites = [s for i, s in enumerate(atlas.known) if (i % 3 == 0) is test]
-    if name == "pocket-colour":
-        while (scene := sample_scene(rng, sprites)).colour != list(COLOURS)[k % len(COLOURS)]:
-            pass
-        return render(scene), scene.colour
-    chances = [float(count == k % 3) for count in range(3)]
-    # Alone a sprite is as small as in company: the count cannot be read off the size.
-    while len((scene := sample_scene(rng, sprites, objects=chances, smallest=20)).things) == 1:
-        if scene.things[0].size <= 28:
-            break
-    return render(scene), str(len(scene.things))
+
+    def colour(k: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        word = list(COLOURS)[k % len(COLOURS)]
+        return render(replace(sample_scene(rng, known), colour=word)), word
+
+    def count(k: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        # Two of three things are taken away again: size and place do not tell how many there are.
+        scene = sample_scene(rng, known, objects=(0.0, 0.0, 1.0))
+        return render(replace(scene, things=scene.things[: 1 + k % 3])), str(1 + k % 3)
+
+    def digit(k: int, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+        return _digit(k % 10, rng), str(k % 10)
+
+    return {"pocket-new": new, "pocket-colour": colour, "pocket-count": count, "drawn-digits": digit}[name]
 
 
 def _digit(digit: int, rng: np.random.Generator) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,24 @@ def save_timm(model: Any, folder: Path, architecture: str, settings: dict[str, A
     (folder / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(scope="session")
+def build() -> Callable[..., Any]:
+    """Makes a small random model: `build("eva02_tiny_patch14_224", depth=2)`."""
+    return small
+
+
+@pytest.fixture(scope="session")
+def save() -> Callable[..., Path]:
+    """Writes a model as timm's folder: `save(model, folder, architecture, settings)`."""
+    return save_timm
+
+
+@pytest.fixture(scope="session")
+def draw() -> Callable[..., Image.Image]:
+    """Draws a picture: `draw(kind, seed)`."""
+    return picture
 
 
 @pytest.fixture(scope="session")

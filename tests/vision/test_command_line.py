@@ -67,7 +67,7 @@ def test_from_pictures_to_a_model_for_timm(job: str, base: VisionBase, photos: P
     assert figures["adapter"]["trained_on"] == 0
     page = Path("report/report.html").read_text()
     assert "confusion" in page and "reliability" in page
-    rows = list(csv.DictReader(Path("report/predictions.csv").open()))
+    rows = list(csv.DictReader(Path("report/predictions.csv").read_text().splitlines()))
     assert sum(row["class"] == row["told"] for row in rows) / 6 == pytest.approx(figures["adapter"]["accuracy"])
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "evaluated" for event in events) == 1
