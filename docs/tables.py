@@ -1,7 +1,8 @@
 """Rewrites the tables of `docs/*.md` that are made from the code (`make docs`).
 
 Between `<!-- fields module:Class -->` and `<!-- end -->` stand the fields of a dataclass with their defaults and the
-text under each; between `<!-- commands -->` and `<!-- end -->`, every command with its arguments.
+text under each; between `<!-- commands -->` and `<!-- end -->`, every command with its arguments; between
+`<!-- site methods -->` and `<!-- end -->`, the methods for any torch model, with what their files say of them.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from graft.studio import registry
 from graft.studio.cli import build_parser
 from graft.studio.config import field_docs
+from graft.studio.errors import SiteError
 
-BLOCK = re.compile(r"(?P<head><!-- (?:fields (?P<place>\S+)|commands) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(
+    r"(?P<head><!-- (?:fields (?P<place>\S+)|(?P<what>commands|site methods)) -->\n).*?(?=<!-- end -->)", re.DOTALL
+)
 EVERYWHERE = {"--help", "--json", "--version"}
 
 
@@ -80,12 +85,36 @@ def commands() -> str:
     return "\n".join([*parts, "", ""])
 
 
+def site_methods() -> str:
+    """Each method for any torch model: what it trains, its equation, its size on a ViT-S, when to use it, its paper."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        vit = timm.create_model("vit_small_patch16_224", num_classes=0)
+    rows = []
+    for name, place in registry.SITE_METHODS.items():
+        cls, told = registry.site_method(name), import_module(place.partition(":")[0]).__doc__ or ""
+        (equation, *_) = re.findall(r"^    (\S.*)$", told, re.MULTILINE)
+        papers = ", ".join(re.findall(r"arXiv:\d+\.\d+", told))
+        try:
+            count = f"{cls().plan(vit).parameters:,}"
+        except SiteError:
+            count = "-"
+        what = (cls.__doc__ or "").partition("\n")[0]
+        equation = re.sub(r" {2,}", "  ", equation).replace("|", "\\|")
+        cells = [f"`{name}`", what, f"`{equation}`", count, cls.when, papers]
+        rows.append(f"| {' | '.join(cells)} |")
+    head = "| method | what it is | equation | parameters on a ViT-S | when | paper |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"
+
+
 def rewritten(text: str) -> str:
     """A page with its tables made anew."""
 
     def fill(match: re.Match[str]) -> str:
-        if match["place"] is None:
-            return match["head"] + commands()
+        if match["what"]:
+            return match["head"] + (commands() if match["what"] == "commands" else site_methods())
         module, cls = match["place"].split(":")
         return match["head"] + table(getattr(import_module(module), cls))
 

@@ -41,6 +41,8 @@ class Term(NamedTuple):
     """Probability of dropping an input element, taken to the nearest 1/256 (the scale makes up for exactly that)."""
     seed: int = 0
     """Seed of the dropout mask."""
+    gain: Tensor | None = None
+    """(k, o) factor on the base's product ``x W'`` in the term's features; terms with a gain must not overlap."""
 
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
@@ -49,9 +51,12 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term,
     for term in terms:
         route = torch.zeros(x.shape[0], dtype=torch.long) if term.route is None else term.route
         parts = []
-        for row, slot in zip(x, route.tolist(), strict=True):
+        product = F.linear(x, weight)
+        for row, through, slot in zip(x, product, route.tolist(), strict=True):
             delta = row @ term.down[slot].T @ term.up[slot].T * (term.scale[slot] if slot >= 0 else 0)
             a, b = term.rows or (0, y.shape[-1])
+            if term.gain is not None and slot >= 0:
+                delta = delta + (term.gain[slot] - 1) * through[..., a:b]
             parts.append(F.pad(delta, (a, y.shape[-1] - b)))
         y = y + torch.stack(parts)
     return y
@@ -73,7 +78,7 @@ def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tu
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), _to(weight, dtype), _to(bias, dtype)
     plan = tuple((term.rows, term.dropout, term.seed) for term in terms)
-    tensors = [tensor for term in terms for tensor in term[:4]]
+    tensors = [tensor for term in terms for tensor in (*term[:4], term.gain)]
     y: Tensor = _LoRALinear.apply(x, weight, bias, plan, *tensors)
     return y
 
@@ -88,7 +93,13 @@ class _LoRALinear(torch.autograd.Function):
         width = tensors[1].shape[1] if weight is None else weight.shape[0]
         y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
         hiddens = []
-        for (rows, dropout, seed), (down, up, scale, route) in zip(plan, _fours(tensors), strict=True):
+        for (rows, _, _), (_, _, _, route, gain) in zip(plan, _fives(tensors), strict=True):
+            if gain is not None:
+                part, gain = _columns(_grouped(y, route), rows), _gains(gain, route)
+                part.mul_(gain)
+                if bias is not None:  # the gain is not for the bias; so written, a gain of 1 changes no bit
+                    part.add_((bias if rows is None else bias[slice(*rows)]) * (1 - gain))
+        for (rows, dropout, seed), (down, up, scale, route, _) in zip(plan, _fives(tensors), strict=True):
             down, up, scale = _pick(down, up, scale, route, x.dtype, dropout)
             x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
             hidden = _through(x3, down, dropout, seed)
@@ -96,7 +107,7 @@ class _LoRALinear(torch.autograd.Function):
             hiddens.append(hidden)
         ctx.plan = plan
         # x is the only tensor of its size that is kept, and only for the gradients that need it.
-        keep_x = any(ctx.needs_input_grad[4::4]) or ctx.needs_input_grad[1]
+        keep_x = any(ctx.needs_input_grad[4::5]) or any(ctx.needs_input_grad[8::5]) or ctx.needs_input_grad[1]
         ctx.shape = x.shape
         ctx.save_for_backward(x if keep_x else None, weight, *hiddens, *tensors)
         return y
@@ -107,15 +118,16 @@ class _LoRALinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         x, weight, *rest = ctx.saved_tensors
         hiddens, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
+        through, grad_gains = _through_gains(grad, x, weight, ctx.plan, tensors, needs)
         grad_x = None
         if needs[0]:
-            grad_x = grad.new_zeros(ctx.shape) if weight is None else (grad @ weight).contiguous()
+            grad_x = grad.new_zeros(ctx.shape) if weight is None else (through @ weight).contiguous()
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_weight = flat.T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+        grad_weight = through.reshape(flat.shape).T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
         grad_bias = flat.sum(0) if needs[2] else None
         grads: list[Tensor | None] = []
-        for (rows, dropout, seed), hidden, (down, up, scale, route) in zip(
-            ctx.plan, hiddens, _fours(tensors), strict=True
+        for (rows, dropout, seed), hidden, (down, up, scale, route, _), grad_gain in zip(
+            ctx.plan, hiddens, _fives(tensors), grad_gains, strict=True
         ):
             part_down, part_up, factor = _pick(down, up, scale, route, grad.dtype, dropout)
             part = _columns(_grouped(grad, route), rows)
@@ -125,8 +137,36 @@ class _LoRALinear(torch.autograd.Function):
             x3 = None if x is None else _grouped(x, route)
             into = None if grad_x is None else _grouped(grad_x, route)
             _into_input(grad_hidden, x3, part_down, grad_down, into, dropout, seed)
-            grads += [_spread(grad_down, down, route), _spread(grad_up, up, route), None, None]
+            grads += [_spread(grad_down, down, route), _spread(grad_up, up, route), None, None, grad_gain]
         return grad_x, grad_weight, grad_bias, None, *grads
+
+
+def _through_gains(
+    grad: Tensor, x: Tensor | None, weight: Tensor | None, plan: tuple, tensors: Any, needs: tuple[bool, ...]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The gradient of the base's product, and those of the gains, for which the product is computed again."""
+    grads: list[Tensor | None] = []
+    through = grad
+    for k, ((rows, _, _), (_, _, _, route, gain)) in enumerate(zip(plan, _fives(tensors), strict=True)):
+        grads.append(None)
+        if gain is None:
+            continue
+        assert weight is not None
+        through = grad.clone(memory_format=torch.contiguous_format) if through is grad else through
+        _columns(_grouped(through, route), rows).mul_(_gains(gain, route))
+        if needs[8 + 5 * k] and x is not None:
+            product = _grouped(F.linear(x, weight if rows is None else weight[slice(*rows)]), route)
+            part = _columns(_grouped(grad, route), rows)
+            sums = (part * product).sum(1, dtype=gain.dtype)
+            grads[k] = _spread(sums if route is None else sums * (route >= 0)[:, None], gain, route)
+    return through, grads
+
+
+def _gains(gain: Tensor, route: Tensor | None) -> Tensor:
+    """Gains of each group, (g, 1, o), 1 for rows without a slot; never rounded to the activations' type."""
+    if route is None:
+        return gain[:1, None]
+    return torch.where((route >= 0)[:, None], gain[route.clamp(min=0)], 1.0)[:, None]
 
 
 def _through(x: Tensor, down: Tensor, dropout: float, seed: int) -> Tensor:
@@ -160,8 +200,8 @@ def _into_input(
             grad_down[at[0]].baddbmm_(part, x[at] if mask is None else mask.mul_(x[at]))
 
 
-def _fours(tensors: Any) -> Iterator[Any]:
-    return (tensors[k : k + 4] for k in range(0, len(tensors), 4))
+def _fives(tensors: Any) -> Iterator[Any]:
+    return (tensors[k : k + 5] for k in range(0, len(tensors), 5))
 
 
 def _grouped(x: Tensor, route: Tensor | None) -> Tensor:

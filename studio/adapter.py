@@ -200,8 +200,6 @@ def base_hash(modules: Mapping[str, nn.Module]) -> str:
 
 def _method(card: Card) -> Any:
     """The class that attaches and exports adapters of a card's method."""
-    from graft.studio.methods.lora import LoRA
-    from graft.studio.registry import method_class
+    from graft.studio import registry
 
-    # Files of other libraries name no domain; LoRA needs none.
-    return LoRA if (card.domain, card.method) == ("", "lora") else method_class(card.domain, card.method)
+    return registry.method_class(card.domain, card.method) if card.domain else registry.site_method(card.method)

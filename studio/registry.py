@@ -31,6 +31,18 @@ METHODS: dict[tuple[str, str], str] = {
 }
 """(domain, method) -> "module:class", a frozen dataclass."""
 
+SITE_METHODS: dict[str, str] = {
+    "lora": "graft.studio.methods.lora:LoRA",
+    "lora_fa": "graft.studio.methods.lora_fa:LoRAFA",
+    "moslora": "graft.studio.methods.moslora:MoSLoRA",
+    "dora": "graft.studio.methods.dora:DoRA",
+    "gated_lora": "graft.studio.methods.gated_lora:GatedLoRA",
+    "ia3": "graft.studio.methods.ia3:IA3",
+    "ssf": "graft.studio.methods.ssf:SSF",
+    "bitfit": "graft.studio.methods.bitfit:BitFit",
+}
+"""Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
+
 BENCHMARKS: dict[str, str] = {
     "core": "graft.studio.bench.core:run",
     "kill": "graft.studio.bench.kill:run",
@@ -110,6 +122,17 @@ def method_class(domain: str, method: str) -> type:
     if (domain, method) not in METHODS:
         raise _refuse("method", method, sorted(name for of, name in METHODS if of == domain))
     return find(METHODS[domain, method], domain)
+
+
+def site_method(name: str) -> Any:
+    """Return the class of a method that acts on sites of any torch model.
+
+    Raises:
+        InputError: no such method.
+    """
+    if name not in SITE_METHODS:
+        raise _refuse("method", name, sorted(SITE_METHODS))
+    return find(SITE_METHODS[name])
 
 
 def find(place: str, extra: str = "") -> Any:

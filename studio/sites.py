@@ -19,10 +19,14 @@ from typing import Any
 
 from torch import nn
 
+from graft.studio.attention import is_plain_attention
 from graft.studio.errors import SiteError
 
-KINDS = ("linear", "packed", "conv", "embedding", "mha", "block", "tokens", "kv", "norm", "bias")
-"""The vocabulary of site kinds; `plan_sites` finds the first four, methods plan the others themselves."""
+KINDS = ("linear", "packed", "mha", "conv", "embedding", "norm", "bias", "block", "tokens", "kv")
+"""The vocabulary of site kinds. `plan_sites` finds those with a weight (``mha`` are rows of the packed projection of
+torch's MultiheadAttention), `plan_biases` biases, `plan_blocks` sublayers; methods plan the others themselves."""
+WEIGHTS = ("linear", "packed", "mha", "conv", "embedding")
+"""Kinds with a weight that a product or a look-up takes."""
 
 _ATTENTION = ("q", "k", "v", "o")
 _MLP = ("up", "gate", "down")
@@ -34,8 +38,11 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("v", r"to_v|add_v_proj|v_proj|value|v"),
     ("o", r"to_out\.0|to_add_out|out_proj|o_proj|(attn\d?|attention)\.proj|attention\.output\.dense|SelfAttention\.o"),
     ("gate", r"gate_proj|wi_0|mlp\.fc1_g"),
-    ("up", r"up_proj|wi_1|fc1|fc1_x|c_fc|intermediate\.dense|ff\.net\.0\.proj|ff_context\.net\.0\.proj"),
-    ("down", r"down_proj|wo|fc2|mlp\.c_proj|output\.dense|ff\.net\.2|ff_context\.net\.2"),
+    (
+        "up",
+        r"up_proj|wi_1|fc1|fc1_x|c_fc|intermediate\.dense|ff\.net\.0\.proj|ff_context\.net\.0\.proj|layers\.\d+\.linear1",
+    ),
+    ("down", r"down_proj|wo|fc2|mlp\.c_proj|output\.dense|ff\.net\.2|ff_context\.net\.2|layers\.\d+\.linear2"),
     ("head", r"head|head\.fc|lm_head|classifier"),
 )
 
@@ -44,6 +51,14 @@ _PACKED: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"qkv|to_qkv|to_added_qkv|query_key_value|Wqkv", ("q", "k", "v")),
     (r"to_kv|kv", ("k", "v")),
 )
+
+_GROUPS = {
+    "all-linear": ("linear", "mha"),
+    "all": ("linear", "mha", "conv"),
+    "embedding": ("embedding",),
+    "norm": ("norm",),
+    "everything": ("linear", "mha", "conv", "norm"),
+}
 
 # Class names, or "Class/child"; the innermost match names the tower.
 _TOWERS: tuple[tuple[str, str], ...] = (
@@ -77,8 +92,9 @@ class Site:
 
     @property
     def key(self) -> str:
-        """Unique name: the path, with the rows of a packed site."""
-        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+        """Unique name: the path, with the rows of a packed site and a mark on a bias."""
+        path = f"{self.name}.bias" if self.kind == "bias" else self.name
+        return path if self.rows is None else f"{path}[{self.rows[0]}:{self.rows[1]}]"
 
     @property
     def covered(self) -> tuple[int, ...]:
@@ -155,7 +171,7 @@ def named_modules(model: Model) -> dict[str, nn.Module]:
 def plan_sites(
     model: Model,
     targets: str | Sequence[str] = "attention",
-    kinds: Iterable[str] | None = None,
+    kinds: Iterable[str] = WEIGHTS,
     roles: Iterable[str] | None = None,
     towers: Iterable[str] | None = None,
 ) -> Plan:
@@ -165,41 +181,116 @@ def plan_sites(
         model: the model or its components.
         targets: one or several of: a role (``q k v o up gate down head``; rows of a packed projection where needed);
             ``attention`` (q k v o), ``mlp`` (up gate down), ``all-linear`` (every linear but heads), ``all`` (those
-            and convolutions), ``embedding``; or a regular expression for the whole path or its end after a dot
-            (``attn.qkv``).
-        kinds: keep only these kinds.
+            and convolutions), ``embedding``, ``norm``, ``everything`` (``all`` and ``norm``); or a regular expression
+            for the whole path or its end after a dot (``attn.qkv``).
+        kinds: look only at these kinds.
         roles: keep only these roles.
         towers: keep only these towers.
 
     Raises:
         SiteError: a target that names nothing, or filters that leave nothing.
     """
-    sites = _all_sites(model)
+    kinds = tuple(kinds)
+    sites = [site for site in _all_sites(model) if site.kind in kinds]
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
     chosen: dict[str, Site] = {}
     for target in wanted:
-        found = [site for site in sites if _names(target, site)]
+        found = [site for site in sites if matches(target, site)]
         if not found:
             raise _unknown_target(target, model, sites)
         chosen.update((site.key, site) for site in found)
-    filters = {"kind": kinds, "role": roles, "tower": towers}
-    kept = list(chosen.values())
-    for field, allowed in filters.items():
-        if allowed is None:
-            continue
-        allowed = tuple(allowed)
-        present = sorted({str(getattr(site, field)) for site in kept})
-        kept = [site for site in kept if getattr(site, field) in allowed]
-        if not kept:
-            raise SiteError(
-                f"{field}s {', '.join(allowed)}", f"no such site among {wanted}", f"use {', '.join(present)}"
-            )
+    kept = _filtered(_filtered(list(chosen.values()), "role", roles), "tower", towers)
     whole = {site.name for site in kept if site.rows is None}
     overlap = sorted({site.name for site in kept if site.rows is not None and site.name in whole})
     if overlap:
         raise SiteError(overlap[0], "targeted as a whole and by rows", "name either the projection or its roles")
     order = {site.key: place for place, site in enumerate(sites)}
     return Plan(tuple(sorted(kept, key=lambda site: order[site.key])))
+
+
+def plan_biases(model: Model, targets: str | Sequence[str], towers: Iterable[str] | None = None) -> Plan:
+    """Returns the biases of the linear layers, convolutions and norms that the targets name, as sites of their own.
+
+    Raises:
+        SiteError: as `plan_sites`, or if nothing that is named has a bias.
+    """
+    modules = named_modules(model)
+    found = plan_sites(model, targets, ("linear", "packed", "mha", "conv", "norm"), towers=towers)
+    kept = []
+    for site in found:
+        bias = getattr(modules[site.name], weight_names(modules[site.name])[1], None)
+        if bias is not None:
+            kept.append(replace(site, kind="bias", shape=tuple(bias.shape)))
+    if not kept:
+        raise SiteError(f"targets {targets}", "none of these layers has a bias", "use ssf, or choose other targets")
+    return Plan(tuple(kept))
+
+
+def plan_blocks(
+    model: Model, targets: str | Sequence[str] = ("attention", "mlp"), towers: Iterable[str] | None = None
+) -> Plan:
+    """Returns the sublayers of a transformer: whole attention and feed-forward modules, with shape (output, input).
+
+    A sublayer is the smallest module that holds a first projection (role q or up) and the last one after it (o, down).
+    One that also holds the norm behind its last projection, as BERT's attention, is none: it is the sublayer, its
+    residual and its norm.
+
+    Raises:
+        SiteError: a target other than attention and mlp, or no such sublayer.
+    """
+    ends = {"attention": ("q", "o", "up"), "mlp": ("up", "down", "q")}
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    sites, order = _all_sites(model), list(named_modules(model))
+    found: dict[str, Site] = {}
+    for target in wanted:
+        if target not in ends:
+            raise SiteError(f"target {target!r}", "no kind of sublayer", "use attention or mlp")
+        first, last, never = ends[target]
+        for end in [site for site in sites if site.role == last and site.kind == "linear"]:
+            block = _sublayer(end, sites, first)
+            inside = [site for site in sites if site.name.startswith(f"{block}.") or site.name == block]
+            roles = {site.role: site for site in inside}
+            norms = [site for site in inside if site.kind == "norm" and site.shape[0] == end.shape[0]]
+            behind = any(order.index(norm.name) > order.index(end.name) for norm in norms)
+            if block and never not in roles and not behind:
+                found[block] = Site(block, "block", (end.shape[0], roles[first].shape[1]), None, end.tower, target)
+    if missing := [target for target in wanted if not any(site.role == target for site in found.values())]:
+        raise SiteError(f"sublayers {', '.join(missing)}", "the model has none as modules", "choose other targets")
+    kept = _filtered(sorted(found.values(), key=lambda site: order.index(site.name)), "tower", towers)
+    return Plan(tuple(kept))
+
+
+def _sublayer(end: Site, sites: Sequence[Site], first: str) -> str:
+    """Path of the smallest module around a site that holds a projection of role ``first`` too; empty for none."""
+    path = end.name
+    while path := path.rpartition(".")[0]:
+        if any(site.role == first and f"{site.name}.".startswith(f"{path}.") for site in sites):
+            return path
+    return ""
+
+
+def _filtered(sites: list[Site], field: str, allowed: Iterable[str] | None) -> list[Site]:
+    if allowed is None:
+        return sites
+    allowed = tuple(allowed)
+    kept = [site for site in sites if getattr(site, field) in allowed]
+    if not kept:
+        present = sorted({str(getattr(site, field)) for site in sites})
+        raise SiteError(f"{field}s {', '.join(allowed)}", "no such site among the targets", f"use {', '.join(present)}")
+    return kept
+
+
+def weight_names(module: nn.Module) -> tuple[str, str]:
+    """Returns the names of the parameters that the sites of a module cover: its weight and its bias."""
+    packed = isinstance(module, nn.MultiheadAttention)
+    return ("in_proj_weight", "in_proj_bias") if packed else ("weight", "bias")
+
+
+def channel_dim(module: nn.Module) -> int:
+    """Returns the dimension of a layer's output that its weight's first one belongs to."""
+    name = type(module).__name__
+    first = isinstance(module, nn.GroupNorm) or "BatchNorm" in name or "InstanceNorm" in name or name.endswith("2d")
+    return 1 if first or isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -215,8 +306,12 @@ def _all_sites(model: Model) -> list[Site]:
         kind = _kind(module)
         if kind is None:
             continue
-        weight: Any = module.weight  # a parameter, or what a parametrisation or a slot makes of it
+        # A parameter, or what a parametrisation or a slot makes of it.
+        weight: Any = getattr(module, weight_names(module)[0])
         site = Site(name, kind, tuple(weight.shape), None, _tower(name, modules), _role(name))
+        if kind == "mha":
+            sites += _split(site, ("q", "k", "v"), "mha")
+            continue
         sites.append(site)
         if kind == "linear":
             sites += _rows(site)
@@ -228,7 +323,12 @@ def _kind(module: nn.Module) -> str | None:
         return "linear"
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups == 1:
         return "conv" if module.padding_mode == "zeros" else None
-    return "embedding" if isinstance(module, nn.Embedding) else None
+    if isinstance(module, nn.MultiheadAttention):
+        return "mha" if is_plain_attention(module) else None
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    scale = getattr(module, "weight", None)
+    return "norm" if "Norm" in type(module).__name__ and isinstance(scale, nn.Parameter) and scale.dim() == 1 else None
 
 
 def _ends(name: str, pattern: str) -> bool:
@@ -246,11 +346,13 @@ def _rows(site: Site) -> list[Site]:
     """Sites of the roles packed in one projection, in order."""
     for pattern, roles in _PACKED:
         if _ends(site.name, pattern) and site.shape[0] % len(roles) == 0:
-            size = site.shape[0] // len(roles)
-            return [
-                replace(site, kind="packed", rows=(k * size, (k + 1) * size), role=role) for k, role in enumerate(roles)
-            ]
+            return _split(site, roles, "packed")
     return []
+
+
+def _split(site: Site, roles: tuple[str, ...], kind: str) -> list[Site]:
+    size = site.shape[0] // len(roles)
+    return [replace(site, kind=kind, rows=(k * size, (k + 1) * size), role=role) for k, role in enumerate(roles)]
 
 
 def _tower(name: str, modules: dict[str, nn.Module]) -> str | None:
@@ -266,17 +368,14 @@ def _tower(name: str, modules: dict[str, nn.Module]) -> str | None:
     return tower
 
 
-def _names(target: str, site: Site) -> bool:
+def matches(target: str, site: Site) -> bool:
+    """Returns whether a target of `plan_sites` names a site."""
     by_role = {"attention": _ATTENTION, "mlp": _MLP}
     if target in by_role or target in {role for role, _ in _ROLES}:
-        return site.role in by_role.get(target, (target,)) and site.kind in ("linear", "packed")
-    if target == "all-linear":
-        return site.kind == "linear" and site.role != "head"
-    if target == "all":
-        return site.kind in ("linear", "conv") and site.role != "head"
-    if target == "embedding":
-        return site.kind == "embedding"
-    return site.rows is None and _ends(site.name, target)
+        return site.role in by_role.get(target, (target,)) and site.kind in ("linear", "packed", "mha")
+    if target in _GROUPS:
+        return site.kind in _GROUPS[target] and site.role != "head"
+    return (site.rows is None or site.kind == "mha") and _ends(site.name, target)
 
 
 def _unknown_target(target: str, model: Model, sites: list[Site]) -> SiteError:
@@ -287,7 +386,7 @@ def _unknown_target(target: str, model: Model, sites: list[Site]) -> SiteError:
             f"matches {name}, a {type(module).__name__}, which is no site of kind linear, packed, conv or embedding"
         )
         return SiteError(f"target {target!r}", reason, "target the layers inside it")
-    words = ["attention", "mlp", "all-linear", "all", "embedding", *(role for role, _ in _ROLES)]
+    words = ["attention", "mlp", *_GROUPS, *(role for role, _ in _ROLES)]
     tails = [site.name.rpartition(".")[2] for site in sites]
     remedy = nearest(target, [*words, *tails, *(site.name for site in sites)])
     return SiteError(f"target {target!r}", "no site of the model has this role or path", remedy)

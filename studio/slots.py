@@ -11,30 +11,51 @@ A method offers a `Slot` class for its kind of site and calls `attach`; several 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
-from typing import Any, ClassVar
+from functools import cache, partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.kernels.lora_linear import Term, lora_linear
+from graft.studio.attention import attend, is_plain_attention
 from graft.studio.errors import FormatError, InputError, SiteError
-from graft.studio.sites import Model, Plan, Site, named_modules, nearest
+from graft.studio.sites import Model, Plan, Site, named_modules, nearest, weight_names
+
+
+class Base(NamedTuple):
+    """The frozen parameters that a site covers, as they were before anything was merged."""
+
+    weight: Tensor | None
+    """(o, i, ...), or None where the site has none."""
+    bias: Tensor | None
+    """(o,), or None."""
+
+    def part(self, rows: tuple[int, int] | None) -> Base:
+        """Returns those of some output rows."""
+        if rows is None:
+            return self
+        return Base(*(None if each is None else each[slice(*rows)] for each in self))
 
 
 class Slot(nn.Module):
     """What a method puts on one site: its parameters are stacks whose first dimension is the slot.
 
-    Subclasses define `reset`, `delta` and either `term` (linear sites) or `forward`.
+    Subclasses define `reset` and the hooks that they need: `term` or `forward` on layers, `enter` on a layer's input,
+    `around` on whole modules, `delta` or `folded` to be merged. A slot on rows of a layer sees these rows only.
     """
 
     rank_dims: ClassVar[Mapping[str, int]] = {}
     """For each tensor that has one, the dimension (not counting the slot's) along which zeros change nothing."""
+    saved: ClassVar[tuple[str, ...]] = ()
+    """Buffers that belong to the trained adapter, beside the parameters."""
+    mergeable: bool = True
+    """Whether the slot can become part of the base's parameters."""
     scale: Tensor
     route: Tensor | None
 
-    def __init__(self, site: Site, slots: int, scaling: float, weight_mode: bool = False):
+    def __init__(self, site: Site, slots: int, scaling: float = 1.0, weight_mode: bool = False):
         """Makes an empty slot; ``scaling`` is the method's own factor, times which `Handle.scale` sets the strength."""
         super().__init__()
         self.site, self.slots, self.scaling, self.weight_mode = site, slots, scaling, weight_mode
@@ -46,24 +67,40 @@ class Slot(nn.Module):
         """Draws the initial values of one slot from torch's global generator."""
         raise TypeError(f"{type(self).__name__} must define reset")
 
+    def enter(self, x: Tensor) -> Tensor:
+        """Returns the input that the layer is to see instead of ``x``."""
+        return x
+
+    def term(self, base: Base) -> Term | None:
+        """Returns the addition as a low-rank term for the fused kernel, or None to go through `forward`."""
+        return None
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """Returns the site's output ``y`` for its input ``x`` with this slot's change."""
+        return y
+
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns what a whole module (sites of kind block, tokens, kv) gives; ``call`` is the module without this."""
+        return call(*args, **kwargs)
+
     def delta(self, slot: int) -> Tensor:
         """Returns what the slot adds to the covered weight, float32, of shape ``site.covered``."""
         raise TypeError(f"{type(self).__name__} cannot be written as a weight change")
 
-    def term(self) -> Term | None:
-        """Returns the addition as a low-rank term for the fused kernel, or None to go through `forward`."""
-        return None
+    def folded(self, slot: int, now: Base, base: Base) -> Base:
+        """Returns the parameters ``now`` (float32) with the slot's change; ``base`` are the original ones."""
+        assert now.weight is not None
+        return now._replace(weight=now.weight + self.delta(slot))
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the site's output ``y`` for its input ``x`` with this slot's addition."""
-        raise TypeError(f"{type(self).__name__} must define forward")
+    def pick(self, *stacks: Tensor) -> list[Tensor]:
+        """Returns for each stack the entries that the rows of the batch chose, and last the strength, (g, ...).
 
-    def weight_delta(self, slot: int) -> Tensor:
-        """Returns `delta` as a change of the module's whole weight: zero outside the site's rows."""
-        delta, rows = self.delta(slot), self.site.rows
-        if rows is None:
-            return delta
-        return F.pad(delta, (0, 0) * (delta.dim() - 1) + (rows[0], self.site.shape[0] - rows[1]))
+        g is 1 when all rows share slot 0, else the batch; the strength is 0 for rows without a slot.
+        """
+        if self.route is None:
+            return [*(stack[:1] for stack in stacks), self.scale[:1]]
+        slot = self.route.clamp(min=0)
+        return [*(stack[slot] for stack in stacks), self.scale[slot] * (self.route >= 0)]
 
     def check_rows(self, x: Tensor) -> None:
         """Raises SiteError when the routed batch is not the one that arrives here."""
@@ -74,27 +111,60 @@ class Slot(nn.Module):
             )
 
 
+def spread(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Returns per-channel values (g, c) in a shape that multiplies ``like`` (b, ..., c at ``dim``, ...)."""
+    shape = [values.shape[0], *[1] * (like.dim() - 1)]
+    shape[dim] = values.shape[1]
+    return values.reshape(shape).to(like.dtype)
+
+
+OUTER = ("block", "tokens", "kv")
+"""Kinds of sites whose slots act around a whole module."""
+
+
 class _Slotted(nn.Module):
     """Forward of a module that carries slots."""
 
     graft_slots: list[Slot]
+    graft_guests: int
+    """Handles with slots inside this module that need it to call what it holds."""
+
+    def graft_base(self, slot: Slot) -> Base:
+        """The original parameters that a slot's site covers."""
+        whole: Base | None = self.__dict__.get("graft_original")
+        whole = whole or Base(*map(self._parameters.get, weight_names(self)))
+        return whole.part(slot.site.rows)
+
+    def graft_live(self, outer: bool) -> list[Slot]:
+        """The slots that act in forward, around the module or within."""
+        live = [slot for slot in self.graft_slots if not slot.weight_mode and slot.merged is None]
+        return [slot for slot in live if (slot.site.kind in OUTER) is outer]
 
     @property
     def weight(self) -> Tensor:
-        """The base weight and what slots in weight mode add, also for code that reads it without calling the module."""
-        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        for slot in self.graft_slots:
-            if slot.weight_mode and slot.merged is None:
-                weight = weight + slot.weight_delta(0).to(weight.dtype)
-        return weight
+        """The base weight and what slots in weight mode make of it, also for code that reads it without a call."""
+        direct = [slot for slot in self.graft_slots if slot.weight_mode and slot.merged is None]
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise AttributeError("weight")
+        now = Base(weight, None)
+        for slot in direct:
+            now = _fold(now, slot, 0, self.graft_base(slot))
+        assert now.weight is not None
+        return now.weight.to(weight.dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = super().forward(input)  # type: ignore[misc]
-        for slot in self.graft_slots:
-            if not slot.weight_mode and slot.merged is None:
-                slot.check_rows(input)
-                y = slot(input, y)
-        return y
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = super().forward
+        if inner := self.graft_live(outer=False):
+            call = partial(self.graft_layer, inner, call)
+        for slot in self.graft_live(outer=True):
+            slot.check_rows(first_tensor(args, kwargs))
+            call = partial(slot.around, call)
+        return call(*args, **kwargs)
+
+    def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        """A layer of one tensor with its slots."""
+        return _through(input, call, [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots])
 
 
 class _SlottedLinear(_Slotted):
@@ -102,22 +172,94 @@ class _SlottedLinear(_Slotted):
 
     bias: Tensor | None
 
-    def forward(self, input: Tensor) -> Tensor:
-        terms = []
-        for slot in self.graft_slots:
-            if not slot.weight_mode and slot.merged is None:
-                slot.check_rows(input)
-                terms.append(slot.term())
-        if not terms or None in terms:
-            return super().forward(input)
-        return lora_linear(input, self.weight, self.bias, tuple(terms))  # type: ignore[arg-type]
+    def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
+        placed = [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots]
+        return _linear(input, self.weight, self.bias, placed)
+
+
+class _SlottedAttention(_Slotted):
+    """torch's MultiheadAttention on products that slots can join: it reads its weights without calling a layer."""
+
+    embed_dim: int
+
+    def graft_project(self, slots: list[Slot], x: Tensor, a: int, b: int) -> Tensor:
+        """Rows a to b of the packed projection, with the slots on them."""
+        weight, bias = self._parameters["in_proj_weight"], self._parameters["in_proj_bias"]
+        assert weight is not None
+        placed = []
+        for slot in slots:
+            start, stop = slot.site.rows or (0, 3 * self.embed_dim)
+            if a <= start and stop <= b:
+                rows = None if (start, stop) == (a, b) else (start - a, stop - a)
+                placed.append((slot, rows, self.graft_base(slot)))
+        return _linear(x, weight[a:b], None if bias is None else bias[a:b], placed)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = partial(attend, self, partial(self.graft_project, self.graft_live(outer=False)))
+        for slot in self.graft_live(outer=True):
+            call = partial(slot.around, call)
+        return call(*args, **kwargs)
+
+
+class _OwnPath(_Slotted):
+    """torch's transformer layers: in inference they pass their weights to one function that knows no slots."""
+
+    activation_relu_or_gelu = property(lambda self: 0)  # "not supported": the layer calls its modules
+    use_nested_tensor = property(lambda self: False)
+
+
+_PACKED = (nn.MultiheadAttention.forward, _SlottedAttention.forward)
+
+Placed = tuple[Slot, tuple[int, int] | None, Base]
+"""A slot, the output features it acts on, and the original parameters there."""
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, placed: list[Placed]) -> Tensor:
+    """A dense linear layer with slots: in one function if each of them is a term."""
+    for slot, _, _ in placed:
+        slot.check_rows(x)
+    terms = [slot.term(base) for slot, _, base in placed]
+    # A gain scales the base's product but no other term: it stays alone on its rows.
+    where = {rows for _, rows, _ in placed}
+    alone = len(where) == len(placed) and (len(placed) == 1 or None not in where)
+    ready = [term._replace(rows=rows) for term, (_, rows, _) in zip(terms, placed, strict=True) if term is not None]
+    if ready and len(ready) == len(placed) and (alone or all(term.gain is None for term in ready)):
+        return lora_linear(x, weight, bias, tuple(ready))
+    return _through(x, lambda x: F.linear(x, weight, bias), placed)
+
+
+def _through(x: Tensor, call: Callable[[Tensor], Tensor], placed: list[Placed]) -> Tensor:
+    """A layer inside its slots: each sees the input that the one after it hands on."""
+    inputs = [x]
+    for slot, _, _ in reversed(placed):
+        slot.check_rows(x)
+        inputs.append(slot.enter(inputs[-1]))
+    y = call(inputs.pop())
+    for slot, rows, base in placed:
+        x = inputs.pop()
+        if rows is None:
+            y = slot(x, y, base)
+        else:
+            a, b = rows
+            y = torch.cat([y[..., :a], slot(x, y[..., a:b], base), y[..., b:]], -1)
+    return y
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """Returns the input of a module that is called with whatever: the first tensor."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 @cache
 def _slotted(original: type[nn.Module]) -> type[nn.Module]:
-    # A quantised subclass of Linear keeps its own forward, and the slots add to what it returns.
-    dense = original.forward is nn.Linear.forward
-    return type(f"Slotted{original.__name__}", (_SlottedLinear if dense else _Slotted, original), {})
+    mixin = _Slotted
+    if original.forward is nn.Linear.forward:  # a quantised subclass keeps its own forward
+        mixin = _SlottedLinear
+    elif original.forward is nn.MultiheadAttention.forward:
+        mixin = _SlottedAttention
+    elif issubclass(original, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+        mixin = _OwnPath
+    return type(f"Slotted{original.__name__}", (mixin, original), {})
 
 
 class Bank(nn.Module):
@@ -144,17 +286,65 @@ class Handle:
         >>> handle.detach()
     """
 
-    def __init__(self, modules: dict[str, nn.Module], plan: Plan, slots: list[Slot], tied: Mapping[str, str]):
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        plan: Plan,
+        slots: list[Slot],
+        tied: Mapping[str, str],
+        callers: list[nn.Module],
+    ):
         self.plan = plan
         self.bank = Bank(slots)
         self._modules = modules
         self._tied = tied
+        self._callers = callers
         self._slots = slots
+        self._free: list[int] = []
         self.slots = slots[0].slots
+
+    def _stacks(self) -> dict[str, Tensor]:
+        """What a trained adapter consists of, for all slots; a tensor that sites share appears once."""
+        stacks: dict[str, Tensor] = dict(self.bank.named_parameters())
+        for each in self._slots:
+            stacks |= {f"{each.site.key}.{name}": each.get_buffer(name) for name in each.saved}
+        return stacks
 
     def tensors(self, slot: int = 0) -> dict[str, Tensor]:
         """Returns a copy of one slot's tensors, named ``<site>.<tensor>``."""
-        return {name: tensor[slot].detach().clone() for name, tensor in self.bank.named_parameters()}
+        return {name: tensor[slot].detach().clone() for name, tensor in self._stacks().items()}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> int:
+        """Loads an adapter into a free slot and returns its number; stacks double when they are full.
+
+        For inference: optimisers do not follow stacks that grow.
+
+        Raises:
+            FormatError: as `load`.
+        """
+        if not self._free:
+            self._free = list(range(2 * self.slots - 1, self.slots - 1, -1))
+            self._grow(2 * self.slots)
+        self.load(tensors, self._free[-1])
+        slot = self._free.pop()
+        self.scale(slot, 1.0)
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Frees a slot for the next `add`; rows that are still routed to it get the base's output."""
+        self.scale(slot, 0.0)
+        self._free.append(slot)
+
+    @torch.no_grad()
+    def _grow(self, slots: int) -> None:
+        grown: set[int] = set()
+        for each in self._slots:
+            for tensor in (*each.parameters(), each.scale, *map(each.get_buffer, each.saved)):
+                if id(tensor) not in grown:  # sites may share one
+                    tensor.data = torch.cat([tensor.data, tensor.data.new_zeros(slots - self.slots, *tensor.shape[1:])])
+                    grown.add(id(tensor))
+            each.slots = slots
+        self.slots = slots
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], slot: int = 0) -> None:
@@ -163,7 +353,7 @@ class Handle:
         Raises:
             FormatError: a name missing or unknown, or a shape that does not fit.
         """
-        own = dict(self.bank.named_parameters())
+        own = self._stacks()
         for name in sorted(set(own) ^ set(tensors)):
             reason = "missing from the adapter" if name in own else "not part of the attached method"
             raise FormatError(name, reason, nearest(name, tensors if name in own else own))
@@ -265,11 +455,15 @@ class Handle:
         """
         if not self._modules:
             raise SiteError("the adapter", "it was detached", "attach it again")
-        for name, module in self._modules.items():
+        for each in self._slots:
+            name = each.site.name
+            if not each.mergeable or each.site.kind in OUTER:
+                remedy = "leave the adapter attached"
+                raise SiteError(each.site.key, f"a {type(each).__name__} cannot be part of the base's weights", remedy)
             if name in self._tied:
                 reason = f"its weight is that of {self._tied[name]} too, which a merge would change"
                 raise SiteError(name, reason, "leave the adapter attached, or untie them")
-            weight: Any = module._parameters["weight"]
+            weight: Any = self._modules[name]._parameters[weight_names(self._modules[name])[0]]
             if not weight.is_floating_point():
                 reason = f"its weight is quantised ({weight.dtype})"
                 raise SiteError(name, reason, "merge into the base as it was before quantisation")
@@ -298,10 +492,26 @@ class Handle:
         for site, slot in zip(self.plan, self._slots, strict=True):
             module: Any = self._modules[site.name]
             module.graft_slots = [other for other in module.graft_slots if other is not slot]
-            if not module.graft_slots:
-                del module.graft_slots
-                module.__class__ = type(module).__bases__[1]  # the original
-        self._modules = {}
+            _leave(module)
+        for module in self._callers:
+            module.graft_guests -= 1
+            _leave(module)
+        self._modules, self._callers = {}, []
+
+
+def _enter(module: Any) -> Any:
+    """Gives a module the forward that knows slots."""
+    if not isinstance(module, _Slotted):
+        module.__class__ = _slotted(module.__class__)
+        module.graft_slots, module.graft_guests = [], 0
+    return module
+
+
+def _leave(module: Any) -> None:
+    """Makes a module what it was when nothing is left on it."""
+    if isinstance(module, _Slotted) and not module.graft_slots and not module.graft_guests:
+        del module.graft_slots, module.graft_guests
+        module.__class__ = type(module).__bases__[1]  # the original
 
 
 def _fits(have: tuple[int, ...], room: tuple[int, ...], rank_dim: int | None) -> bool:
@@ -329,29 +539,51 @@ def attach(model: Model, plan: Plan, build: Callable[[Site], Slot]) -> Handle:
         raise SiteError("an empty plan", "there is nothing to attach to", "choose other targets")
     modules = named_modules(model)
     slots = [_built(site, modules, build) for site in plan]  # all of them, before the first module is touched
-    for site, slot in zip(plan, slots, strict=True):
-        module: Any = modules[site.name]
-        if not isinstance(module, _Slotted):
-            module.__class__ = _slotted(module.__class__)
-            module.graft_slots = []
-        module.graft_slots.append(slot)
-    return Handle({site.name: modules[site.name] for site in plan}, plan, slots, _tied(modules))
+    callers = {id(module): module for slot in slots for module in _callers(slot, modules)}
+    for slot in slots:
+        _enter(modules[slot.site.name]).graft_slots.append(slot)
+    for module in callers.values():
+        _enter(module).graft_guests += 1
+    touched = {site.name: modules[site.name] for site in plan}
+    return Handle(touched, plan, slots, _tied(modules), list(callers.values()))
 
 
 def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site], Slot]) -> Slot:
     """The slot of a site, on its module's device."""
     if site.name not in modules:
         raise SiteError(site.name, "the model has no such module", nearest(site.name, modules))
-    weight = getattr(modules[site.name], "weight", torch.empty(0))
-    if tuple(weight.shape) != site.shape:
-        reason = f"planned for a weight {site.shape}, the model has {tuple(weight.shape)}"
-        raise SiteError(site.name, reason, "use its own base")
-    slot = build(site).to(weight.device)
-    parent = modules.get(site.name.rpartition(".")[0])
-    raw = isinstance(parent, nn.MultiheadAttention) and type(parent).forward is nn.MultiheadAttention.forward
-    if raw and not slot.weight_mode:
-        raise SiteError(site.name, "torch's MultiheadAttention reads its weight without calling it", _REMEDY)
+    module = modules[site.name]
+    names = weight_names(module)
+    covered = getattr(module, names[site.kind == "bias"], None)
+    found = None if covered is None else tuple(covered.shape)
+    if site.kind not in OUTER and found != site.shape:
+        raise SiteError(site.name, f"planned for a weight {site.shape}, the model has {found}", "use its own base")
+    anything = covered if covered is not None else next(module.parameters(), torch.empty(0))
+    slot = build(site).to(anything.device)
+    if site.kind == "mha" and slot.weight_mode:
+        raise SiteError(site.name, "needs no weight mode: its products are computed with the slots", "leave it out")
     return slot
+
+
+def _callers(slot: Slot, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
+    """The modules of torch around a site that would use its weights without calling it.
+
+    Raises:
+        SiteError: one that cannot be made to call it.
+    """
+    if slot.weight_mode:
+        return []
+    found: list[nn.Module] = []
+    parts = slot.site.name.split(".")
+    for depth in range(len(parts) + 1):
+        module = modules.get(".".join(parts[:depth]))
+        packed = isinstance(module, nn.MultiheadAttention) and type(module).forward in _PACKED
+        if packed and depth < len(parts) and not is_plain_attention(module):
+            raise SiteError(slot.site.name, "torch's MultiheadAttention reads its weight without calling it", _REMEDY)
+        if packed or isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            assert module is not None
+            found.append(module)
+    return found
 
 
 def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -366,17 +598,45 @@ def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def _refresh(module: Any) -> None:
-    """Makes the weight the original plus the merged slots; forgets the original when none is merged."""
+    """Makes the parameters the originals with the merged slots; forgets the originals when none is merged."""
     merged = [slot for slot in module.graft_slots if slot.merged is not None]
-    weight = module._parameters["weight"]
-    original = module.__dict__.get("graft_original")
+    names = weight_names(module)
+    original: Base | None = module.__dict__.get("graft_original")
     if original is None and merged:
-        original = module.graft_original = weight.detach().clone()
+        kept = (module._parameters.get(name) for name in names)
+        original = module.graft_original = Base(*(None if each is None else each.detach().clone() for each in kept))
     if original is None:
         return
-    total = original.to(torch.promote_types(original.dtype, torch.float32))
+    now = original
     for slot in merged:
-        total = total + slot.weight_delta(slot.merged)
-    weight.copy_(total if merged else original)
+        now = _fold(now, slot, slot.merged, module.graft_base(slot))
+    for name, value in zip(names, now, strict=True):
+        parameter = module._parameters.get(name)
+        if parameter is not None and value is not None:
+            parameter.copy_(value)
+        elif parameter is not None or value is not None:  # a bias that the layer has only while merged
+            weight = module._parameters[names[0]]
+            module._parameters[name] = None if value is None else nn.Parameter(value.to(weight.dtype), False)
     if not merged:
         del module.graft_original
+
+
+def _fold(now: Base, slot: Slot, index: int, base: Base) -> Base:
+    """Whole parameters with a slot's change in its rows, at least float32."""
+    rows = slot.site.rows
+    whole = Base(*(None if each is None else wide(each) for each in now))
+    part = slot.folded(index, whole.part(rows), base)
+    if rows is None:
+        return part
+    a, b = rows
+    joined = []
+    for old, new in zip(whole, part, strict=True):
+        if old is None and new is not None:
+            old = new.new_zeros(slot.site.shape[0])
+        joined.append(None if old is None or new is None else torch.cat([old[:a], new, old[b:]]))
+    return Base(*joined)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Returns a tensor in float32, or wider if it was."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

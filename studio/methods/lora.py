@@ -17,6 +17,7 @@ float32 whatever the base and are cast to the activations; dropout masks are rep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -28,22 +29,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.kernels.lora_linear import Term, lora_linear
-from graft.studio.errors import InputError, SiteError
-from graft.studio.sites import Model, Plan, Site, named_modules, plan_sites
-from graft.studio.slots import Handle, Slot, attach
+from graft.studio.errors import InputError
+from graft.studio.method import SiteMethod
+from graft.studio.sites import Model, Plan, Site, plan_sites
+from graft.studio.slots import Base, Handle, Slot
 
 if TYPE_CHECKING:
-    from graft.studio.adapter import Adapter, Card
+    from graft.studio.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class LoRA:
+class LoRA(SiteMethod):
     """Low-rank adaptation of linear layers, packed projections, convolutions and embeddings.
 
     Example:
         >>> handle = LoRA(rank=4, targets=("q", "v")).attach(model.requires_grad_(False))
         >>> optimizer = torch.optim.AdamW(handle.bank.parameters(), lr=1e-3)
     """
+
+    when = "first choice: cheap, mergeable, read by every other library"
 
     rank: int = 8
     """Inner width of the change; parameters grow in proportion."""
@@ -76,57 +80,31 @@ class LoRA:
         return self.alpha / (sqrt(self.rank) if self.rslora else self.rank)
 
     def count(self, site: Site) -> int:
-        """Returns the trainable parameters of a site."""
+        """Returns rank times both widths."""
         return self.rank * (site.covered[0] + prod(site.covered[1:]))
 
-    def plan(self, model: Model) -> Plan:
-        """Returns the sites that `attach` will use, with their parameters."""
-        sites = plan_sites(model, self.targets, towers=self.towers).sites
-        return Plan(sites, tuple(map(self.count, sites)))
+    def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
+        """Returns the factors of a site."""
+        return SLOTS[site.kind](site, slots, self, module)
+
+    def reads(self, site: Site) -> bool:
+        """Whether ``weight_mode`` names a site's module."""
+        return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", site.name) for pattern in self.weight_mode)
 
     def attach(self, model: Model, slots: int = 1, plan: Plan | None = None) -> Handle:
-        """Attaches in place, ``slots`` adapters at once, to the planned sites.
-
-        Raises:
-            SiteError: targets that name nothing, or a plan of another model.
-        """
-        modules = named_modules(model)
-        direct = {site.key for pattern in self.weight_mode for site in plan_sites(model, pattern)}
-        names = {key.partition("[")[0] for key in direct}
-
-        def build(site: Site) -> Slot:
-            if site.kind not in _SLOTS:
-                raise SiteError(
-                    site.name, f"LoRA has nothing for sites of kind {site.kind}", f"use {', '.join(_SLOTS)}"
-                )
-            return _SLOTS[site.kind](site, slots, self, site.name in names, modules[site.name])
-
-        return attach(model, plan or self.plan(model), build)
+        """Attaches as every method; a pattern of ``weight_mode`` that names nothing is refused."""
+        for pattern in self.weight_mode:
+            plan_sites(model, pattern)
+        return super().attach(model, slots, plan)
 
     @classmethod
-    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Handle:
-        """Attaches a trained adapter to its base (or to a plain model), ready for inference.
-
-        An adapter that names no base, as those of other libraries, is tried on a base that offers `exercise`.
+    def as_lora(cls, adapter: Adapter) -> Adapter:
+        """Returns the adapter as plain factors, for methods whose result is such a product.
 
         Raises:
-            SiteError: sites that the base does not have, or whose modules it never calls.
-            FormatError: tensors that do not fit.
+            InputError: a method whose result is none.
         """
-        from graft.studio.config import from_dict
-
-        method = from_dict(cls, card.config, "adapter.json")
-        model = base if isinstance(base, nn.Module) else base.modules
-        handle = method.attach(model, plan=Plan.from_list(card.sites))
-        handle.bank.eval().requires_grad_(False)
-        try:
-            handle.load(tensors)
-            if not card.base_hash and hasattr(base, "exercise"):
-                _check_called(handle, base)
-        except BaseException:
-            handle.detach()
-            raise
-        return handle
+        return adapter
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
@@ -136,13 +114,7 @@ class LoRA:
         writers = {"peft": peft.export, "diffusers": diffusers.export}
         if format not in writers:
             raise InputError(f"format {format!r}", "LoRA is not written in it", f"use native, {', '.join(writers)}")
-        return writers[format](adapter, folder)
-
-
-def _check_called(handle: Handle, base: Any) -> None:
-    if dead := handle.bypassed(base.exercise):
-        reason = f"{len(dead)} of {len(handle.plan)} sites are never called by {base.name}: nothing would act there"
-        raise SiteError(", ".join(dead), reason, "use the base that the adapter was made for")
+        return writers[format](cls.as_lora(adapter), folder)
 
 
 class LowRankSlot(Slot):
@@ -150,15 +122,19 @@ class LowRankSlot(Slot):
 
     rank_dims: ClassVar[Mapping[str, int]] = {"A": 0, "B": 1}
 
-    def __init__(self, site: Site, slots: int, method: LoRA, weight_mode: bool, module: nn.Module):
+    def __init__(self, site: Site, slots: int, method: Any, module: nn.Module):
         """Makes the factors of a site; ``module`` is the site's own, for what the shape does not say."""
-        super().__init__(site, slots, method.scaling, weight_mode)
+        super().__init__(site, slots, method.scaling, method.reads(site))
         self.dropout = method.dropout
         down, up = self.shapes(method.rank)
         self.A = nn.Parameter(torch.empty(slots, *down))
         self.B = nn.Parameter(torch.empty(slots, *up))
+        self.extend(method, module)
         for slot in range(slots):
             self.reset(slot)
+
+    def extend(self, method: Any, module: nn.Module) -> None:
+        """Adds what a variant has beside the factors, before the first `reset`."""
 
     def shapes(self, rank: int) -> tuple[Sequence[int], Sequence[int]]:
         """Returns the shapes of A and B."""
@@ -173,48 +149,49 @@ class LowRankSlot(Slot):
         self.A[slot].copy_(first)
         self.B[slot].zero_()
 
+    def up(self, base: Base) -> Tensor:
+        """Returns B of all slots, with what a variant makes of it."""
+        return self.B
+
     def delta(self, slot: int) -> Tensor:
         """Returns s B A in the shape of the covered weight."""
-        return (self.scale[slot] * self.B[slot] @ self.A[slot].flatten(1)).view(self.site.covered)
+        up = self.up(Base(None, None))[slot]
+        return (self.scale[slot] * up @ self.A[slot].flatten(1)).view(self.site.covered)
 
-    def term(self) -> Term | None:
+    def term(self, base: Base) -> Term | None:
         """Returns the factors for the fused kernel."""
+        return self.fused(self.up(base))
+
+    def fused(self, up: Tensor) -> Term:
+        """Returns A with another B as a term, with a mask of its own for dropout."""
         dropout = self.dropout if self.training else 0.0
         seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
-        return Term(self.A, self.B, self.scale, self.route, self.site.rows, dropout, seed)
+        return Term(self.A, up, self.scale, self.route, None, dropout, seed)
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + s B A drop(x), for bases whose own product is not a dense one."""
-        term = self.term()
-        assert term is not None
-        delta = lora_linear(x, None, None, (term._replace(rows=None),))
-        if self.site.rows is not None:
-            delta = F.pad(delta, (self.site.rows[0], self.site.shape[0] - self.site.rows[1]))
-        return y + delta.to(y.dtype)
+    def low_rank(self, x: Tensor, y: Tensor, up: Tensor) -> Tensor:
+        """Returns s B A drop(x) alone, in the shape of y."""
+        return lora_linear(x, None, None, (self.fused(up),))
 
-    def _picked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """A, B and the scale of each batch row, or of slot 0 with a leading dimension of 1."""
-        if self.route is None:
-            return self.A[:1], self.B[:1], self.scale[:1]
-        slot = self.route.clamp(min=0)
-        return self.A[slot], self.B[slot], self.scale[slot] * (self.route >= 0)
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """Returns y + s B A drop(x), where the product with the base is not to be had in one function."""
+        return y + self.low_rank(x, y, self.up(base)).to(y.dtype)
 
 
 class ConvSlot(LowRankSlot):
     """LoRA on a convolution: a convolution to ``rank`` channels, then a 1 x 1."""
 
-    def __init__(self, site: Site, slots: int, method: LoRA, weight_mode: bool, module: Any):
+    def extend(self, method: Any, module: Any) -> None:
         """Takes stride, padding and dilation from the module."""
-        super().__init__(site, slots, method, weight_mode, module)
+        super().extend(method, module)
         self.geometry = (module.stride, module.padding, module.dilation)
 
-    def term(self) -> Term | None:
+    def term(self, base: Base) -> Term | None:
         """Returns None: a convolution is no low-rank term."""
         return None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + s B (A * drop(x)) for x (b, i, ...) and y (b, o, ...)."""
-        down, up, scale = self._picked()
+    def low_rank(self, x: Tensor, y: Tensor, up: Tensor) -> Tensor:
+        """Returns s B (A * drop(x)) for x (b, i, ...) and y (b, o, ...)."""
+        down, up, scale = self.pick(self.A, up)
         x = F.dropout(x, self.dropout, self.training)
         groups = down.shape[0]
         convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
@@ -222,7 +199,7 @@ class ConvSlot(LowRankSlot):
         grouped = x.reshape(x.shape[0] // groups, groups * x.shape[1], *x.shape[2:])
         hidden = convolve(grouped, down.flatten(0, 1).to(x.dtype), None, *self.geometry, groups)
         hidden = hidden.reshape(x.shape[0], -1, y.shape[2:].numel())  # (b, r, pixels)
-        return y + ((scale.view(-1, 1, 1) * up).to(hidden.dtype) @ hidden).view(y.shape).to(y.dtype)
+        return ((scale.view(-1, 1, 1) * up).to(hidden.dtype) @ hidden).view(y.shape)
 
 
 class EmbeddingSlot(LowRankSlot):
@@ -241,23 +218,24 @@ class EmbeddingSlot(LowRankSlot):
 
     def delta(self, slot: int) -> Tensor:
         """Returns s (B A)', (vocabulary, width)."""
-        return (self.scale[slot] * self.B[slot] @ self.A[slot]).T
+        return (self.scale[slot] * self.up(Base(None, None))[slot] @ self.A[slot]).T
 
-    def term(self) -> Term | None:
+    def term(self, base: Base) -> Term | None:
         """Returns None: the input is not a vector."""
         return None
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns y + s B A[:, x] for ids x (b, ...) and y (b, ..., d)."""
-        down, up, scale = self._picked()
+    def low_rank(self, x: Tensor, y: Tensor, up: Tensor) -> Tensor:
+        """Returns s B A[:, x] for ids x (b, ...) and y (b, ..., d)."""
+        down, up, scale = self.pick(self.A, up)
         ids = x.reshape(down.shape[0], -1)
         hidden = down.gather(2, ids[:, None].expand(-1, down.shape[1], -1))  # (g, r, m)
-        return y + ((scale.view(-1, 1, 1) * up) @ hidden).mT.reshape(y.shape).to(y.dtype)
+        return ((scale.view(-1, 1, 1) * up) @ hidden).mT.reshape(y.shape)
 
 
-_SLOTS: dict[str, type[LowRankSlot]] = {
+SLOTS: dict[str, type[LowRankSlot]] = {
     "linear": LowRankSlot,
     "packed": LowRankSlot,
+    "mha": LowRankSlot,
     "conv": ConvSlot,
     "embedding": EmbeddingSlot,
 }

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
+from graft.studio.errors import SiteError
+from graft.studio.methods.bitfit import BitFit
+from graft.studio.methods.dora import DoRA
+from graft.studio.methods.gated_lora import GatedLoRA
+from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.lora import LoRA
+from graft.studio.methods.lora_fa import LoRAFA
+from graft.studio.methods.moslora import MoSLoRA
+from graft.studio.methods.ssf import SSF
+from graft.studio.registry import SITE_METHODS, site_method
 
 
 class Tokens(nn.Module):
@@ -24,6 +33,19 @@ class Tokens(nn.Module):
 
     def forward(self, ids):
         return self.out(self.conv(self.table(ids).mT).mT)
+
+
+class Packed(nn.Module):
+    """torch's own transformer; with an odd number of heads the base takes the same path as with slots."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 1, 32, dropout=0.0, batch_first=True)
+        self.embed, self.encoder = nn.Conv2d(3, 16, 8, 8), nn.TransformerEncoder(layer, 2)
+        self.encoder.layers[0].self_attn.in_proj_bias.data.normal_()
+
+    def forward(self, x):
+        return self.encoder(self.embed(x).flatten(2).mT)
 
 
 def vit(name="vit_tiny_patch16_224"):
@@ -40,6 +62,14 @@ class Case:
     model: Callable[[], nn.Module] = vit
     mixed: bool = True
     """Whether rows of a batch can choose."""
+    exact: bool = True
+    """Whether it starts at the base, or only near it."""
+    merges: bool = True
+    """Whether it can become part of the base."""
+
+    @property
+    def name(self) -> str:
+        return next(name for name in SITE_METHODS if site_method(name) is type(self.method))
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
@@ -59,6 +89,23 @@ CASES = {
     "lora, embedding and convolution": Case(LoRA(rank=2, targets=("embedding", "all", "out")), Tokens),
     "lora, convolution with dropout": Case(LoRA(rank=2, dropout=0.2, targets="all"), Tokens),
     "lora, weight mode": Case(LoRA(rank=2, targets="q", weight_mode=("attn.qkv",)), beit, mixed=False),
+    "lora, packed attention": Case(LoRA(rank=2, targets="all-linear"), Packed),
+    "lora_fa": Case(LoRAFA(rank=2, targets="all", dropout=0.2)),
+    "moslora": Case(MoSLoRA(rank=2, targets="all")),
+    "dora": Case(DoRA(rank=2)),
+    "dora, all sites": Case(DoRA(rank=2, alpha=3.0, targets="all", dropout=0.2)),
+    "dora, weight mode": Case(DoRA(rank=2, targets="q", weight_mode=("attn.qkv",)), beit, mixed=False),
+    "dora, packed attention": Case(DoRA(rank=2), Packed),
+    "gated_lora": Case(GatedLoRA(rank=2, targets="all-linear"), merges=False),
+    "gated_lora, per token": Case(GatedLoRA(rank=2, per="token"), Packed, merges=False),
+    "ia3": Case(IA3()),
+    "ia3, convolution": Case(IA3(targets="conv", inputs=("out",)), Tokens),
+    "ia3, packed attention": Case(IA3(), Packed),
+    "ssf": Case(SSF(), exact=False),
+    "ssf, from the identity": Case(SSF(spread=0.0, targets="all"), Tokens),
+    "ssf, packed attention": Case(SSF(spread=0.0), Packed),
+    "bitfit": Case(BitFit()),
+    "bitfit, packed attention": Case(BitFit(targets=("q", "up", "norm")), Packed),
 }
 every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
@@ -89,7 +136,10 @@ def test_identity_at_init_is_bit_identical(case):
     model, x = case.base(), case.x()
     expected = model(x)
     case.method.attach(model)
-    assert torch.equal(model(x), expected)
+    if case.exact:
+        assert torch.equal(model(x), expected)
+    else:
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0.2)
 
 
 @every_method
@@ -115,7 +165,8 @@ def test_detach_restores_bits_keys_and_classes(case):
     before, expected = deepcopy(model), model(x)
     handle = moved(case, model)
     assert not torch.equal(model(x), expected)
-    handle.merge()
+    if case.merges:
+        handle.merge()
     handle.detach()
     assert torch.equal(model(x), expected)
     assert {name: type(module) for name, module in model.named_modules()} == {
@@ -133,7 +184,7 @@ def test_a_saved_adapter_gives_the_same_output_on_a_fresh_base(case, tmp_path):
     handle = moved(case, model)
     expected = model(x)
     handle.detach()
-    card = Card("lora", to_dict(case.method), base_hash=base_hash({"": model}), sites=handle.plan.to_list())
+    card = Card(case.name, to_dict(case.method), base_hash=base_hash({"": model}), sites=handle.plan.to_list())
     Adapter(handle.tensors(), card).save(tmp_path)
     fresh = case.base()
     with load_adapter(tmp_path).attached(fresh):
@@ -145,11 +196,15 @@ def test_merged_equals_attached(case):
     model, x = case.base(), case.x()
     handle = moved(case, model)
     attached = model(x)
+    if not case.merges:
+        with pytest.raises(SiteError, match="cannot be part of the base"):
+            handle.merge()
+        return
     handle.merge()
     assert (model(x) - attached).abs().max() <= 1e-5 * attached.abs().max()
 
 
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case.mixed])
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.mixed])
 def test_mixed_rows_equal_separate_rows(case):
     model, x = case.base(), case.x()
     base = model(x)
@@ -205,5 +260,5 @@ def test_an_evaluation_before_training_does_not_freeze_anything(case):
     handle.bank.train()
     start = handle.tensors()
     train(model, handle, x, adamw(handle), steps=2)
-    for name, tensor in handle.tensors().items():
-        assert not torch.equal(tensor, start[name]), name
+    for name, _ in handle.bank.named_parameters():
+        assert not torch.equal(handle.tensors()[name], start[name]), name

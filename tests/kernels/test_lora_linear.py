@@ -36,6 +36,22 @@ def test_values_and_gradients_are_those_of_the_formula(route, rows):
 
 
 @pytest.mark.parametrize(("route", "rows"), [*product(ROUTES, ROWS)])
+def test_a_gain_scales_the_product_and_not_the_bias(route, rows):
+    x, weight, bias, term = case(ROUTES[route], ROWS[rows])
+    term = term._replace(gain=torch.rand(3, term.up.shape[1], dtype=x.dtype, requires_grad=True))
+    ours, expected = lora_linear(x, weight, bias, (term,)), reference(x, weight, bias, (term,))
+    torch.testing.assert_close(ours, expected)
+    upstream = torch.randn_like(ours)
+    wanted = (x, term.down, term.up, term.gain)
+    for a, b in zip(
+        torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+    one = term._replace(gain=torch.ones_like(term.gain), up=torch.zeros_like(term.up))
+    assert torch.equal(lora_linear(x, weight, bias, (one,)), F.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(("route", "rows"), [*product(ROUTES, ROWS)])
 def test_gradients_with_dropout_see_the_mask_of_the_forward(route, rows):
     x, weight, bias, term = case(ROUTES[route], ROWS[rows], dropout=0.3)
 

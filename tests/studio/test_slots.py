@@ -170,12 +170,31 @@ def test_weight_mode_reaches_a_weight_that_is_read_directly(x, targets):
     assert torch.equal(beit(x), base)
 
 
-def test_weight_mode_serves_the_packed_attention_of_torch():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False).eval()
+def test_an_unusual_attention_of_torch_is_refused_with_the_way_out():
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2, add_bias_kv=True, batch_first=True)})
     x = torch.randn(2, 3, 8)
-    with pytest.raises(SiteError, match=r"self_attn\.out_proj: .*MultiheadAttention reads its weight.*weight_mode"):
-        LoRA(targets="out_proj").attach(layer)
-    LoRA(targets="out_proj", weight_mode=("out_proj",)).attach(layer).probe(lambda: layer.train()(x))
+    with pytest.raises(SiteError, match=r"attn\.out_proj: .*MultiheadAttention reads its weight.*weight_mode"):
+        LoRA(targets="out_proj").attach(model)
+    LoRA(targets="out_proj", weight_mode=("out_proj",)).attach(model).probe(lambda: model["attn"](x, x, x)[0])
+
+
+def test_slots_are_added_and_freed_without_touching_the_model(x):
+    model = vit()
+    handle = attach(model)
+    alone, tensors = model(x), handle.tensors()
+    numbers = [handle.add({name: k * tensor for name, tensor in tensors.items()}) for k in (0, 1, 2)]
+    assert numbers == [1, 2, 3]
+    handle.remove(2)
+    assert handle.add(tensors) == 2
+    handle.route(torch.tensor([0, 2, 1, -1]))
+    mixed = model(x)
+    torch.testing.assert_close(mixed[:2], alone[:2])
+    handle.route(torch.full((4,), -1))
+    torch.testing.assert_close(mixed[2:], model(x)[2:])
+    with pytest.raises(FormatError, match="missing"):
+        handle.add({})
+    assert handle.add(tensors) == 4
+    assert handle.slots == 8
 
 
 def test_a_subclass_with_its_own_forward_keeps_it():

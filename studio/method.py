@@ -1,0 +1,115 @@
+"""What methods that act on sites share: a plan, attaching in place, attaching a trained adapter to its base.
+
+Such a method is a frozen dataclass with at least ``targets`` and ``towers``; it says what stands on a site (`slot`) and
+how many numbers that is (`count`). Methods with a rule of their own for training add `penalty` and `after_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from graft.studio.errors import InputError, SiteError
+from graft.studio.sites import WEIGHTS, Model, Plan, Site, named_modules, plan_sites
+from graft.studio.slots import Handle, Slot, attach
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter, Card
+
+
+class SiteMethod:
+    """A method that puts a slot on every site of a plan."""
+
+    kinds: ClassVar[tuple[str, ...]] = WEIGHTS
+    """Kinds of sites that it has a slot for."""
+    when: ClassVar[str] = ""
+    """When to use it, for people who choose."""
+    targets: Any
+    towers: tuple[str, ...] | None
+
+    def count(self, site: Site) -> int:
+        """Returns the trainable parameters of a site."""
+        raise TypeError(f"{type(self).__name__} must define count")
+
+    def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
+        """Returns what stands on a site; ``module`` is the site's own, for what the shape does not say."""
+        raise TypeError(f"{type(self).__name__} must define slot")
+
+    def sites(self, model: Model) -> Plan:
+        """Returns the sites that the targets name."""
+        return plan_sites(model, self.targets, self.kinds, towers=self.towers)
+
+    def plan(self, model: Model) -> Plan:
+        """Returns the sites that `attach` will use, with their parameters."""
+        sites = self.sites(model).sites
+        return Plan(sites, tuple(map(self.count, sites)))
+
+    def attach(self, model: Model, slots: int = 1, plan: Plan | None = None) -> Handle:
+        """Attaches in place, ``slots`` adapters at once, to the planned sites.
+
+        Raises:
+            SiteError: targets that name nothing, or a plan of another model.
+        """
+        modules = named_modules(model)
+
+        def build(site: Site) -> Slot:
+            if site.kind not in self.kinds:
+                reason = f"{type(self).__name__} has nothing for sites of kind {site.kind}"
+                raise SiteError(site.name, reason, f"use {', '.join(self.kinds)}")
+            return self.slot(site, slots, modules[site.name])
+
+        return attach(model, plan or self.plan(model), build)
+
+    @classmethod
+    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Handle:
+        """Attaches a trained adapter to its base (or to a plain model), ready for inference.
+
+        An adapter that names no base, as those of other libraries, is tried on a base that offers `exercise`.
+
+        Raises:
+            SiteError: sites that the base does not have, or whose modules it never calls.
+            FormatError: tensors that do not fit.
+        """
+        from graft.studio.config import from_dict
+
+        method = from_dict(cls, card.config, "adapter.json")
+        model = base if isinstance(base, nn.Module) else base.modules
+        handle = method.attach(model, plan=Plan.from_list(card.sites))
+        handle.bank.eval().requires_grad_(False)
+        try:
+            handle.load(tensors)
+            if not card.base_hash and hasattr(base, "exercise"):
+                _check_called(handle, base)
+        except BaseException:
+            handle.detach()
+            raise
+        return handle
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the adapter for another library.
+
+        Raises:
+            InputError: a format in which this method is not written.
+        """
+        raise InputError(f"format {format!r}", f"{cls.__name__} is not written in it", "use native")
+
+
+def _check_called(handle: Handle, base: Any) -> None:
+    if dead := handle.bypassed(base.exercise):
+        reason = f"{len(dead)} of {len(handle.plan)} sites are never called by {base.name}: nothing would act there"
+        raise SiteError(", ".join(dead), reason, "use the base that the adapter was made for")
+
+
+def check(method: Any, **allowed: tuple[bool, str]) -> None:
+    """Checks settings by name: whether each holds, and what is expected if not.
+
+    Raises:
+        InputError: naming the setting, its value and what is expected.
+    """
+    for name, (holds, expected) in allowed.items():
+        if not holds:
+            raise InputError(f"{name} {getattr(method, name)}", f"must be {expected}", f"change {name}")
