@@ -25,9 +25,14 @@ METHODS: dict[tuple[str, str], str] = {
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "vit"): "graft.studio.pocket.pretrain.vit:Vit",
     ("pocket", "unet"): "graft.studio.pocket.pretrain.unet:Unet",
+    ("vision", "adapter_plus"): "graft.vision.adapter_plus:AdapterPlus",
+    ("vision", "adaptformer"): "graft.vision.adaptformer:AdaptFormer",
+    ("vision", "bitfit"): "graft.vision.scales:VisionBitFit",
     ("vision", "full"): "graft.vision.full:FullTuning",
     ("vision", "linear"): "graft.vision.probe:LinearProbe",
     ("vision", "lora"): "graft.vision.lora:VisionLoRA",
+    ("vision", "ssf"): "graft.vision.scales:VisionSSF",
+    ("vision", "vpt"): "graft.vision.vpt:VPT",
 }
 """(domain, method) -> "module:class", a frozen dataclass."""
 

@@ -91,7 +91,7 @@ class VisionBase:
         return (pixels.to(self.device).float() / 255 - mean) / std
 
 
-def picture_side(model: nn.Module) -> int:
+def picture_side(model: Any) -> int:
     """Returns the height and width of the pictures that a timm model was built for.
 
     Raises:
@@ -99,7 +99,9 @@ def picture_side(model: nn.Module) -> int:
     """
     from timm.data import resolve_model_data_config
 
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    built: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if hasattr(model, "tokens_spatial_shape"):  # Hiera
+        built = [tokens * stride for tokens, stride in zip(model.tokens_spatial_shape, model.patch_stride, strict=True)]
     if built is None:  # convolutions first: any size will do, and the checkpoint's is the right one
         built = resolve_model_data_config(model)["input_size"][1:]
     height, width = built if isinstance(built, tuple | list) else (built, built)
@@ -219,11 +221,12 @@ def save_base(base: VisionBase, folder: str | Path) -> Path:
         raise InputError(str(folder), "it exists and is not an empty folder", "Name a new folder")
     tensors, classes = new_classifier(base.model)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in base.model.state_dict().items()} | tensors
+    described = _description(base, classes or base.classes)
+    _check_buildable(described, state)
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         with naming_full_disk(folder):
             draft.mkdir(parents=True)
-            described = _description(base, classes or base.classes)
             (draft / "config.json").write_text(json.dumps(described, indent=2, default=str) + "\n", encoding="utf-8")
             save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
             if folder.exists():
@@ -233,6 +236,25 @@ def save_base(base: VisionBase, folder: str | Path) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return folder
+
+
+def _check_buildable(described: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Refuses weights that timm has no place for, such as a bias that a merge gave to a layer without one.
+
+    Raises:
+        InputError: naming them.
+    """
+    import timm
+
+    with torch.device("meta"):
+        built = timm.create_model(described["architecture"], pretrained=False, **described["model_args"])
+    wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    wrong = sorted(name for name in wanted.keys() ^ state.keys()) or [
+        name for name, shape in wanted.items() if state[name].shape != shape
+    ]
+    if wrong:
+        reason = f"timm's {described['architecture']} has another {', '.join(wrong[:5])}"
+        raise InputError("the merged model", reason, "Leave the adapter attached, or merge LoRA")
 
 
 def _description(base: VisionBase, classes: tuple[str, ...]) -> dict[str, Any]:

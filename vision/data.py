@@ -95,7 +95,7 @@ class Source:
     """For messages."""
     items: list[Item]
     """By name; no name twice."""
-    read: Callable[[str], bytes | np.ndarray]
+    read: Callable[[str], Any]
     """Bytes of a file, or an array (h, w) or (h, w, c), of the item with a name."""
 
 
@@ -209,7 +209,8 @@ def _files(root: Path, items: list[Item], config: DataConfig) -> Source:
 
 def _table(path: Path, config: DataConfig) -> Source:
     """A CSV or JSONL file with a column for the picture, one for its label and maybe one for its part."""
-    root, problems, items = path.parent, [], []
+    root, items = path.parent, list[Item]()
+    problems: list[str] = []
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
@@ -313,8 +314,8 @@ def _hugging_face(path: Path) -> Source:
     parts = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     items: list[Item] = []
     for name, part in parts.items():
-        image, label = _key(dict(zip(part.features, part.features, strict=True)), ("image", "img")), None
-        label = _key(dict(zip(part.features, part.features, strict=True)), _LABELS)
+        columns = {str(name): str(name) for name in part.features}
+        image, label = _key(columns, ("image", "img")), _key(columns, _LABELS)
         if image is None or label is None:
             raise DataError(
                 str(path), f"its columns are {', '.join(part.features)}", "Name two of them image and label"
@@ -363,7 +364,7 @@ def load_part(
         except BROKEN as error:
             problems.append(f"{item.name}: {complaint(error)}")
     digests = [
-        hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data)).hexdigest()
+        hashlib.sha256(data if isinstance(data, bytes) else np.ascontiguousarray(data).tobytes()).hexdigest()
         for data in stored.values()
     ]
 

@@ -29,7 +29,7 @@ class HeadSlot(Slot):
 
     def __init__(self, site: Site, slots: int, width: int, classes: Sequence[str]):
         """Makes the classifiers of all slots for features of ``width``."""
-        super().__init__(site, slots, 1.0)
+        super().__init__(site, slots)
         self.classes = tuple(classes)
         self.weight = nn.Parameter(torch.empty(slots, len(classes), width))
         self.bias = nn.Parameter(torch.empty(slots, len(classes)))
@@ -53,9 +53,9 @@ class HeadSlot(Slot):
         logits = (self.weight[slot] @ x.unsqueeze(-1)).squeeze(-1) + self.bias[slot]
         return logits * (self.route >= 0).to(logits.dtype)[:, None]
 
-    def forward(self, x: Tensor, y: Tensor, base: Any = None) -> Tensor:
-        """Returns the logits instead of the model's own ``y``."""
-        return self.logits(x)
+    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Returns the logits; the model's own classifier is not called."""
+        return self.logits(args[0])
 
 
 def attach_head(model: nn.Module, classes: Sequence[str], slots: int = 1) -> Handle:
@@ -67,16 +67,12 @@ def attach_head(model: nn.Module, classes: Sequence[str], slots: int = 1) -> Han
     heads = classifiers(model)
     if any(isinstance(slot, HeadSlot) for head in heads.values() for slot in getattr(head, "graft_slots", ())):
         raise InputError(type(model).__name__, "another adapter's classifier is attached", "Detach that adapter first")
-    sites = [
-        Site(name, "linear", tuple(getattr(head, "weight", torch.empty(0)).shape), None, "vision", "head")
-        for name, head in heads.items()
-    ]
-    return attach(model, Plan(tuple(sites)), lambda site: _slot(model, heads, site, slots, classes))
-
-
-def _slot(model: Any, heads: Mapping[str, nn.Module], site: Site, slots: int, classes: Sequence[str]) -> HeadSlot:
-    slot = HeadSlot(site, slots, feature_width(model, heads[site.name]), classes)
-    return slot.to(next(model.parameters()).device)
+    widths = {name: feature_width(model, head) for name, head in heads.items()}
+    plan = Plan(
+        tuple(Site(name, "block", (len(classes), width), None, "vision", "head") for name, width in widths.items())
+    )
+    device = next(model.parameters()).device
+    return attach(model, plan, lambda site: HeadSlot(site, slots, widths[site.name], classes).to(device))
 
 
 def new_classifier(model: nn.Module) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -16,6 +16,7 @@ from graft.studio.errors import InputError
 from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Plan
 from graft.studio.slots import Handle
+from graft.vision.base import classifiers
 from graft.vision.method import VisionMethod, uncalled
 
 
@@ -30,15 +31,16 @@ class VisionLoRA(VisionMethod, LoRA):
     default_learning_rate: ClassVar[float] = 2e-3
 
     def plan(self, model: Any) -> Plan:
-        """Returns the sites that `attach` will use, with their parameters.
+        """Returns the sites that `attach` will use, with their parameters; the classifier, which is replaced, is none.
 
         Raises:
-            InputError: the classifier is among them, which is trained anyway.
+            InputError: nothing but the classifier was named.
         """
-        plan = super().plan(model)
-        if heads := [site.name for site in plan if site.role == "head"]:
-            raise InputError(", ".join(heads), "the classifier is trained anyway", "Leave it out of method.targets")
-        return plan
+        heads = classifiers(model)
+        kept = tuple(site for site in super().plan(model) if site.name not in heads)
+        if not kept:
+            raise InputError(", ".join(heads), "the classifier is trained anyway", "Choose other method.targets")
+        return Plan(kept, tuple(map(self.count, kept)))
 
     def attach(self, model: Any, slots: int = 1, plan: Plan | None = None) -> Handle:
         """Attaches in place; projections whose weight is read directly get weight mode.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from graft.studio.errors import BaseMismatchError, FormatError, InputError
 from graft.studio.sites import Plan
-from graft.vision.base import VisionBase, picture_side, sample_input
+from graft.vision.base import picture_side, sample_input
 from graft.vision.head import Adapted, attach_head
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class VisionMethod:
             raise
 
     @classmethod
-    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Adapted:
+    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Any:
         """Attaches a trained adapter to its base, or to the plain timm model, ready for inference.
 
         Raises:
@@ -112,8 +112,3 @@ def uncalled(model: nn.Module, names: set[str]) -> set[str]:
         for hook in hooks:
             hook.remove()
     return names - called
-
-
-def model_of(base: VisionBase | nn.Module) -> Any:
-    """Returns the timm model of a base, or the model itself."""
-    return base.model if isinstance(base, VisionBase) else base

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -90,7 +91,7 @@ def confusion_picture(path: Path, counts: np.ndarray, classes: Sequence[str]) ->
     return _save(path, page)
 
 
-def _upright(page: Image.Image, foot: tuple[int, int], text: str, font: ImageFont.FreeTypeFont) -> None:
+def _upright(page: Image.Image, foot: tuple[int, int], text: str, font: Any) -> None:
     """Writes text from a foot upwards."""
     width, height = (round(v) for v in font.getbbox(text)[2:])
     label = Image.new("RGB", (width + 2, height + 2), "white")

@@ -103,8 +103,8 @@ def _deal(items: Sequence[Item], declared: set[str], config: DataConfig, number:
     dealt = {item.name: "test" for item in items if item.part == "test"}
     pool = [item.name for item in items if item.part != "test"]
     if "test" not in declared:
-        order = np.random.default_rng([0, number]).permutation(len(pool))
-        aside = {pool[k] for k in order[: int(config.test * len(pool))]}
+        drawn = np.random.default_rng([0, number]).permutation(len(pool))
+        aside = {pool[k] for k in drawn[: int(config.test * len(pool))]}
         dealt |= dict.fromkeys(aside, "test")
         pool = [name for name in pool if name not in aside]
     own_val = {item.name for item in items if item.part == "val"}

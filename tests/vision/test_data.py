@@ -78,7 +78,12 @@ def test_fit_cannot_see_the_test_pictures(base: VisionBase, photos: Path, monkey
         Path(name).write_bytes(b"not a picture")
     opened: list[str] = []
     read = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(str(self)) or read(self))
+
+    def noted(self: Path) -> bytes:
+        opened.append(str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
     after = fit_data(DataConfig(path=str(photos), seed=3), base, Cache(photos.parent / "fresh"))
     assert torch.equal(after.train.pixels, before.train.pixels) and torch.equal(after.val.pixels, before.val.pixels)
     assert after.split.digest == before.split.digest
