@@ -44,7 +44,8 @@ class Task(Protocol):
     Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
     gradients that are clipped each by its own norm, as jobs that share a batch must be; `origin()`, digests of what it
     is trained from (base, data), which must be the same when a run goes on; `files()`, texts by name that the run
-    folder gets at the start.
+    folder gets at the start; `before_step(step, steps)` and `after_step(step, steps)`, for methods with a rule of their
+    own (the latter sees the gradients).
     """
 
     default_learning_rate: float
@@ -154,6 +155,9 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         figures: dict[str, Tensor] = {}
+        if hasattr(self.task, "before_step"):
+            torch.manual_seed(step_seed(self.config.seed, self.step, 0, 0))  # the same draws in every process
+            self.task.before_step(self.step, self.config.steps)
         for micro in range(self.config.gradient_accumulation):
             seed = step_seed(self.config.seed, self.step, micro, self.accelerator.process_index)
             batch = self.task.batch(self.step, torch.Generator().manual_seed(seed))
@@ -164,6 +168,8 @@ class Loop:
                 if self.accelerator.sync_gradients and self.config.max_grad_norm > 0:
                     self._clip(self.config.max_grad_norm)
                 self.optimizer.step()
+                if self.accelerator.sync_gradients and hasattr(self.task, "after_step"):
+                    self.task.after_step(self.step, self.config.steps)
                 self.optimizer.zero_grad()
             for name, value in {"loss": loss, **parts}.items():
                 share = value.detach() / self.config.gradient_accumulation

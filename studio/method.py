@@ -1,7 +1,8 @@
 """What methods that act on sites share: a plan, attaching in place, attaching a trained adapter to its base.
 
 Such a method is a frozen dataclass with at least ``targets`` and ``towers``; it says what stands on a site (`slot`) and
-how many numbers that is (`count`). Methods with a rule of their own for training add `penalty` and `after_step`.
+how many numbers that is (`count`). Methods with a rule of their own for
+training add `before_step`, `after_step` or `penalty`, which `Handle` passes on.
 """
 
 from __future__ import annotations
@@ -61,7 +62,19 @@ class SiteMethod:
                 raise SiteError(site.name, reason, f"use {', '.join(self.kinds)}")
             return self.slot(site, slots, modules[site.name])
 
-        return attach(model, plan or self.plan(model), build)
+        handle = attach(model, plan or self.plan(model), build)
+        handle.rule = self
+        return handle
+
+    def before_step(self, handle: Handle, step: int, steps: int) -> None:
+        """Prepares a step of training, counted from 0."""
+
+    def after_step(self, handle: Handle, step: int, steps: int) -> None:
+        """Follows a step of the optimiser; the gradients are still there."""
+
+    def penalty(self, handle: Handle) -> Tensor | None:
+        """Returns what is added to the loss, if anything."""
+        return None
 
     @classmethod
     def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Handle:

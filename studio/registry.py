@@ -41,10 +41,20 @@ SITE_METHODS: dict[str, str] = {
     "lora_fa": "graft.studio.methods.lora_fa:LoRAFA",
     "moslora": "graft.studio.methods.moslora:MoSLoRA",
     "dora": "graft.studio.methods.dora:DoRA",
+    "adalora": "graft.studio.methods.adalora:AdaLoRA",
+    "sora": "graft.studio.methods.sora:SoRA",
+    "dylora": "graft.studio.methods.dylora:DyLoRA",
+    "krona": "graft.studio.methods.krona:KronA",
     "gated_lora": "graft.studio.methods.gated_lora:GatedLoRA",
+    "houlsby": "graft.studio.methods.bottleneck:Houlsby",
+    "pfeiffer": "graft.studio.methods.bottleneck:Pfeiffer",
+    "parallel": "graft.studio.methods.bottleneck:Parallel",
+    "compacter": "graft.studio.methods.compacter:Compacter",
     "ia3": "graft.studio.methods.ia3:IA3",
     "ssf": "graft.studio.methods.ssf:SSF",
     "bitfit": "graft.studio.methods.bitfit:BitFit",
+    "prompt_tuning": "graft.studio.methods.prompt_tuning:PromptTuning",
+    "prefix_tuning": "graft.studio.methods.prefix_tuning:PrefixTuning",
 }
 """Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
 

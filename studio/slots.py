@@ -10,9 +10,10 @@ A method offers a `Slot` class for its kind of site and calls `attach`; several 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class Base(NamedTuple):
         return Base(*(None if each is None else each[slice(*rows)] for each in self))
 
 
+S = TypeVar("S", bound="Slot")
+
+
 class Slot(nn.Module):
     """What a method puts on one site: its parameters are stacks whose first dimension is the slot.
 
@@ -52,6 +56,8 @@ class Slot(nn.Module):
     """Buffers that belong to the trained adapter, beside the parameters."""
     mergeable: bool = True
     """Whether the slot can become part of the base's parameters."""
+    fades: ClassVar[bool] = True
+    """Whether it can be weakened, down to nothing for rows without a slot."""
     scale: Tensor
     route: Tensor | None
 
@@ -79,8 +85,8 @@ class Slot(nn.Module):
         """Returns the site's output ``y`` for its input ``x`` with this slot's change."""
         return y
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what a whole module (sites of kind block, tokens, kv) gives; ``call`` is the module without this."""
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns what a whole module (sites of kind block, tokens, kv) gives; ``call`` is it without this slot."""
         return call(*args, **kwargs)
 
     def delta(self, slot: int) -> Tensor:
@@ -159,7 +165,7 @@ class _Slotted(nn.Module):
             call = partial(self.graft_layer, inner, call)
         for slot in self.graft_live(outer=True):
             slot.check_rows(first_tensor(args, kwargs))
-            call = partial(slot.around, call)
+            call = partial(slot.around, self, call)
         return call(*args, **kwargs)
 
     def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ class _SlottedAttention(_Slotted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call: Callable[..., Any] = partial(attend, self, partial(self.graft_project, self.graft_live(outer=False)))
         for slot in self.graft_live(outer=True):
-            call = partial(slot.around, call)
+            call = partial(slot.around, self, call)
         return call(*args, **kwargs)
 
 
@@ -301,6 +307,7 @@ class Handle:
         self._callers = callers
         self._slots = slots
         self._free: list[int] = []
+        self.rule: Any = None
         self.slots = slots[0].slots
 
     def _stacks(self) -> dict[str, Tensor]:
@@ -309,6 +316,24 @@ class Handle:
         for each in self._slots:
             stacks |= {f"{each.site.key}.{name}": each.get_buffer(name) for name in each.saved}
         return stacks
+
+    def slots_of(self, kind: type[S]) -> list[S]:
+        """Returns the slots of a class, for a method's rules of training."""
+        return [slot for slot in self._slots if isinstance(slot, kind)]
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Lets the method prepare a step of training, counted from 0; call it before the forward."""
+        if self.rule is not None:
+            self.rule.before_step(self, step, steps)
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Lets the method follow a step; call it after the optimiser's, while the gradients are there."""
+        if self.rule is not None:
+            self.rule.after_step(self, step, steps)
+
+    def penalty(self) -> Tensor | None:
+        """Returns what the method adds to the loss, if anything."""
+        return None if self.rule is None else self.rule.penalty(self)
 
     def tensors(self, slot: int = 0) -> dict[str, Tensor]:
         """Returns a copy of one slot's tensors, named ``<site>.<tensor>``."""
@@ -332,7 +357,8 @@ class Handle:
 
     def remove(self, slot: int) -> None:
         """Frees a slot for the next `add`; rows that are still routed to it get the base's output."""
-        self.scale(slot, 0.0)
+        if all(each.fades for each in self._slots):
+            self.scale(slot, 0.0)
         self._free.append(slot)
 
     @torch.no_grad()
@@ -386,6 +412,8 @@ class Handle:
                 raise InputError(
                     f"route {rows}", f"wants a 1-d long tensor from -1 to {self.slots - 1}", "attach more slots"
                 )
+            if bool((rows < 0).any()) and not all(slot.fades for slot in self._slots):
+                raise InputError(f"route {rows}", "rows cannot go without this method", "give every row a slot")
             for slot in self._slots:
                 if slot.weight_mode:
                     raise InputError(
@@ -396,7 +424,13 @@ class Handle:
             slot.route = placed[slot.scale.device]
 
     def scale(self, slot: int, value: float) -> None:
-        """Sets the strength of a slot: 1 as trained, 0 off."""
+        """Sets the strength of a slot: 1 as trained, 0 off.
+
+        Raises:
+            InputError: a method that is there or not, without a between.
+        """
+        if value != 1 and not all(each.fades for each in self._slots):
+            raise InputError(f"scale {value}", "this method has no strength", "detach it to turn it off")
         for each in self._slots:
             each.scale[slot] = each.scaling * value
         if self._modules and self._slots[0].merged == slot:
@@ -411,7 +445,11 @@ class Handle:
         Raises:
             SiteError: names the sites that were bypassed, or whose output does not reach the result.
         """
-        parameters = {site: list(slot.parameters()) for site, slot in zip(self.plan, self._slots, strict=True)}
+        users = Counter(id(p) for slot in self._slots for p in slot.parameters())
+        parameters = {
+            site: [p for p in slot.parameters() if users[id(p)] == 1]  # a shared one says nothing about its sites
+            for site, slot in zip(self.plan, self._slots, strict=True)
+        }
         flat = [p for group in parameters.values() for p in group]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             out = run()

@@ -88,7 +88,7 @@ class AdapterPlusSlot(BottleneckSlot):
         for tensor, value in ((self.down_bias, 0.0), (self.up_bias, 0.0), (self.sigma, 1.0)):
             tensor[slot].fill_(value)
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the block's output and the branch's."""
         y = call(*args, **kwargs)
         branch = self._dropped(self.bottleneck(y, F.gelu))

@@ -75,16 +75,15 @@ class AdaptFormer(VisionMethod, SiteMethod):
 
     def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
         """Returns the branch of a block."""
-        return AdaptFormerSlot(site, slots, self, module)
+        return AdaptFormerSlot(site, slots, self)
 
 
 class AdaptFormerSlot(BottleneckSlot):
     """The branch of one block."""
 
-    def __init__(self, site: Site, slots: int, method: AdaptFormer, module: nn.Module):
-        """Makes the branch; the site's role names the module whose input it reads."""
+    def __init__(self, site: Site, slots: int, method: AdaptFormer):
+        """Makes the branch of a block."""
         super().__init__(site, slots, method.bottleneck, method.scale, method.dropout)
-        self.reads = (getattr(module, str(site.role)),)  # in a tuple: it is the base's, not a part of this
         for slot in range(slots):
             self.reset(slot)
 
@@ -97,10 +96,11 @@ class AdaptFormerSlot(BottleneckSlot):
         for tensor in (self.down_bias, self.up, self.up_bias):
             tensor[slot].zero_()
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns the block's output and the branch's, which reads the stream on its way."""
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns the block's output and the branch's; the site's role names the part whose input the branch reads."""
         stream: list[Tensor] = []
-        hook = self.reads[0].register_forward_pre_hook(lambda module, inputs: stream.append(inputs[0]))
+        reads = module.get_submodule(str(self.site.role))
+        hook = reads.register_forward_pre_hook(lambda part, inputs: stream.append(inputs[0]))
         try:
             y = call(*args, **kwargs)
         finally:

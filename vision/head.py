@@ -53,7 +53,7 @@ class HeadSlot(Slot):
         logits = (self.weight[slot] @ x.unsqueeze(-1)).squeeze(-1) + self.bias[slot]
         return logits * (self.route >= 0).to(logits.dtype)[:, None]
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Returns the logits; the model's own classifier is not called."""
         return self.logits(args[0])
 

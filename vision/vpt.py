@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
-from graft.studio.sites import Plan, Site, named_modules
+from graft.studio.sites import Plan, Site
 from graft.studio.slots import Handle, Slot, attach
 from graft.vision.blocks import find_blocks
 from graft.vision.method import VisionMethod
@@ -101,13 +101,13 @@ class VPT(VisionMethod, SiteMethod):
             SiteError: a model whose tokens are no one list, or a plan of another model.
         """
         plan = plan or self.plan(model)
-        modules, made = named_modules(model), list[PromptSlot]()
+        made: list[PromptSlot] = []
         bound = sqrt(6 / (3 * _patch_area(model) + plan.sites[0].shape[1]))
         prefix = int(getattr(model, "num_prefix_tokens", 0))
 
         def build(site: Site) -> Slot:
             shared = None if self.deep or not made else made[0].prompts
-            slot = PromptSlot(site, slots, modules[site.name], prefix, bound, self.dropped, shared)
+            slot = PromptSlot(site, slots, prefix, bound, self.dropped, shared)
             slot.enters = self.deep or site.name == plan.sites[0].name
             slot.leaves = self.deep or site.name == plan.sites[-1].name
             made.append(slot)
@@ -134,7 +134,6 @@ class PromptSlot(Slot):
         self,
         site: Site,
         slots: int,
-        module: nn.Module,
         prefix: int,
         bound: float,
         dropout: float,
@@ -143,9 +142,6 @@ class PromptSlot(Slot):
         """Makes prompts, or takes those of another block; ``bound`` is that of the uniform start."""
         super().__init__(site, slots)
         self.prefix, self.bound, self.dropout, self.owner = prefix, bound, dropout, shared is None
-        attention: Any = getattr(module, "attn", None)
-        rotated = hasattr(attention, "num_prefix_tokens")
-        self.rotary = (attention,) if rotated else ()  # in a tuple: it is the base's, not a part of this
         self.prompts = nn.Parameter(torch.empty(slots, *site.shape)) if shared is None else shared
         for slot in range(slots if shared is None else 0):
             self.reset(slot)
@@ -157,12 +153,12 @@ class PromptSlot(Slot):
             first = torch.empty(self.prompts.shape[1:])
             self.prompts[slot].copy_(nn.init.uniform_(first, -self.bound, self.bound))
 
-    def around(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the block's output for tokens (b, n, d) with the prompts among them."""
         x, *rest = args
         if self.enters:
             x = self._with_prompts(x)
-        with self._unrotated():
+        with self._unrotated(module):
             y = call(x, *rest, **kwargs)
         if self.leaves:
             after = self.prefix + self.prompts.shape[1]
@@ -178,12 +174,13 @@ class PromptSlot(Slot):
         return torch.cat([x[:, : self.prefix], prompts, x[:, self.prefix :]], 1)
 
     @contextmanager
-    def _unrotated(self) -> Iterator[None]:
+    def _unrotated(self, block: Any) -> Iterator[None]:
         """Counts the prompts among the tokens that rotary attention leaves as they are."""
-        for attention in self.rotary:
+        rotary = [block.attn] if hasattr(block.attn, "num_prefix_tokens") else []
+        for attention in rotary:
             attention.num_prefix_tokens += self.prompts.shape[1]
         try:
             yield
         finally:
-            for attention in self.rotary:
+            for attention in rotary:
                 attention.num_prefix_tokens -= self.prompts.shape[1]

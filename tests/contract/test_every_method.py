@@ -9,17 +9,26 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
-from graft.studio.errors import SiteError
+from graft.studio.errors import InputError, SiteError
+from graft.studio.methods.adalora import AdaLoRA
 from graft.studio.methods.bitfit import BitFit
+from graft.studio.methods.bottleneck import Houlsby, Parallel, Pfeiffer
+from graft.studio.methods.compacter import Compacter
 from graft.studio.methods.dora import DoRA
+from graft.studio.methods.dylora import DyLoRA
 from graft.studio.methods.gated_lora import GatedLoRA
 from graft.studio.methods.ia3 import IA3
+from graft.studio.methods.krona import KronA
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
 from graft.studio.methods.moslora import MoSLoRA
+from graft.studio.methods.prefix_tuning import PrefixTuning
+from graft.studio.methods.prompt_tuning import PromptTuning
+from graft.studio.methods.sora import SoRA
 from graft.studio.methods.ssf import SSF
 from graft.studio.registry import SITE_METHODS, site_method
 
@@ -48,6 +57,18 @@ class Packed(nn.Module):
         return self.encoder(self.embed(x).flatten(2).mT)
 
 
+class Decoder(nn.Module):
+    """A small language model."""
+
+    def __init__(self):
+        super().__init__()
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+        self.lm = LlamaForCausalLM(LlamaConfig(vocab_size=11, num_key_value_heads=2, **size))
+
+    def forward(self, ids):
+        return self.lm(ids).logits
+
+
 def vit(name="vit_tiny_patch16_224"):
     return timm.create_model(name, img_size=32, depth=2, embed_dim=16, num_heads=2, num_classes=3)
 
@@ -66,6 +87,8 @@ class Case:
     """Whether it starts at the base, or only near it."""
     merges: bool = True
     """Whether it can become part of the base."""
+    fades: bool = True
+    """Whether there is a way between it and the base: a start near it, and rows of a batch without it."""
 
     @property
     def name(self) -> str:
@@ -77,7 +100,7 @@ class Case:
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        if self.model is Tokens:
+        if self.model in (Tokens, Decoder):
             return torch.randint(11, (4, 7), generator=generator)
         return torch.randn(4, 3, 32, 32, generator=generator)
 
@@ -98,6 +121,18 @@ CASES = {
     "dora, packed attention": Case(DoRA(rank=2), Packed),
     "gated_lora": Case(GatedLoRA(rank=2, targets="all-linear"), merges=False),
     "gated_lora, per token": Case(GatedLoRA(rank=2, per="token"), Packed, merges=False),
+    "adalora": Case(AdaLoRA(rank=3, target_rank=2, targets="all-linear")),
+    "sora": Case(SoRA(rank=2, targets="all")),
+    "dylora": Case(DyLoRA(rank=2)),
+    "dylora, rank-stabilised": Case(DyLoRA(rank=4, rslora=True), Packed),
+    "krona": Case(KronA(targets="all-linear")),
+    "krona, packed attention": Case(KronA(size=2), Packed),
+    "houlsby": Case(Houlsby(width=4), exact=False, merges=False),
+    "houlsby, packed attention": Case(Houlsby(width=4), Packed, exact=False, merges=False),
+    "pfeiffer": Case(Pfeiffer(width=16), exact=False, merges=False),
+    "parallel": Case(Parallel(width=4, targets=("attention", "mlp")), merges=False),
+    "parallel, packed attention": Case(Parallel(width=4, targets="attention"), Packed, merges=False),
+    "compacter": Case(Compacter(reduction=4, n=2, spread=0.01), exact=False, merges=False),
     "ia3": Case(IA3()),
     "ia3, convolution": Case(IA3(targets="conv", inputs=("out",)), Tokens),
     "ia3, packed attention": Case(IA3(), Packed),
@@ -106,6 +141,10 @@ CASES = {
     "ssf, packed attention": Case(SSF(spread=0.0), Packed),
     "bitfit": Case(BitFit()),
     "bitfit, packed attention": Case(BitFit(targets=("q", "up", "norm")), Packed),
+    "prompt_tuning": Case(PromptTuning(length=3), Decoder, exact=False, merges=False, fades=False),
+    "prompt_tuning, vision": Case(PromptTuning(length=3), exact=False, merges=False, fades=False),
+    "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
+    "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
 }
 every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
@@ -138,6 +177,8 @@ def test_identity_at_init_is_bit_identical(case):
     case.method.attach(model)
     if case.exact:
         assert torch.equal(model(x), expected)
+    elif not case.fades:
+        assert model(x).shape == expected.shape
     else:
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0.2)
 
@@ -209,13 +250,19 @@ def test_mixed_rows_equal_separate_rows(case):
     model, x = case.base(), case.x()
     base = model(x)
     handle = moved(case, model, slots=3)
-    route = [1, -1, 0, 2]
+    route = [1, -1 if case.fades else 2, 0, 2]
     handle.route(torch.tensor(route))
     mixed = model(x)
     for row, slot in enumerate(route):
         handle.route(torch.tensor([slot]))
         torch.testing.assert_close(mixed[row : row + 1], model(x[row : row + 1]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=0)
+    if case.fades:
+        torch.testing.assert_close(mixed[1], base[1], rtol=0, atol=0)
+        return
+    with pytest.raises(InputError, match="cannot go without"):
+        handle.route(torch.tensor([-1]))
+    with pytest.raises(InputError, match="no strength"):
+        handle.scale(0, 0.5)
 
 
 @every_method

@@ -1,0 +1,167 @@
+"""Prompt tuning: trained vectors stand before the sequence that a frozen transformer reads.
+
+Brian Lester, Rami Al-Rfou, Noah Constant: The Power of Scale for Parameter-Efficient Prompt Tuning, 2021,
+arXiv:2104.08691. On a ViT this is the shallow form of Menglin Jia et al.: Visual Prompt Tuning, 2022, arXiv:2203.12119.
+
+    y = f([P; x]) without its first ``length`` positions
+
+P (length, d) starts as rows of the token table drawn at random where there is one, else uniform (0.5), as in the paper:
+length * d parameters. Sites are the decoders of transformers (the model under the language head; masks, positions and
+caches are lengthened to match, and ``generate`` works) and the ``blocks`` of timm's ViTs. Outputs keep their length.
+Every row of a batch has a prompt, each its own if routed; there is none to merge.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from graft.studio.errors import SiteError
+from graft.studio.method import SiteMethod, check
+from graft.studio.sites import Model, Plan, Site, named_modules
+from graft.studio.slots import Slot
+
+
+@dataclass(frozen=True)
+class PromptTuning(SiteMethod):
+    """Trained vectors before the input."""
+
+    kinds = ("tokens",)
+    when = "large language models; the base runs as it is, prompts are small files"
+
+    length: int = 100
+    """Vectors; each costs as much as a token."""
+    targets: str | tuple[str, ...] = ()
+    """Paths of decoders or block lists; found by themselves when not given."""
+    towers: tuple[str, ...] | None = None
+    """Not used: a path says it."""
+
+    def __post_init__(self) -> None:
+        check(self, length=(self.length >= 1, "at least 1"))
+
+    def sites(self, model: Model) -> Plan:
+        """Returns the places where sequences enter."""
+        return plan_sequences(model, self.targets, ("decoder", "blocks"), "tokens")
+
+    def count(self, site: Site) -> int:
+        """Returns one vector for each position."""
+        return self.length * site.shape[0]
+
+    def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
+        """Returns the vectors of a sequence."""
+        return (DecoderPrompt if site.role == "decoder" else BlocksPrompt)(site, slots, self.length, module)
+
+
+class PromptSlot(Slot):
+    """Vectors before a sequence."""
+
+    mergeable = False
+    fades: ClassVar[bool] = False
+
+    def __init__(self, site: Site, slots: int, length: int, module: Any):
+        """Makes vectors; ``module`` has the token table that they start from, if there is one."""
+        super().__init__(site, slots)
+        self.table = module.get_input_embeddings if hasattr(module, "get_input_embeddings") else None
+        self.P = nn.Parameter(torch.empty(slots, length, site.shape[0]))
+        for slot in range(slots):
+            self.reset(slot)
+
+    @torch.no_grad()
+    def reset(self, slot: int) -> None:
+        """Draws the vectors."""
+        values = self.P[slot]
+        if self.table is None:
+            values.copy_(torch.empty(values.shape).uniform_(-0.5, 0.5))
+            return
+        weight = self.table().weight
+        values.copy_(weight[torch.randint(len(weight), (len(values),)).to(weight.device)])
+
+    def prompts(self, like: Tensor) -> Tensor:
+        """Returns the vectors of each row, (b, length, d)."""
+        (prompts, _) = self.pick(self.P)
+        return prompts.to(like.dtype).expand(like.shape[0], -1, -1)
+
+
+class BlocksPrompt(PromptSlot):
+    """Vectors before the tokens of a list of blocks."""
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the blocks on the longer sequence and cuts it again."""
+        x, *rest = args
+        return call(torch.cat([self.prompts(x), x], 1), *rest, **kwargs)[:, self.P.shape[1] :]
+
+
+class DecoderPrompt(PromptSlot):
+    """Vectors before the embedded tokens of a decoder."""
+
+    def around(self, module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the decoder on the longer sequence; with a filled cache the vectors are in it already."""
+        given, length = by_name(call, args, kwargs), self.P.shape[1]
+        lengthen(given, length, self.site.key, within=not cached(given))
+        if cached(given):
+            return call(**given)
+        embeds = given.pop("inputs_embeds", None)
+        ids = given.pop("input_ids", None)
+        embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+        out = call(**given, inputs_embeds=torch.cat([self.prompts(embeds), embeds], 1))
+        out["last_hidden_state"] = out["last_hidden_state"][:, length:]
+        return out
+
+
+def plan_sequences(model: Model, targets: str | tuple[str, ...], roles: tuple[str, ...], kind: str) -> Plan:
+    """Returns the decoders of transformers (role decoder) and the block lists of timm's ViTs (role blocks).
+
+    Raises:
+        SiteError: there is none, or a target names none.
+    """
+    modules = named_modules(model)
+    found = []
+    for name, module in modules.items():
+        parameters = inspect.signature(module.forward).parameters
+        table = next((child for child in module.children() if isinstance(child, nn.Embedding)), None)
+        if table is not None and {"inputs_embeds", "past_key_values"} <= set(parameters):
+            found.append(Site(name, kind, (table.embedding_dim,), role="decoder"))
+        parent = modules.get(name.rpartition(".")[0])
+        if name.rpartition(".")[2] == "blocks" and isinstance(module, nn.Sequential) and hasattr(parent, "embed_dim"):
+            found.append(Site(name, kind, (int(parent.embed_dim),), role="blocks"))  # type: ignore[union-attr,arg-type]
+    wanted = (targets,) if isinstance(targets, str) else targets
+    kept = tuple(site for site in found if site.role in roles and (not wanted or site.name in wanted))
+    if not kept:
+        known = ", ".join(site.name for site in found) or "none"
+        remedy = "use a decoder of transformers or a ViT of timm"
+        raise SiteError(f"targets {wanted}", f"no sequence of the model is known by it (there is: {known})", remedy)
+    return Plan(kept)
+
+
+def by_name(call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a call by their names."""
+    names = [name for name in inspect.signature(call).parameters if name not in ("args", "kwargs")]
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def cached(given: Mapping[str, Any]) -> bool:
+    """Whether a decoder is called with keys and values of positions before."""
+    past = given.get("past_key_values")
+    return past is not None and past.get_seq_length() > 0
+
+
+def lengthen(given: dict[str, Any], length: int, where: str, within: bool) -> None:
+    """Makes masks and positions those of a sequence with ``length`` more at its start, part of the call or before it.
+
+    Raises:
+        SiteError: a mask that is not one of tokens, (b, n).
+    """
+    mask = given.get("attention_mask")
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            raise SiteError(where, "the attention mask is none of tokens, (b, n)", "pass a padding mask")
+        given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
+    positions = given.get("position_ids")
+    if positions is not None:
+        first = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
+        given["position_ids"] = torch.cat([first, positions + length], 1) if within else positions + length
