@@ -8,9 +8,7 @@ format offers (`draft`), never smaller than twice the size needed, so that the d
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +16,14 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import require
 from graft.studio.errors import DataError
+from graft.studio.pictures import BROKEN, SUFFIXES, checked_bytes, complaint, find_pictures, open_picture
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 TRANSFORM = "pixels-1"  # part of every cache key: change it when `load_pixels` changes
 
 
@@ -128,15 +125,15 @@ def load_dataset(config: DataConfig, resolution: int, cache: Cache) -> Dataset:
     pictures, keys, pixels = [], [], []
     for path, caption in _found(config, problems):
         try:
-            data = _checked_bytes(path, config)
+            data = checked_bytes(path, config.max_megapixels)
             digest = hashlib.sha256(data).hexdigest()
             row = [content_key(TRANSFORM, digest, side, config.crop, config.flip, config.background, k)
                    for k in range(config.variants)]  # fmt: skip
             decoded = [
                 cache.get("pixels", key, _decoder(data, side, config, k, key))["pixels"] for k, key in enumerate(row)
             ]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"{path.relative_to(config.path)}: {_plain(error)}")
+        except BROKEN as error:
+            problems.append(f"{path.relative_to(config.path)}: {complaint(error)}")
             continue
         pictures.append(Picture(path, digest, caption))
         keys.append(row)
@@ -156,21 +153,12 @@ def _found(config: DataConfig, problems: list[str]) -> list[tuple[Path, str | No
     root = Path(config.path)
     if not root.is_dir():
         raise DataError(config.path, "there is no such folder", "Give data.path a folder of pictures")
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not _hidden(path.relative_to(root))
-    )
+    paths = find_pictures(root)
     if not paths:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DataError(config.path, f"the folder holds no pictures ({kinds})", "Put the pictures there")
     own = _metadata(root, problems)
     return [(path, own.get(path.resolve()) or _beside(path, problems) or _configured(path, config)) for path in paths]
-
-
-def _hidden(path: Path) -> bool:
-    """Thumbnails and a Mac's shadow files are no pictures."""
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _metadata(root: Path, problems: list[str]) -> dict[Path, str]:
@@ -217,19 +205,6 @@ def _configured(path: Path, config: DataConfig) -> str | None:
     return config.caption.replace("{folder}", path.parent.resolve().name.replace("_", " ")).strip() or None
 
 
-def _checked_bytes(path: Path, config: DataConfig) -> bytes:
-    """The file's bytes, once its header says that it is a picture of a sane size. Nothing is decoded."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-    if width * height > config.max_megapixels * 1e6:
-        raise ValueError(f"{width:,} x {height:,} pixels, above data.max_megapixels = {config.max_megapixels:g}")
-    if min(width, height) < 8:
-        raise ValueError(f"{width} x {height} pixels are too few to learn from")
-    return path.read_bytes()
-
-
 def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, key: str = "") -> Tensor:
     """One variant of a picture as (3, side, side) uint8.
 
@@ -243,13 +218,7 @@ def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, ke
     Raises:
         OSError: the picture is truncated or damaged.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            width, height = opened.size
-            reduce = 2 * side / min(width, height)
-            opened.draft("RGB", (int(width * reduce), int(height * reduce)))  # JPEG only; never below that size
-            image = _opaque(ImageOps.exif_transpose(opened), config.background)
+    image = open_picture(data, config.background, near=side)
     edge = min(image.size)
     dice = np.random.default_rng(int(key[:16] or "0", 16))
     along = dice.random(2) if config.crop == "random" else np.full(2, 0.5)
@@ -259,25 +228,3 @@ def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, ke
     if config.flip and variant % 2:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()
-
-
-def _opaque(image: Image.Image, background: str) -> Image.Image:
-    """RGB on the background, from any mode."""
-    if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would clip at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, background)
-        image.alpha_composite(layer)
-    return image.convert("RGB")
-
-
-def _plain(error: Exception) -> str:
-    """PIL's complaint in the user's words."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture, whatever its name says"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"far too many pixels ({error})"
-    if isinstance(error, PermissionError):
-        return "it may not be read"
-    return str(error)

@@ -58,6 +58,8 @@ class Card:
     """Digest of the training data."""
     trigger: str | None = None
     """Word or token that calls the concept, if any."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the domain needs to use it, such as the names of its classes."""
     versions: dict[str, str] = field(default_factory=_versions)
     """Versions of the libraries that made it."""
     created: str = field(default_factory=_now)

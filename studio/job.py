@@ -98,7 +98,7 @@ class Job:
     data: dict[str, Any]
     """`path`, and the settings of the domain's data."""
     domain: str = ""
-    """"diffusion", ...; may be left out when only one domain has the method."""
+    """"diffusion", "vision", ...; may be left out when the method or the base tells."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """How long and how fast."""
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -127,10 +127,13 @@ class Job:
         for override in overrides:
             _override(data, override)
         _anchor(data, Path.cwd())
-        return from_dict(cls, data, "job").checked()
+        return from_dict(cls, data, "job").checked(given=data.get("train", {}))
 
-    def checked(self) -> Job:
+    def checked(self, given: Mapping[str, Any] | None = None) -> Job:
         """Return this job with its domain, after its method and data sections were validated.
+
+        Args:
+            given: what the [train] section says; for the rest the domain's own defaults are taken. None: it says all.
 
         Raises:
             InputError: as `load`.
@@ -140,11 +143,14 @@ class Job:
         if "name" not in self.method:
             known = ", ".join(sorted({method for _, method in registry.METHODS}))
             raise InputError("method.name", "it is required", f"Choose one of {known}")
-        domain = self.domain or registry.domain_of(str(self.method["name"]))
+        domain = self.domain or registry.domain_of(str(self.method["name"]), self.base)
         section = {key: value for key, value in self.method.items() if key != "name"}
         from_dict(registry.method_class(domain, str(self.method["name"])), section, "method")
-        from_dict(registry.domain(domain).DataConfig, self.data, "data")
-        return replace(self, domain=domain)
+        package = registry.domain(domain)
+        from_dict(package.DataConfig, self.data, "data")
+        usual = {} if given is None else getattr(package, "TRAIN", {})
+        train = replace(self.train, **{key: value for key, value in usual.items() if key not in (given or {})})
+        return replace(self, domain=domain, train=train)
 
     def to_toml(self) -> str:
         """Return the job as a file that `load` reads."""
@@ -158,10 +164,11 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Make `data.path` absolute: the job will be read again from another folder."""
+    """Make `data.path` and `data.split` absolute: the job will be read again from another folder."""
     section = data.get("data")
-    if isinstance(section, dict) and isinstance(section.get("path"), str):
-        section["path"] = str(folder / Path(section["path"]).expanduser())
+    for key in ("path", "split"):
+        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
+            section[key] = str(folder / Path(section[key]).expanduser())
 
 
 def _override(data: dict[str, Any], text: str) -> None:

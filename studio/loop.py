@@ -44,8 +44,9 @@ class Task(Protocol):
 
     Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
     gradients that are clipped each by its own norm, as jobs that share a batch must be; `origin()`, digests of what it
-    is trained from (base, data), which must be the same when a run goes on; `before_step(step, steps)` and
-    `after_step(step, steps)`, for methods with a rule of their own (the latter sees the gradients).
+    is trained from (base, data), which must be the same when a run goes on; `files()`, texts by name that the run
+    folder gets at the start; `before_step(step, steps)` and `after_step(step, steps)`, for methods with a rule of their
+    own (the latter sees the gradients).
     """
 
     default_learning_rate: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -9,8 +10,13 @@ from typing import Any
 
 from graft.studio.errors import InputError
 
-DOMAINS: dict[str, str] = {"diffusion": "graft.diffusion", "pocket": "graft.studio.pocket.pretrain"}
-"""Domain -> package with `DataConfig`, `load_base`, `prepare`, `preview` and `evaluate`."""
+DOMAINS: dict[str, str] = {
+    "diffusion": "graft.diffusion",
+    "pocket": "graft.studio.pocket.pretrain",
+    "vision": "graft.vision",
+}
+"""Domain -> package with `DataConfig`, `EvaluationConfig`, `load_base`, `prepare`, `evaluate`; `preview` where pictures
+are drawn, `predict` where they are told apart; `TRAIN`, what its jobs take where their [train] section is silent."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
@@ -19,6 +25,14 @@ METHODS: dict[tuple[str, str], str] = {
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "vit"): "graft.studio.pocket.pretrain.vit:Vit",
     ("pocket", "unet"): "graft.studio.pocket.pretrain.unet:Unet",
+    ("vision", "adapter_plus"): "graft.vision.adapter_plus:AdapterPlus",
+    ("vision", "adaptformer"): "graft.vision.adaptformer:AdaptFormer",
+    ("vision", "bitfit"): "graft.vision.scales:VisionBitFit",
+    ("vision", "full"): "graft.vision.full:FullTuning",
+    ("vision", "linear"): "graft.vision.probe:LinearProbe",
+    ("vision", "lora"): "graft.vision.lora:VisionLoRA",
+    ("vision", "ssf"): "graft.vision.scales:VisionSSF",
+    ("vision", "vpt"): "graft.vision.vpt:VPT",
 }
 """(domain, method) -> "module:class", a frozen dataclass."""
 
@@ -52,8 +66,9 @@ BENCHMARKS: dict[str, str] = {
 }
 """Benchmark -> "module:function"."""
 
-# The file that marks a local folder -> its domain.
-_MARKS = {"model_index.json": "diffusion"}
+# The file that marks a local folder, and a key that it holds -> its domain.
+_MARKS = {("model_index.json", "_class_name"): "diffusion", ("config.json", "architecture"): "vision"}
+_POCKET = {"pocket-sd": "diffusion", "pocket-vit": "vision"}
 
 
 def _refuse(kind: str, name: str, known: list[str]) -> InputError:
@@ -73,18 +88,42 @@ def domain(name: str) -> ModuleType:
     return _load(DOMAINS[name], name)
 
 
-def domain_of(method: str) -> str:
-    """Return the only domain that has a method.
+def domain_of(method: str, base: str = "") -> str:
+    """Return the domain of a method; where several have it, the one that the base belongs to.
 
     Raises:
-        InputError: no domain has it, or several have.
+        InputError: no domain has it, or several have and the base does not tell.
     """
     found = sorted(domain for domain, name in METHODS if name == method)
     if not found:
         raise _refuse("method", method, sorted({name for _, name in METHODS}))
-    if len(found) > 1:
+    told = domain_of_base(base) if len(found) > 1 else None
+    if len(found) > 1 and told not in found:
         raise InputError(f"method {method!r}", f"{' and '.join(found)} have it", "Add domain = ... to the job")
-    return found[0]
+    return told or found[0]
+
+
+def domain_of_base(name: str) -> str | None:
+    """Return the domain that a base's name or folder tells of, or None."""
+    folder = Path(name).expanduser()
+    if name.startswith("pocket-"):
+        return _POCKET.get(name)
+    if name and folder.is_dir():
+        for (mark, key), of in _MARKS.items():
+            if (folder / mark).is_file() and key in _keys(folder / mark):
+                return of
+        return None
+    if name.startswith(("timm/", "hf-hub:timm/")):
+        return "vision"
+    # Hub ids do not tell what they are; a name without a slash is none, and may be one of timm's.
+    return None if not name or "/" in name or name.startswith((".", "~")) else "vision"
+
+
+def _keys(file: Path) -> set[str]:
+    try:
+        return set(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return set()
 
 
 def method_class(domain: str, method: str) -> type:
@@ -131,22 +170,19 @@ def load_base(name: str, device: str | None = None, dtype: Any = None) -> Any:
     """Return a frozen base, ready to run.
 
     Args:
-        name: an embedded model ("pocket-sd"), a local folder, or a hub id.
+        name: an embedded model ("pocket-sd"), a local folder, a hub id, or a name of timm's.
         device: where it runs; None takes the accelerator if there is one.
         dtype: type of its weights; None is float32.
 
     Raises:
         InputError: no such base, or it could not be loaded whole.
     """
-    folder = Path(name)
     device = device or default_device()
-    if folder.is_dir():
-        for mark, of in _MARKS.items():
-            if (folder / mark).exists():
-                return domain(of).load_base(name, device=device, dtype=dtype)
-        raise InputError(name, f"the folder has none of {', '.join(_MARKS)}", "Give the folder of a saved model")
-    # Hub ids do not tell what they are. With one domain there is no question.
-    return domain("diffusion").load_base(name, device=device, dtype=dtype)
+    of = domain_of_base(name)
+    if of is None and Path(name).is_dir():
+        marks = ", ".join(f"{mark} with {key!r}" for mark, key in _MARKS)
+        raise InputError(name, f"the folder has none of {marks}", "Give the folder of a saved model")
+    return domain(of or "diffusion").load_base(name, device=device, dtype=dtype)
 
 
 def default_device() -> str:

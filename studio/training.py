@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft.studio import registry
-from graft.studio.disk import require_space, sync_folder, write_json
+from graft.studio.disk import require_space, sync_folder, write_atomic, write_json
 from graft.studio.errors import InputError, RunError
 from graft.studio.job import Job
 from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, settled
@@ -149,6 +149,9 @@ def _create(
         facts = {"threads": threads, "device": str(accelerator.device), "processes": accelerator.num_processes}
         facts |= _origin(task)
         made = [create_run(job, folder, facts) for job, folder in zip(jobs, folders, strict=True)]
+        for name, text in task.files().items() if hasattr(task, "files") else ():
+            for run in made:
+                write_atomic(run.folder / name, text.encode())
         for run in made if len(made) > 1 else []:
             write_json(run.folder / "group.json", [other.id for other in made])
     if accelerator.num_processes > 1:

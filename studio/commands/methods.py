@@ -21,8 +21,8 @@ def methods(args: argparse.Namespace) -> Answer:
     """Name, domain, first sentence and settings of the methods."""
     from graft.studio import registry
 
-    if args.name:
-        registry.domain_of(args.name)
+    if args.name and not any(name == args.name for _, name in registry.METHODS):
+        registry.domain_of(args.name)  # says which there are
     # The domain "pocket" pretrains the embedded models: `graft pocket train`.
     known = [(domain, name) for domain, name in sorted(registry.METHODS) if domain != "pocket"]
     rows = [_row(domain, name) for domain, name in known if args.name in (None, name)]

@@ -1,8 +1,9 @@
-"""`graft preview` and `graft eval`."""
+"""`graft preview`, `graft predict` and `graft eval`."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,13 @@ def add(commands: Any) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help='with "{token}" for the concept; repeatable')
     parser.add_argument("--seed", action="append", type=int, metavar="N", help="one picture each; repeatable")
     parser.add_argument("--out", default="preview", metavar="DIR", help="folder of the pictures (default: preview)")
+    parser = command(commands, "predict", predict, "tell what pictures show, with an adapter that tells them apart")
+    _common(parser, "top=3")
+    parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="picture files, or folders of them")
     parser = command(commands, "eval", evaluate, "measure an adapter beside its base")
     _common(parser, "seeds=4")
-    parser.add_argument("--data", metavar="DIR", help="real pictures to compare with (default: those of the run)")
+    parser.add_argument("--data", metavar="DIR", help="pictures to compare with or to tell (default: those of the run)")
+    parser.add_argument("--out", metavar="DIR", help="folder for a report with pictures, where the domain draws some")
 
 
 def _common(parser: argparse.ArgumentParser, example: str) -> None:
@@ -51,10 +56,13 @@ def load_base_of(adapter: Adapter, name: str | None, device: str | None = None) 
 def preview(args: argparse.Namespace) -> Answer:
     """Pictures with and without."""
     from graft.studio.config import from_dict
+    from graft.studio.errors import InputError
 
     adapter, run = find_adapter(args.name, args.runs)
     base = load_base_of(adapter, args.base, args.device)
     domain = _domain(base)
+    if not hasattr(domain, "preview"):
+        raise InputError("graft preview", f"an adapter of {base.domain} draws no pictures", "Use graft predict")
     config = from_dict(domain.PreviewConfig, settings(args.set), "preview")
     word = adapter.card.trigger or ""
     prompts = [prompt.replace("{token}", word) for prompt in args.prompt or _prompts(run)]
@@ -68,21 +76,78 @@ def _prompts(run: Run | None) -> list[str]:
     return sampled or ["a photo of {token}", "{token} on a blue background"]
 
 
+def predict(args: argparse.Namespace) -> Answer:
+    """What pictures show."""
+    from graft.studio.errors import InputError
+
+    adapter, _ = find_adapter(args.name, args.runs)
+    base = load_base_of(adapter, args.base, args.device)
+    domain = _domain(base)
+    if not hasattr(domain, "predict"):
+        raise InputError("graft predict", f"an adapter of {base.domain} tells nothing apart", "Use graft preview")
+    rows = domain.predict(base, adapter, args.pictures, **settings(args.set))
+    return Answer(rows, table(rows, ("picture", "label", "probability")))
+
+
 def evaluate(args: argparse.Namespace) -> Answer:
     """Figures with and without."""
     from graft.studio.config import from_dict
-    from graft.studio.errors import InputError
 
     adapter, run = find_adapter(args.name, args.runs)
-    data = args.data or (run.job.data["path"] if run is not None else None)
-    if data is None:
-        raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
     base = load_base_of(adapter, args.base, args.device)
     domain = _domain(base)
-    config = from_dict(domain.EvaluationConfig, {"path": str(data), **settings(args.set)}, "eval")
-    figures = {"base": domain.evaluate(base, None, config), "adapter": domain.evaluate(base, adapter, config)}
+    config = from_dict(domain.EvaluationConfig, {**_measured_on(args, run, domain), **settings(args.set)}, "eval")
+    drawn = _drawn(args, domain)
+    figures = {"base": domain.evaluate(base, None, config), "adapter": domain.evaluate(base, adapter, config, **drawn)}
     rows = [{"": name, **values} for name, values in figures.items()]
-    return Answer(figures, table(rows, ("", *figures["base"])))
+    text = table(rows, tuple(dict.fromkeys(key for row in rows for key in row)))
+    if run is not None:
+        before = sum(event["event"] == "evaluated" for event in run.events())
+        run.write_event("evaluated", settings=_plain(config), figures=figures["adapter"])
+        text += f"\nThis run has been evaluated {before} times before." if before else ""
+    if drawn:
+        text += f"\nReport: {_report(args, run, rows)}"
+    return Answer(figures, text)
+
+
+def _measured_on(args: argparse.Namespace, run: Run | None, domain: Any) -> dict[str, Any]:
+    """The pictures: those that were named, or those of the run."""
+    from graft.studio.errors import InputError
+
+    if args.data:
+        return {"path": args.data}
+    if run is None:
+        raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
+    if hasattr(domain, "run_settings"):
+        settings_of_run: dict[str, Any] = domain.run_settings(run)
+        return settings_of_run
+    return {"path": str(run.job.data["path"])}
+
+
+def _drawn(args: argparse.Namespace, domain: Any) -> dict[str, Path]:
+    from inspect import signature
+
+    from graft.studio.errors import InputError
+
+    if args.out and "out" not in signature(domain.evaluate).parameters:
+        raise InputError("--out", "this domain draws no pictures of its figures", "Use graft preview")
+    return {"out": Path(args.out)} if args.out else {}
+
+
+def _report(args: argparse.Namespace, run: Run | None, rows: Sequence[dict[str, Any]]) -> Path:
+    """A page of the figures and of every picture that was drawn."""
+    from graft.app.report import write_report
+
+    out = Path(args.out)
+    pictures = [(path.stem, path) for path in sorted(out.glob("*.png"))]
+    return write_report([run] if run else [], out / "report.html", f"Evaluation of {args.name}", pictures,
+                        [("Figures", rows)])  # fmt: skip
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    from graft.studio.config import to_dict
+
+    return to_dict(config)
 
 
 def _domain(base: Any) -> Any:

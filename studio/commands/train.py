@@ -52,6 +52,9 @@ def outcome(run: Run) -> dict[str, Any]:
 
 def told(run: Run) -> str:
     """The same for people, with what to do next."""
+    from graft.studio import registry
+
     status = run.status
-    hint = f"graft preview {run.folder}" if status == "finished" else f"graft runs resume {run.folder}"
+    look = "preview" if hasattr(registry.domain(run.job.domain), "preview") else "eval"
+    hint = f"graft {look} {run.folder}" if status == "finished" else f"graft runs resume {run.folder}"
     return f"{run.folder}: {status} at step {run.state['step']}\nNext: {hint}"

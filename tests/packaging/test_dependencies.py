@@ -9,7 +9,13 @@ from pathlib import Path
 
 FOLDERS = {"studio", "vision", "vlm", "diffusion", "llm_mm", "kernels", "app"}
 # Import name -> distribution, where they differ; triton comes with torch.
-DISTRIBUTIONS = {"PIL": "pillow", "open_clip": "open_clip_torch", "tomli_w": "tomli-w", "triton": "torch"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "open_clip": "open_clip_torch",
+    "tomli_w": "tomli-w",
+    "triton": "torch",
+    "sklearn": "scikit-learn",
+}
 
 
 def names(requirements: list[str]) -> set[str]:

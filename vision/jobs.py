@@ -1,0 +1,81 @@
+"""From a job to the task that the loop trains: load the base, read the split, open the pictures, attach, probe."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from graft.studio.caches import Cache
+from graft.studio.config import from_dict
+from graft.studio.registry import method_class
+from graft.vision.base import VisionBase, load_base
+from graft.vision.data import DataConfig, load_part, open_source
+from graft.vision.splits import make_split, refuse_contradictions
+from graft.vision.task import Batch, FitData, VisionTask
+
+if TYPE_CHECKING:
+    from graft.studio.job import Job
+
+log = logging.getLogger(__name__)
+TRAIN = {"batch_size": 32, "schedule": "cosine", "warmup_steps": 10}
+"""What a job of this domain takes where its [train] section says nothing."""
+
+
+def fit_data(config: DataConfig, base: VisionBase, cache: Cache) -> FitData:
+    """Opens the training and validation pictures of a config, as the base wants them. Test pictures stay closed.
+
+    Raises:
+        DataError: anything wrong with the data.
+    """
+    source = open_source(config)
+    split = make_split(source, config)
+    opened = {
+        part: load_part(
+            source, split.part(part), split.classes, base.pixels, base.preprocessing, cache, config.background
+        )
+        for part in ("train", "val")
+    }
+    for part in opened.values():
+        split = split.with_digests(part.names, part.digests)
+    refuse_contradictions(split, source.where)
+    return FitData(split, opened["train"], opened["val"], config.augment)
+
+
+def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
+    """The task of one job, ready for its first step.
+
+    Raises:
+        InputError: anything wrong with base, data or method; nothing has been trained then.
+    """
+    section = dict(job.method)
+    name = str(section.pop("name"))
+    method: Any = from_dict(method_class("vision", name), section, "method")
+    base, cache = load_base(job.base, job.train.device), Cache()
+    _ = base.hash  # before anything is attached
+    data = fit_data(from_dict(DataConfig, dict(job.data), "data"), base, cache)
+    handle = method.on(base.model, data.classes)
+    try:
+        handle.reset(0, job.train.seed)
+        task = VisionTask(base, handle, method, data, job.train.batch_size, job.train.weight_decay)
+        task.name = name
+        handle.probe(partial(_first_loss, task))
+    except BaseException:
+        handle.detach()
+        raise
+    trained = sum(parameter.numel() for parameter in task.parameters())
+    log.info(
+        "%d classes, %d pictures to train on and %d to validate on, %s parameters; cache: %s",
+        len(data.classes), len(data.train), len(data.val), f"{trained:,}", cache,
+    )  # fmt: skip
+    return task
+
+
+def _first_loss(task: VisionTask) -> Tensor:
+    """The loss of a few rows; of a frozen model's features if these are what is trained on."""
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    return task(Batch(batch.inputs[:4], batch.labels[:4]))[0]
