@@ -53,6 +53,7 @@ SITE_METHODS: dict[str, str] = {
     "ia3": "graft.studio.methods.ia3:IA3",
     "ssf": "graft.studio.methods.ssf:SSF",
     "bitfit": "graft.studio.methods.bitfit:BitFit",
+    "fish_mask": "graft.studio.methods.fish_mask:FishMask",
     "prompt_tuning": "graft.studio.methods.prompt_tuning:PromptTuning",
     "prefix_tuning": "graft.studio.methods.prefix_tuning:PrefixTuning",
 }

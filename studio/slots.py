@@ -365,7 +365,7 @@ class Handle:
     def _grow(self, slots: int) -> None:
         grown: set[int] = set()
         for each in self._slots:
-            for tensor in (*each.parameters(), each.scale, *map(each.get_buffer, each.saved)):
+            for tensor in (*each.parameters(recurse=False), each.scale, *map(each.get_buffer, each.saved)):
                 if id(tensor) not in grown:  # sites may share one
                     tensor.data = torch.cat([tensor.data, tensor.data.new_zeros(slots - self.slots, *tensor.shape[1:])])
                     grown.add(id(tensor))
@@ -445,10 +445,10 @@ class Handle:
         Raises:
             SiteError: names the sites that were bypassed, or whose output does not reach the result.
         """
-        users = Counter(id(p) for slot in self._slots for p in slot.parameters())
-        parameters = {
-            site: [p for p in slot.parameters() if users[id(p)] == 1]  # a shared one says nothing about its sites
-            for site, slot in zip(self.plan, self._slots, strict=True)
+        own = [list(slot.parameters(recurse=False)) for slot in self._slots]  # in the bank a bias is below its layer
+        users = Counter(id(p) for group in own for p in group)
+        parameters = {  # one that sites share says nothing about any of them
+            site: [p for p in group if users[id(p)] == 1] for site, group in zip(self.plan, own, strict=True)
         }
         flat = [p for group in parameters.values() for p in group]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -76,7 +76,11 @@ def test_it_acts_at_every_site_and_leaves_no_trace(name, make):
         return
     before, classes = run(model), {key: type(module) for key, module in model.named_modules()}
     keys = list(model.state_dict())
-    handle = site_method(name)().attach(model)
+    method = site_method(name)()
+    if name == "fish_mask":
+        handle = method.attach(model, places=method.choose(model, (run(model).square().mean() for _ in range(2))))
+    else:
+        handle = method.attach(model)
     assert str(handle.plan).endswith(f"{handle.plan.parameters:,}")
     with torch.no_grad():
         for parameter in handle.bank.parameters():

@@ -20,6 +20,7 @@ from graft.studio.methods.bottleneck import Houlsby, Parallel, Pfeiffer
 from graft.studio.methods.compacter import Compacter
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.dylora import DyLoRA
+from graft.studio.methods.fish_mask import FishMask
 from graft.studio.methods.gated_lora import GatedLoRA
 from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.krona import KronA
@@ -31,6 +32,7 @@ from graft.studio.methods.prompt_tuning import PromptTuning
 from graft.studio.methods.sora import SoRA
 from graft.studio.methods.ssf import SSF
 from graft.studio.registry import SITE_METHODS, site_method
+from graft.studio.slots import Handle
 
 
 class Tokens(nn.Module):
@@ -90,6 +92,13 @@ class Case:
     fades: bool = True
     """Whether there is a way between it and the base: a start near it, and rows of a batch without it."""
 
+    def attach(self, model: nn.Module, slots: int = 1) -> Handle:
+        if isinstance(self.method, FishMask):  # it looks at data first
+            x = self.x()
+            places = self.method.choose(model, (model(row[None]).square().mean() for row in x))
+            return self.method.attach(model, slots, places=places)
+        return self.method.attach(model, slots=slots)
+
     @property
     def name(self) -> str:
         return next(name for name in SITE_METHODS if site_method(name) is type(self.method))
@@ -141,6 +150,8 @@ CASES = {
     "ssf, packed attention": Case(SSF(spread=0.0), Packed),
     "bitfit": Case(BitFit()),
     "bitfit, packed attention": Case(BitFit(targets=("q", "up", "norm")), Packed),
+    "fish_mask": Case(FishMask(density=0.1), mixed=False),
+    "fish_mask, packed attention": Case(FishMask(density=0.1), Packed, mixed=False),
     "prompt_tuning": Case(PromptTuning(length=3), Decoder, exact=False, merges=False, fades=False),
     "prompt_tuning, vision": Case(PromptTuning(length=3), exact=False, merges=False, fades=False),
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
@@ -151,7 +162,7 @@ every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 def moved(case, model, slots=1):
     """A handle whose slots all do something, in inference mode."""
-    handle = case.method.attach(model, slots=slots)
+    handle = case.attach(model, slots)
     with torch.no_grad():
         for parameter in handle.bank.parameters():
             nn.init.normal_(parameter, std=0.3)
@@ -174,7 +185,7 @@ def adamw(handle):
 def test_identity_at_init_is_bit_identical(case):
     model, x = case.base(), case.x()
     expected = model(x)
-    case.method.attach(model)
+    case.attach(model)
     if case.exact:
         assert torch.equal(model(x), expected)
     elif not case.fades:
@@ -186,7 +197,7 @@ def test_identity_at_init_is_bit_identical(case):
 @every_method
 def test_gradient_reaches_every_trainable_tensor_and_nothing_else(case):
     model, x = case.base(), case.x()
-    handle = case.method.attach(model)
+    handle = case.attach(model)
     train(model, handle, x, adamw(handle), steps=2)
     for name, parameter in handle.bank.named_parameters():
         assert parameter.grad is not None, name
@@ -197,7 +208,7 @@ def test_gradient_reaches_every_trainable_tensor_and_nothing_else(case):
 @every_method
 def test_every_site_passes_the_probe(case):
     model, x = case.base(), case.x()
-    case.method.attach(model).probe(lambda: model(x))
+    case.attach(model).probe(lambda: model(x))
 
 
 @every_method
@@ -268,8 +279,8 @@ def test_mixed_rows_equal_separate_rows(case):
 @every_method
 def test_the_plan_counts_what_is_trained(case):
     model = case.base()
-    plan = case.method.plan(model)
-    handle = case.method.attach(model, slots=2)
+    handle = case.attach(model, 2)
+    plan = handle.plan if isinstance(case.method, FishMask) else case.method.plan(case.base())
     assert sum(parameter.numel() for parameter in handle.bank.parameters()) == 2 * plan.parameters
     assert handle.plan.sites == plan.sites
 
@@ -281,7 +292,7 @@ def test_training_resumes_exactly(case):
     def start():
         torch.manual_seed(2)
         model = case.base()
-        handle = case.method.attach(model)
+        handle = case.attach(model)
         return model, handle, adamw(handle)
 
     model, handle, optimizer = start()
@@ -300,7 +311,7 @@ def test_training_resumes_exactly(case):
 @every_method
 def test_an_evaluation_before_training_does_not_freeze_anything(case):
     model, x = case.base(), case.x()
-    handle = case.method.attach(model)
+    handle = case.attach(model)
     handle.bank.eval()
     with torch.inference_mode():
         model(x)

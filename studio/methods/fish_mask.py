@@ -1,0 +1,189 @@
+"""FishMask: of all weights only those that the data's Fisher information points out are trained.
+
+Yi-Lin Sung, Varun Nair, Colin Raffel: Training Neural Networks with Fixed Sparse Masks, 2021, arXiv:2111.09839.
+
+    W <- W + mask * D,    mask = the largest of F over all layers,    F = mean over samples of (d log p(y | x) / d W)^2
+
+The mask is chosen once, from the losses of about 1024 samples (empirical Fisher), and stays. Trained are the changes at
+its places, from zero: ``density`` times the weights and biases of the sites; the adapter file holds these and their
+places. The layers use the changed weight itself, so a batch has one adapter. Differs from the authors' code: token
+tables and heads are left out, as a tied table is two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graft.studio.errors import InputError
+from graft.studio.method import SiteMethod, check
+from graft.studio.sites import (
+    Model,
+    Plan,
+    Site,
+    channel_dim,
+    named_modules,
+    plan_biases,
+    plan_sites,
+    weight_names,
+)
+from graft.studio.slots import Base, Handle, Slot, attach, spread
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Card
+
+
+@dataclass(frozen=True)
+class FishMask(SiteMethod):
+    """The weights that matter most to the data, trained in place."""
+
+    kinds = ("linear", "mha", "conv", "norm", "bias")
+    when = "a small file, no new layers, and a look at the data first"
+
+    density: float = 0.005
+    """Share of the weights that is trained, above 0 and at most 1."""
+    targets: str | tuple[str, ...] = "everything"
+    """Layers: everything (but heads), norm, all, all-linear, roles (o up gate down), or patterns of paths."""
+    towers: tuple[str, ...] | None = None
+    """Parts of the model to stay in, such as text, vision, unet; all when not given."""
+
+    def __post_init__(self) -> None:
+        check(self, density=(0 < self.density <= 1, "above 0 and at most 1"))
+
+    def sites(self, model: Model) -> Plan:
+        """Returns the weights and biases to choose from."""
+        weights = plan_sites(model, self.targets, self.kinds, towers=self.towers).sites
+        try:
+            biases = plan_biases(model, self.targets, self.towers).sites
+        except InputError:  # a model without biases
+            biases = ()
+        return Plan((*weights, *biases))
+
+    def count(self, site: Site) -> int:
+        """Returns the share of a site if all were alike; what is chosen differs."""
+        return round(self.density * prod(site.covered))
+
+    def choose(self, model: Model, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+        """Returns the places to train in each site, as flat indices.
+
+        Args:
+            model: the model or its components; its ``requires_grad`` flags are as before at the end.
+            losses: negative log-likelihoods of one sample each, computed as they are asked for (a generator), so that
+                the weights can have gradients.
+
+        Raises:
+            InputError: no losses, or losses that were computed before.
+        """
+        plan, modules = self.sites(model), named_modules(model)
+        names = {site.key: weight_names(modules[site.name])[site.kind == "bias"] for site in plan}
+        whole: dict[str, Any] = {site.key: modules[site.name]._parameters[names[site.key]] for site in plan}
+        flags = {key: parameter.requires_grad for key, parameter in whole.items()}
+        sums, samples = [torch.zeros(site.covered) for site in plan], 0
+        try:
+            for parameter in whole.values():
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                for loss in losses:
+                    _add_squares(sums, plan, loss, list(whole.values()))
+                    samples += 1
+        finally:
+            for key, parameter in whole.items():
+                parameter.requires_grad_(flags[key])
+        if not samples:
+            raise InputError("the losses", "there are none", "give at least one")
+        scores = torch.cat([total.flatten() for total in sums])
+        best = scores.topk(max(1, round(self.density * len(scores)))).indices.sort().values
+        ends = torch.tensor([total.numel() for total in sums]).cumsum(0)
+        parts = torch.tensor_split(best, torch.searchsorted(best, ends)[:-1])
+        starts = [0, *ends.tolist()]
+        return {site.key: part - start for site, part, start in zip(plan, parts, starts, strict=False) if len(part)}
+
+    def attach(
+        self,
+        model: Model,
+        slots: int = 1,
+        plan: Plan | None = None,
+        places: Mapping[str, Tensor] | None = None,
+    ) -> Handle:
+        """Attaches to the sites in which `choose` found places.
+
+        Raises:
+            InputError: no places.
+        """
+        if not places:
+            raise InputError("FishMask without places", "it trains what choose() found", "give places = choose(...)")
+        modules, given = named_modules(model), places
+        sites = tuple(site for site in plan or self.sites(model) if site.key in given)
+        chosen = Plan(sites, tuple(len(given[site.key]) for site in sites))
+        return attach(
+            model, chosen, lambda site: MaskedSlot(site, slots, given[site.key], channel_dim(modules[site.name]))
+        )
+
+    @classmethod
+    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Handle:
+        """Attaches a trained adapter to its base, ready for inference."""
+        from graft.studio.config import from_dict
+
+        places = {name.removesuffix(".places"): t for name, t in tensors.items() if name.endswith(".places")}
+        model = base if isinstance(base, nn.Module) else base.modules
+        handle = from_dict(cls, card.config, "adapter.json").attach(model, 1, Plan.from_list(card.sites), places)
+        handle.bank.eval().requires_grad_(False)
+        try:
+            handle.load(tensors)
+        except BaseException:
+            handle.detach()
+            raise
+        return handle
+
+
+def _add_squares(sums: list[Tensor], plan: Plan, loss: Tensor, parameters: list[Tensor]) -> None:
+    """Adds the squared gradient of one sample's loss in the rows of each site."""
+    if not loss.requires_grad:
+        raise InputError("the losses", "they were computed before", "give a generator")
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for total, site, grad in zip(sums, plan, grads, strict=True):
+        if grad is not None:
+            total += grad[slice(*(site.rows or (None,)))].cpu().float().square()
+
+
+class MaskedSlot(Slot):
+    """Changes of a parameter at fixed places."""
+
+    saved: ClassVar[tuple[str, ...]] = ("places",)
+    places: Tensor
+
+    def __init__(self, site: Site, slots: int, places: Tensor, dim: int):
+        """Makes changes of zero; torch's attention and biases take them as an addition, all else in the weight."""
+        super().__init__(site, slots, weight_mode=site.kind not in ("mha", "bias"))
+        self.dim = dim
+        self.D = nn.Parameter(torch.zeros(slots, len(places)))
+        self.register_buffer("places", places.repeat(slots, 1))
+
+    @torch.no_grad()
+    def reset(self, slot: int) -> None:
+        """Sets the changes to zero."""
+        self.D[slot].zero_()
+
+    def delta(self, slot: int) -> Tensor:
+        """Returns the changes among zeros."""
+        whole = self.D.new_zeros(prod(self.site.covered))
+        return self.scale[slot] * whole.scatter(0, self.places[slot], self.D[slot]).view(self.site.covered)
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """Returns y with the changed bias, or with the change's product."""
+        if self.site.kind == "bias":
+            return y + spread(self.delta(0)[None], y, self.dim)
+        return y + F.linear(x, self.delta(0).to(x.dtype))
+
+    def folded(self, slot: int, now: Base, base: Base) -> Base:
+        """Returns the weight or the bias with its changes."""
+        if self.site.kind != "bias":
+            return super().folded(slot, now, base)
+        assert now.bias is not None
+        return now._replace(bias=now.bias + self.delta(slot))
