@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
@@ -117,9 +117,9 @@ class Llava:
         if self.go_on:
             start = models.llava().model
             del start.vision_tower
-            task.llava.model.load_state_dict(start.state_dict())
+            task.llava.load_state_dict(start.state_dict())
         if self.compile:
-            task.llava.model.language_model.compile()
+            task.llava.language_model.compile()
         return task
 
 
@@ -136,14 +136,14 @@ class LlavaTask(nn.Module):
 
     def __init__(self, tower: Any, batch_size: int = 32, tokens: int = 160):
         super().__init__()
-        from transformers import LlavaForConditionalGeneration
+        from transformers import LlavaModel
 
         self.batch_size, self.tokens = batch_size, tokens
         self.sprites = Atlas.load().known
         self.tokenizer = load_llava_tokenizer()
         self.words: dict[str, list[int]] = {}
-        self.llava = LlavaForConditionalGeneration(config(self.tokenizer))
-        del self.llava.model.vision_tower
+        self.llava = LlavaModel(config(self.tokenizer))  # without a head: the embedding table is the head, too
+        del self.llava.vision_tower
         # On a CPU the fused attention takes longer, nearly all of it in the backward pass.
         self.llava.set_attn_implementation("eager")
         tower.set_attn_implementation("eager")
@@ -192,20 +192,20 @@ class LlavaTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and the share of answer tokens that are the likeliest ones."""
-        model = self.llava.model
+        table = self.llava.get_input_embeddings()
         with torch.no_grad():
             features = self.frozen[0](batch.pictures).last_hidden_state[:, 1:]
-        embeds = self.llava.get_input_embeddings()(batch.input_ids)
-        seen = model.multi_modal_projector(features).to(embeds.dtype)
+        embeds = table(batch.input_ids)
+        seen = self.llava.multi_modal_projector(features).to(embeds.dtype)
         embeds = torch.cat([embeds[:, :1], seen, embeds[:, 1 + PATCHES :]], dim=1)
-        output = model.language_model(
+        output = self.llava.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask(batch.segments, embeds.dtype),
             position_ids=batch.positions,
             use_cache=False,
         ).last_hidden_state
         asked = batch.labels[:, 1:] != -100
-        logits, labels = self.llava.lm_head(output[:, :-1][asked]).float(), batch.labels[:, 1:][asked]
+        logits, labels = linear(output[:, :-1][asked], table.weight).float(), batch.labels[:, 1:][asked]
         return cross_entropy(logits, labels), {"token_top1": (logits.argmax(-1) == labels).float().mean()}
 
     def sample(self, step: int, folder: Path) -> list[Path]:
@@ -213,8 +213,8 @@ class LlavaTask(nn.Module):
         return []
 
     def adapter(self, metrics: dict[str, Any]) -> Adapter:
-        """Return projector and language model; the head, which is the embedding table, is not in it twice."""
-        return network_adapter(self.llava.model, "llava", metrics)
+        """Return projector and language model."""
+        return network_adapter(self.llava, "llava", metrics)
 
 
 def attention_mask(segments: Tensor, dtype: torch.dtype) -> Tensor:

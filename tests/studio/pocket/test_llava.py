@@ -116,7 +116,7 @@ def test_loss_is_that_of_each_question_asked_alone(model, processor):
     task = LlavaTask(models.clip().vision_model, batch_size=4)
     start = models.llava().model
     del start.vision_tower
-    task.llava.model.load_state_dict(start.state_dict())
+    task.llava.load_state_dict(start.state_dict())
     batch = task.batch(0, torch.Generator().manual_seed(0))
     loss, _ = task(batch)
     total, count = 0.0, 0
@@ -281,5 +281,5 @@ def test_a_stopped_training_resumes_with_the_same_bits(tmp_path, monkeypatch):
 
 def test_going_on_starts_from_the_weights_that_are_there(model):
     task = Llava(go_on=True).task(TrainConfig(batch_size=2))
-    start, ours = model.state_dict(), task.llava.state_dict()
+    start, ours = model.model.state_dict(), task.llava.state_dict()
     assert ours and all(torch.equal(value, start[key]) for key, value in ours.items())

@@ -169,7 +169,7 @@ def test_no_answer_can_be_guessed():
     for _, question in asked(1500, seed=3):
         words = words_of(question)
         answers[question.kind, words.get("place", ""), words.get("side", "")][question.answer] += 1
-    share = {kind: Counter() for kind in KINDS}
+    share: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for (kind, *_), counts in answers.items():
         share[kind].update(right=counts.most_common(1)[0][1], asked=counts.total())
     blind = {kind: counts["right"] / counts["asked"] for kind, counts in share.items()}
