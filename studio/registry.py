@@ -23,6 +23,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
+    ("pocket", "llava"): "graft.studio.pocket.pretrain.llava:Llava",
     ("pocket", "vit"): "graft.studio.pocket.pretrain.vit:Vit",
     ("pocket", "unet"): "graft.studio.pocket.pretrain.unet:Unet",
     ("vision", "adapter_plus"): "graft.vision.adapter_plus:AdapterPlus",

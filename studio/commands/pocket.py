@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     parser.add_argument("name", metavar="NAME", help="such as pocket-sd")
     parser.add_argument("folder", metavar="DIR", help="a new folder")
     parser = command(inner, "train", train, "train one network of the embedded models, or go on with its run")
-    parser.add_argument("network", metavar="NETWORK", help="autoencoder, clip, vit or unet")
+    parser.add_argument("network", metavar="NETWORK", help="autoencoder, clip, vit, unet or llava")
     parser.add_argument("--run-dir", metavar="DIR", help="folder of the run; one that exists is resumed")
     parser.add_argument("--steps", type=int, metavar="N", help="instead of the recipe's")
     add_set(parser, "train.batch_size=32")

@@ -21,6 +21,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "clip": {"steps": 3000, "batch_size": 128, "learning_rate": 1e-3, "warmup_steps": 150, "weight_decay": 0.05},
     "vit": {"steps": 8000, "batch_size": 128, "learning_rate": 1e-3, "warmup_steps": 200, "weight_decay": 0.05},
     "unet": {"steps": 6000, "batch_size": 64, "learning_rate": 1.5e-3, "warmup_steps": 200, "weight_decay": 0.01},
+    "llava": {"steps": 12000, "batch_size": 32, "learning_rate": 1.5e-3, "warmup_steps": 200, "weight_decay": 0.05},
 }
 """The training section of each network."""
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 from graft.studio.disk import require_empty
 from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.pocket.tokenizer import load_tokenizer
+from graft.studio.pocket.tokenizer import load_llava_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from timm.models import VisionTransformer
     from torch import Tensor
-    from transformers import CLIPModel, CLIPTextModel
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, LlavaForConditionalGeneration, LlavaProcessor
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -52,17 +52,22 @@ def write_weights(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) 
 
 def facts(name: str) -> dict[str, Any]:
     """Return what is known of a network: parameters, and steps, seconds, hardware and date of each training."""
-    return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads(_file(name, "json").read_text(encoding="utf-8"))
 
 
-def _filled(model: Any, name: str) -> Any:
-    """Fill a network with its committed weights, in float32, frozen and in eval mode."""
+def _file(name: str, kind: str = "safetensors") -> Path:
+    path = WEIGHTS / f"{name}.{kind}"
+    if not path.exists():
+        remedy = f"Install the package again, or train it: graft pocket train {name}"
+        raise InputError(f"embedded weights {name!r}", f"{path} is missing", remedy)
+    return path
+
+
+def _filled(model: Any, name: str, shared: dict[str, Tensor] | None = None) -> Any:
+    """Fill a network with its committed weights and those it shares, in float32, frozen and in eval mode."""
     from safetensors.torch import load_file
 
-    path = WEIGHTS / f"{name}.safetensors"
-    if not path.exists():
-        raise InputError(f"embedded weights {name!r}", f"{path} is missing", "Install the package again")
-    model.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    model.load_state_dict({key: value.float() for key, value in load_file(_file(name)).items()} | (shared or {}))
     return model.eval().requires_grad_(False)
 
 
@@ -130,23 +135,61 @@ def stable_diffusion() -> StableDiffusionPipeline:
     )
 
 
+def llava() -> LlavaForConditionalGeneration:
+    """Return `pocket-llava`: its image tower is that of `pocket-clip`."""
+    from transformers import LlavaForConditionalGeneration
+
+    from graft.studio.pocket.pretrain.llava import config
+
+    model = LlavaForConditionalGeneration(config(load_llava_tokenizer()))
+    tower = clip().vision_model.state_dict()
+    _filled(model.model, "llava", {f"vision_tower.{key}": value for key, value in tower.items()})
+    return model.eval().requires_grad_(False)
+
+
+def image_processor() -> CLIPImageProcessor:
+    """Return what makes pixel values in [-1, 1] of pictures, for both models with an image tower."""
+    from transformers import CLIPImageProcessor
+
+    half = [0.5, 0.5, 0.5]
+    return CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=half, image_std=half
+    )
+
+
+def llava_processor() -> LlavaProcessor:
+    """Return the processor of `pocket-llava`: pictures, tokens and the form of a conversation."""
+    from transformers import LlavaProcessor
+
+    from graft.studio.pocket.pretrain.llava import TEMPLATE, VISION
+
+    return LlavaProcessor(
+        image_processor(),
+        load_llava_tokenizer(),
+        patch_size=VISION["patch_size"],
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    )
+
+
 def _save_stable_diffusion(folder: Path) -> None:
     stable_diffusion().save_pretrained(folder)
 
 
 def _save_clip(folder: Path) -> None:
-    from transformers import CLIPImageProcessor
-
     from graft.studio.pocket import as_open_clip
 
     model = clip()
     model.save_pretrained(folder)
     as_open_clip.save(model, folder)
     load_tokenizer().save_pretrained(folder)
-    half = [0.5, 0.5, 0.5]
-    CLIPImageProcessor(
-        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=half, image_std=half
-    ).save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+
+
+def _save_llava(folder: Path) -> None:
+    llava().save_pretrained(folder)
+    llava_processor().save_pretrained(folder)
 
 
 def _save_vit(folder: Path) -> None:
@@ -189,6 +232,7 @@ MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path], None]]] = {
     "pocket-sd": (("autoencoder", "clip", "unet"), _save_stable_diffusion),
     "pocket-clip": (("clip",), _save_clip),
     "pocket-vit": (("vit",), _save_vit),
+    "pocket-llava": (("clip", "llava"), _save_llava),
 }
 
 
@@ -196,7 +240,7 @@ MODELS: dict[str, tuple[tuple[str, ...], Callable[[Path], None]]] = {
 def weights_hash(name: str) -> str:
     """Return the SHA-256 over the committed files that a model is made of, as hex."""
     digest = hashlib.sha256()
-    files = [WEIGHTS / f"{network}.{kind}" for network in _known(name)[0] for kind in ("safetensors", "json")]
+    files = [_file(network, kind) for network in _known(name)[0] for kind in ("safetensors", "json")]
     for path in [*files, *sorted((WEIGHTS / "tokenizer").iterdir())]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -158,8 +158,9 @@ def _scaled(sprite: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return small[..., :3], 255 - small[..., 3:]
 
 
+@cache
 def _background(colour: str, texture: str) -> np.ndarray:
-    """Return a (64, 64, 3) uint16 background."""
+    """Return a (64, 64, 3) uint16 background; not to be written to."""
     base = np.asarray(COLOURS[colour], np.int32)
     picture = np.broadcast_to(base, (SIDE, SIDE, 3)).astype(np.int32)
     if texture != "plain":
@@ -175,7 +176,7 @@ def _background(colour: str, texture: str) -> np.ndarray:
 
 def render(scene: Scene) -> np.ndarray:
     """Return the picture of a scene, (64, 64, 3) uint8."""
-    picture = _background(scene.colour, scene.texture)
+    picture = _background(scene.colour, scene.texture).copy()
     for thing in scene.things:
         colour, clear = _scaled(thing.sprite, thing.size)
         window = picture[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]

@@ -16,13 +16,20 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import COLOURS, OPENINGS, TEXTURES, UNSEEN_OPENING, caption, sample_scene
 
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from tokenizers import models
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
 FOLDER = Path(__file__).parent / "weights" / "tokenizer"
 LENGTH = 32
 """Tokens in a padded prompt, start and end included."""
 TOKENS = 2048
 """Size of the vocabulary."""
+QUESTION_WORDS = (
+    "what", "is", "colour", "which", "tell", "pattern", "has", "plain", "how", "many", "things", "are", "there",
+    "count", "number", "does", "show", "find", "this", "name", "thing", "size", "where", "side", "seen", "from", "two",
+    "three", "yes", "middle",
+)  # fmt: skip
+"""Words of questions and answers that no caption has. Their order gives ids: trained weights depend on it."""
 
 
 def load_tokenizer() -> CLIPTokenizer:
@@ -33,6 +40,56 @@ def load_tokenizer() -> CLIPTokenizer:
     lines = (FOLDER / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
     merges = [tuple(line.split(" ")) for line in lines]
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
+
+
+def load_llava_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer of `pocket-llava`: the same vocabulary, then question words and marks.
+
+    It cuts text at white space and around "?", "!" and ",", so that what it decodes is what was encoded, but for upper
+    case and the amount of white space; CLIP's tokenizer does not give a hyphenated name back as it was.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    clip = load_tokenizer()
+    vocab = clip.get_vocab()
+    lines = (FOLDER / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [(left, right) for left, right in (line.split(" ") for line in lines)]
+    for word in QUESTION_WORDS:
+        pieces = [piece.value for piece in _bpe(vocab, merges).tokenize(word)]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces[:2] = ["".join(pieces[:2])]
+            vocab.setdefault(pieces[0], len(vocab))
+    tokenizer = Tokenizer(_bpe(vocab, merges))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[^\s?!,]+|[?!,]"), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    # the end of a word is a space, and Ġ is the byte alphabet's space
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("</w>", "Ġ"), decoders.ByteLevel(), decoders.Strip(" ", 0, 1)]
+    )
+    tokenizer.add_special_tokens([AddedToken(mark, normalized=False) for mark in ("<pad>", "<image>", "<assistant>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>", "assistant_token": "<assistant>"},
+        padding_side="left",  # for generation
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
+    )
+
+
+def _bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> models.BPE:
+    from tokenizers import models
+
+    return models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
 
 
 def build(captions: int = 60_000, seed: int = 3) -> None:

@@ -1,6 +1,6 @@
 """How the embedded models were trained: one file each, as jobs of a domain of their own.
 
-    graft pocket train autoencoder        # then clip, then unet: each needs the one before
+    graft pocket train autoencoder        # then clip, then unet: each needs the one before; llava needs clip
     graft pocket train unet --steps 20000 --set train.device=cuda
     graft pocket train unet --set method.go_on=true        # better weights from the committed ones
     graft pocket train autoencoder --set method.decoder_only=true
