@@ -447,7 +447,8 @@ class Handle:
         """
         users = Counter(id(p) for slot in self._slots for p in slot.parameters())
         parameters = {
-            site: [p for p in slot.parameters() if users[id(p)] == 1]  # a shared one says nothing about its sites
+            # A shared one says little about its sites; it has to do where a site has none of its own.
+            site: [p for p in slot.parameters() if users[id(p)] == 1] or list(slot.parameters())
             for site, slot in zip(self.plan, self._slots, strict=True)
         }
         flat = [p for group in parameters.values() for p in group]
