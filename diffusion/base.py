@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
-from graft.studio.disk import naming_full_disk
+from graft.studio.disk import naming_full_disk, require_empty
 from graft.studio.errors import InputError
 
 Condition = dict[str, Tensor]
@@ -283,8 +283,7 @@ def save_base(base: DiffusionBase, folder: str | Path) -> Path:
         DiskFullError: no space.
     """
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(str(folder), "it exists and is not an empty folder", "Name a new folder")
+    require_empty(folder)
     draft = folder.with_name(f".{folder.name}-{os.getpid()}")
     try:
         with naming_full_disk(folder):

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from graft.studio.caches import Cache, content_key
+from graft.studio.config import require
 from graft.studio.errors import DataError
 from graft.studio.pictures import BROKEN, SUFFIXES, checked_bytes, complaint, find_pictures, open_picture
 
@@ -73,15 +74,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         fits = self.resolution == 0 or 16 <= self.resolution <= 4096
-        self._check("resolution", self.resolution, fits, "0, or 16 to 4096")
-        self._check("variants", self.variants, 1 <= self.variants <= 64, "1 to 64")
-        self._check("max_megapixels", self.max_megapixels, 0 < self.max_megapixels <= 1000, "above 0, up to 1000")
-        self._check("crop", self.crop, self.crop in ("centre", "random"), "centre or random")
-
-    @staticmethod
-    def _check(name: str, value: object, holds: bool, expected: str) -> None:
-        if not holds:
-            raise DataError(f"data.{name} = {value!r}", f"expected {expected}", "Change it in the [data] section")
+        require("data.resolution", self.resolution, fits, "0, or 16 to 4096")
+        require("data.variants", self.variants, 1 <= self.variants <= 64, "1 to 64")
+        require("data.max_megapixels", self.max_megapixels, 0 < self.max_megapixels <= 1000, "above 0, up to 1000")
+        require("data.crop", self.crop, self.crop in ("centre", "random"), "centre or random")
 
 
 @dataclass(frozen=True)

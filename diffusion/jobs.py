@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from graft.diffusion.base import Condition, DiffusionBase, load_base
 from graft.diffusion.data import DataConfig, Dataset, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.objectives import objective_for
+from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
-from graft.diffusion.task import DiffusionTask, Source
+from graft.diffusion.task import DiffusionTask, Source, row_slots
 from graft.diffusion.textual_inversion import Concepts, TextualInversion, attach_concepts
 from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache, content_key
@@ -162,7 +163,7 @@ def prepare(job: Job, run_folder: Path | None = None) -> ConceptTask:
 def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     """One task for several jobs on the same base: every step has each job's own rows, noise and slot.
 
-    Each ends as if it were trained alone, up to the order of float32 sums.
+    Each ends as if it were trained alone, up to the rounding of sums in the type of the forward pass.
 
     Args:
         jobs: of one base, one method with equal hyper-parameters, and equal training sections.
@@ -194,22 +195,6 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         handle.detach()
         raise
     return task
-
-
-def narrow(base: DiffusionBase, precision: str) -> None:
-    """Puts the denoiser's frozen weights into the type of mixed precision, instead of casting them at every step.
-
-    On a CPU the fused attention is slow in bfloat16, so short sequences take the plain one: forward and backward of a
-    UNet of 128, 128 channels on 16 latents of 8 x 8 take 139 ms so, 196 ms fused, and 207 ms in float32.
-    """
-    if precision == "no":
-        return
-    _ = base.hash  # the identity is that of the float32 weights
-    nn.Module.to(base.denoiser, dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-    if base.device.type == "cpu" and int(base.denoiser.config.sample_size) <= 16:
-        from diffusers.models.attention_processor import AttnProcessor
-
-        base.denoiser.set_attn_processor(AttnProcessor())
 
 
 def _first_loss(task: ConceptTask) -> Tensor:
@@ -276,11 +261,6 @@ def _gradients(handle: Any, slot: int) -> list[Tensor]:
     if isinstance(handle, Concepts):  # a parameter per word; elsewhere a stack over slots
         return [grad for grad in (handle.bank.rows[slot].grad,) if grad is not None]
     return [p.grad[slot] for p in handle.bank.parameters() if p.grad is not None]
-
-
-def row_slots(sources: Sequence[Source]) -> Tensor:
-    """Slot of every row of a batch, (b,) long."""
-    return torch.cat([torch.full((source.rows,), source.slot) for source in sources])
 
 
 def _attach_words(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from graft.diffusion.data import TEMPLATES
 from graft.studio.caches import Cache, content_key
+from graft.studio.config import require
 from graft.studio.errors import InputError
 from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Model, Plan, plan_sites
@@ -55,16 +56,11 @@ class DiffusionLoRA(LoRA):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("trigger", self.trigger, bool(self.trigger.strip()), "a word")
-        self._check("class_pictures", self.class_pictures, 1 <= self.class_pictures <= 10_000, "1 to 10,000")
-        self._check("prior_weight", self.prior_weight, self.prior_weight >= 0, "0 or more")
+        require("method.trigger", self.trigger, bool(self.trigger.strip()), "a word")
+        require("method.class_pictures", self.class_pictures, 1 <= self.class_pictures <= 10_000, "1 to 10,000")
+        require("method.prior_weight", self.prior_weight, self.prior_weight >= 0, "0 or more")
         gamma = self.snr_gamma
-        self._check("snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
-
-    @staticmethod
-    def _check(name: str, value: object, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InputError(f"method.{name} = {value!r}", f"expected {expected}", "Change it in the [method] section")
+        require("method.snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
 
     def prompts(self, caption: str | None) -> list[str]:
         """Training prompts of a picture: its own caption, or the templates with the trigger word."""

@@ -56,6 +56,11 @@ class Batch(NamedTuple):
     """(b,), place of each row's prompt among them."""
 
 
+def row_slots(sources: Sequence[Source]) -> Tensor:
+    """Slot of every row of a batch, (b,) long."""
+    return torch.cat([torch.full((source.rows,), source.slot) for source in sources])
+
+
 class DiffusionTask(nn.Module):
     """What the loop trains; `parameters()` and the saved state are those of the bank, the only child.
 
@@ -70,6 +75,7 @@ class DiffusionTask(nn.Module):
     base: DiffusionBase
     bank: nn.Module
     shares: Tensor
+    slots: Tensor
 
     def __init__(
         self,
@@ -84,6 +90,8 @@ class DiffusionTask(nn.Module):
         self.sources, self.objective, self.encode = list(sources), objective, encode
         shares = [torch.full((s.rows,), s.weight / s.rows) for s in self.sources]
         self.register_buffer("shares", torch.cat(shares).to(base.device), persistent=False)
+        self.register_buffer("slots", row_slots(self.sources).to(base.device), persistent=False)
+        self.jobs = 1 + max(source.slot for source in self.sources)
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Rows of one step: a pure function of the generator's state."""
@@ -113,7 +121,10 @@ class DiffusionTask(nn.Module):
         return mean, std, redraw, noise, self.objective.levels(source.rows, generator), prompts
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss: errors by the objective, averaged over the rows of a source and added up over sources."""
+        """The loss: errors by the objective, averaged over the rows of a source and added up over sources.
+
+        Jobs that share the batch also get the figure "loss", (jobs,): each its own part of that sum.
+        """
         device = self.shares.device
         mean, std, redraw, noise = (part.to(device, non_blocking=True) for part in batch[:4])
         x0 = mean + std * redraw
@@ -125,4 +136,7 @@ class DiffusionTask(nn.Module):
             {name: part[batch.prompt_of.to(device)].to(dtype) for name, part in told.items()},
         )
         errors = weighted_mse(prediction, target, self.objective.weights(batch.levels).to(device))
-        return (errors * self.shares).sum(), {}
+        shares = errors * self.shares
+        if self.jobs == 1:
+            return shares.sum(), {}
+        return shares.sum(), {"loss": shares.detach().new_zeros(self.jobs).index_add(0, self.slots, shares.detach())}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.diffusion.data import TEMPLATES
-from graft.studio.config import from_dict
+from graft.studio.config import from_dict, require
 from graft.studio.errors import FormatError, InputError, SiteError
 from graft.studio.formats.files import write_tensors
 
@@ -61,17 +61,12 @@ class TextualInversion:
 
     def __post_init__(self) -> None:
         plain = self.token.strip() and not any(c.isspace() for c in self.token) and self.token == self.token.lower()
-        self._check("token", self.token, bool(plain), "one lower-case word such as <concept>")
-        self._check("vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32")
-        self._check("jitter", self.jitter, 0 <= self.jitter <= 10, "0 to 10")
-        self._check("templates", self.templates, self.templates in TEMPLATES, " or ".join(TEMPLATES))
+        require("method.token", self.token, bool(plain), "one lower-case word such as <concept>")
+        require("method.vectors", self.vectors, 1 <= self.vectors <= 32, "1 to 32")
+        require("method.jitter", self.jitter, 0 <= self.jitter <= 10, "0 to 10")
+        require("method.templates", self.templates, self.templates in TEMPLATES, " or ".join(TEMPLATES))
         gamma = self.snr_gamma
-        self._check("snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
-
-    @staticmethod
-    def _check(name: str, value: object, holds: bool, expected: str) -> None:
-        if not holds:
-            raise InputError(f"method.{name} = {value!r}", f"expected {expected}", "Change it in the [method] section")
+        require("method.snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
 
     @property
     def trigger(self) -> str:

@@ -102,7 +102,7 @@ def site_methods() -> str:
         except SiteError:
             count = "-"
         what = (cls.__doc__ or "").partition("\n")[0]
-        equation = re.sub(r" {2,}", "  ", equation).replace("|", "\\|")
+        equation = re.sub(r" {2,}", "  ", equation).replace("``", "").replace("|", "\\|")
         cells = [f"`{name}`", what, f"`{equation}`", count, cls.when, papers]
         rows.append(f"| {' | '.join(cells)} |")
     head = "| method | what it is | equation | parameters on a ViT-S | when | paper |"

@@ -13,7 +13,7 @@ import json
 import textwrap
 import tomllib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -51,6 +51,16 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         raise InputError(f"{key} = {first['input']!r}", first["msg"], "correct its value") from None
 
 
+def require(name: str, value: object, holds: bool, expected: str) -> None:
+    """Refuses a setting that is out of its range.
+
+    Raises:
+        InputError: it does not hold.
+    """
+    if not holds:
+        raise InputError(f"{name} = {value!r}", f"expected {expected}", "Correct the value")
+
+
 def check_keys(cls: type, data: Mapping[str, Any], where: str) -> None:
     """Refuses keys that are no fields, in nested sections too.
 
@@ -84,12 +94,16 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     for owner in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        body = typing.cast(ast.ClassDef, tree).body
-        for field, text in zip(body, body[1:], strict=False):
-            match field, text:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
-                    docs[name] = inspect.cleandoc(doc)
+        docs |= {name: doc for name, _, doc in documented(typing.cast(ast.ClassDef, tree))}
     return docs
+
+
+def documented(tree: ast.ClassDef) -> Iterator[tuple[str, ast.AnnAssign, str]]:
+    """Name, annotated assignment and meaning of each field with a docstring under it."""
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        match field, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                yield name, field, inspect.cleandoc(doc)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

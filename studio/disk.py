@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graft.studio.errors import DiskFullError
+from graft.studio.errors import DiskFullError, InputError
 
 # EFBIG is the limit that a batch system or `ulimit -f` sets: for the user it is a full disk of their own.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -49,6 +49,16 @@ def require_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(there).free
     if free < size:
         raise DiskFullError(str(folder), f"{size / 1e6:,.0f} MB are needed, {free / 1e6:,.0f} MB are free", _REMEDY)
+
+
+def require_empty(folder: Path, error: type[InputError] = InputError, remedy: str = "Name a new folder") -> None:
+    """Check that a folder can be written anew: it is absent, or holds nothing.
+
+    Raises:
+        InputError: of the given kind, it is a file or holds something.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise error(str(folder), "it is not an empty folder", remedy)
 
 
 def write_atomic(path: Path, data: bytes) -> Path:

@@ -7,13 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from graft.studio.config import from_dict, parse_value, read_toml, to_dict, write_toml
+from graft.studio.config import from_dict, parse_value, read_toml, require, to_dict, write_toml
 from graft.studio.errors import InputError
-
-
-def _require(name: str, value: object, holds: bool, expected: str) -> None:
-    if not holds:
-        raise InputError(f"{name} = {value!r}", f"expected {expected}", "Correct the value")
 
 
 @dataclass(frozen=True)
@@ -38,8 +33,9 @@ class TrainConfig:
     """Gradients are scaled down to this norm; 0 leaves them."""
     gradient_accumulation: int = 1
     """Batches summed into one optimiser step."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Type of the forward pass; trainable tensors stay float32."""
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Type of the forward pass; trainable tensors stay float32. "auto" is bf16 where the hardware multiplies it fast (a
+    CPU with AMX or AVX-512 BF16, a GPU from NVIDIA's Ampere on), else no; the run keeps what it began with."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 leaves it to `checkpoint_seconds`."""
     checkpoint_seconds: float = 120.0
@@ -55,13 +51,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
-            _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+            require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         zero = ("warmup_steps", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds", "threads")
         for name in zero:
-            _require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+            require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         rate = self.learning_rate
-        _require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")
-        _require("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
+        require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")
+        require("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,9 @@ class SampleConfig:
     """Classifier-free guidance scale."""
 
     def __post_init__(self) -> None:
-        _require("sample.every", self.every, self.every >= 0, "0 or more")
-        _require("sample.steps", self.steps, 1 <= self.steps <= 1000, "1 to 1000")
-        _require("sample.guidance", self.guidance, self.guidance >= 0, "0 or more")
+        require("sample.every", self.every, self.every >= 0, "0 or more")
+        require("sample.steps", self.steps, 1 <= self.steps <= 1000, "1 to 1000")
+        require("sample.guidance", self.guidance, self.guidance >= 0, "0 or more")
 
 
 @dataclass(frozen=True)

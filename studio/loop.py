@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,7 +55,10 @@ class Task(Protocol):
         """Return the data of one micro step: a function of the generator's state and nothing else that changes."""
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss and further figures, all scalars."""
+        """Return the loss, a scalar, and further figures: scalars, or one entry per run.
+
+        Runs that share a batch log the figure "loss", their own, in place of the sum that is minimised.
+        """
 
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draw what has been learnt so far; modes, generators and caches stay as they were."""
@@ -84,6 +88,22 @@ def set_threads(threads: int) -> int:
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or free)
     torch.set_num_threads(threads)
     return threads
+
+
+def settled(job: Job) -> Job:
+    """Return the job with "auto" replaced by the type of the forward pass that suits the device."""
+    if job.train.mixed_precision != "auto":
+        return job
+    fast = fast_bfloat16(job.train.device or registry.default_device())
+    return replace(job, train=replace(job.train, mixed_precision="bf16" if fast else "no"))
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Tell whether a device has instructions that multiply bfloat16; without them it is several times slower."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+    return device == "cpu" and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -184,14 +204,16 @@ class Loop:
             norm = torch.nn.utils.get_total_norm(gradients)
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
-    def _log(self, means: dict[str, float]) -> dict[str, float]:
-        if not all(math.isfinite(value) for value in means.values()):
-            self._diverged(", ".join(f"{name} {value}" for name, value in means.items()))
-        row = {"step": self.step, **means, "learning_rate": learning_rate(self.config, self.peak, self.step - 1)}
+    def _log(self, means: dict[str, list[float]]) -> dict[str, float]:
+        """Write each run's figures; return them for the progress line, those of several runs as their mean."""
+        if not all(math.isfinite(value) for values in means.values() for value in values):
+            self._diverged(", ".join(f"{name} {', '.join(map(str, values))}" for name, values in means.items()))
+        rate = {"learning_rate": learning_rate(self.config, self.peak, self.step - 1)}
         timing = {"seconds": round(self.seconds, 3), "attempt": self.number}
-        for run in self.runs if self.main else []:
-            append_line(run.folder / "metrics.jsonl", row | timing)
-        return row
+        for slot, run in enumerate(self.runs if self.main else []):
+            own = {name: values[slot % len(values)] for name, values in means.items()}  # one for all, or one each
+            append_line(run.folder / "metrics.jsonl", {"step": self.step, **own, **rate, **timing})
+        return {"step": self.step, **{name: sum(values) / len(values) for name, values in means.items()}, **rate}
 
     def _diverged(self, shown: str) -> None:
         remedy = "lower train.learning_rate, or use train.mixed_precision = 'no'"
@@ -290,8 +312,12 @@ class _Means:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def take(self) -> dict[str, float]:
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+    def take(self) -> dict[str, list[float]]:
+        """One mean per figure, or one per run."""
+        means = {
+            name: [value / self.counts[name] for value in total.reshape(-1).tolist()]
+            for name, total in self.sums.items()
+        }
         self.sums, self.counts = {}, {}
         return means
 

@@ -82,7 +82,7 @@ class Site:
     kind: str
     """One of `KINDS`."""
     shape: tuple[int, ...]
-    """Shape of the module's whole weight."""
+    """Shape of the module's whole weight; for a bias its own, for blocks (output, input), for others the method's."""
     rows: tuple[int, int] | None = None
     """Output rows that the site covers; None for all."""
     tower: str | None = None
@@ -240,7 +240,8 @@ def plan_blocks(
     """
     ends = {"attention": ("q", "o", "up"), "mlp": ("up", "down", "q")}
     wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-    sites, order = _all_sites(model), list(named_modules(model))
+    modules = named_modules(model)
+    sites, order = _all_sites(model), list(modules)
     found: dict[str, Site] = {}
     for target in wanted:
         if target not in ends:
@@ -248,6 +249,8 @@ def plan_blocks(
         first, last, never = ends[target]
         for end in [site for site in sites if site.role == last and site.kind == "linear"]:
             block = _sublayer(end, sites, first)
+            while isinstance(modules.get(block), nn.ModuleList | nn.ModuleDict):  # these are never called
+                block = block.rpartition(".")[0]
             inside = [site for site in sites if site.name.startswith(f"{block}.") or site.name == block]
             roles = {site.role: site for site in inside}
             norms = [site for site in inside if site.kind == "norm" and site.shape[0] == end.shape[0]]

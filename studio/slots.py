@@ -595,13 +595,18 @@ def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site],
     names = weight_names(module)
     covered = getattr(module, names[site.kind == "bias"], None)
     found = None if covered is None else tuple(covered.shape)
-    if site.kind not in OUTER and found != site.shape:
+    if site.kind not in OUTER and not (found and _same(site.shape, found)):
         raise SiteError(site.name, f"planned for a weight {site.shape}, the model has {found}", "use its own base")
     anything = covered if covered is not None else next(module.parameters(), torch.empty(0))
     slot = build(site).to(anything.device)
     if site.kind == "mha" and slot.weight_mode:
         raise SiteError(site.name, "needs no weight mode: its products are computed with the slots", "leave it out")
     return slot
+
+
+def _same(planned: tuple[int, ...], found: tuple[int, ...]) -> bool:
+    """Whether shapes agree; 0 stands for what the plan, from another library's file, does not know."""
+    return len(planned) == len(found) and all(a in (0, b) for a, b in zip(planned, found, strict=True))
 
 
 def _callers(slot: Slot, modules: Mapping[str, nn.Module]) -> list[nn.Module]:

@@ -18,7 +18,7 @@ from graft.studio import registry
 from graft.studio.disk import require_space, sync_folder, write_atomic, write_json
 from graft.studio.errors import InputError, RunError
 from graft.studio.job import Job
-from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads
+from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, settled
 from graft.studio.runs.attempt import attempt
 from graft.studio.runs.folder import Run, create_run, new_folder, open_run
 from graft.studio.runs.lock import RunLock
@@ -45,7 +45,7 @@ def train(job: Source, run_dir: str | Path | None = None, runs: str | Path | Non
         InputError: anything wrong with the job; nothing has been written then.
         GraftError: the training failed; the run says so and can be resumed.
     """
-    job = Job.load(job)
+    job = settled(Job.load(job))
     folder = new_folder(job, run_dir, runs)
     with _threads(job.train.threads) as threads:
         accelerator = make_accelerator(job.train)
@@ -60,7 +60,7 @@ def train_many(jobs: Sequence[Source], runs: str | Path | None = None) -> list[R
     Jobs that the domain can put into one batch (same base, method and settings) are trained together, each as if alone;
     others one after the other.
     """
-    loaded = [Job.load(job) for job in jobs]
+    loaded = [settled(Job.load(job)) for job in jobs]
     if len(loaded) < 2 or len({job.domain for job in loaded}) > 1:
         return [train(job, runs=runs) for job in loaded]
     first = loaded[0]
@@ -86,7 +86,10 @@ def resume(run: Run | str | Path) -> Run:
     if run.status == "finished":
         return run
     with RunLock(run.folder):  # fail before the work, not after it
-        members, job = run.group, run.job
+        members = run.group
+        for member in members:  # "auto" is settled by the first machine that trains it
+            member.freeze(settled(member.job))
+        job = run.job
     # Sums depend on the number of threads: equal bits need the same again.
     with _threads(job.train.threads or int(run.state.get("threads", 0))) as threads:
         accelerator = make_accelerator(job.train)
@@ -166,9 +169,9 @@ def _fit(task: Any, runs: list[Run], job: Job, threads: int, accelerator: Accele
         if not loop.fit():
             this.status = "stopped"
         elif main:
-            metrics, pictures = _final(runs[0]), _newest_samples(runs[0])
+            pictures = _newest_samples(runs[0])
             for slot, run in enumerate(runs):
-                adapter = task.adapter(metrics) if len(runs) == 1 else task.adapter(metrics, slot=slot)
+                adapter = task.adapter(_final(run)) if len(runs) == 1 else task.adapter(_final(run), slot=slot)
                 _save_result(run, adapter, pictures if len(runs) == 1 else pictures[slot : slot + 1])
     return runs
 

@@ -244,11 +244,11 @@ def _rows(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Map
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
+            found = json.loads(line)
         except ValueError:
-            row = None
-        if isinstance(row, dict):
-            yield number, row
+            found = None
+        if isinstance(found, dict):
+            yield number, found
         else:
             problems.append(f'line {number}: expected {{"file_name": "...", "label": "..."}}')
 

@@ -30,13 +30,16 @@ from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.bench.pictures import held_out_pictures, new_sprites, write_phone_photos, write_pictures
 from graft.diffusion.data import DataConfig, load_pixels
 from graft.diffusion.evaluation import Clip, image_similarity
-from graft.diffusion.jobs import narrow
+from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.diffusion.textual_inversion import TextualInversion
 from graft.studio.adapter import Adapter, Card
 from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError
+from graft.studio.runs.folder import open_run
 
+PRECISIONS = {"default": "auto", "float32": "no"}
+"""Our sides: `train.mixed_precision` as it comes, and as the script's."""
 LIMITS = {"phone photos": 3.0, "small pictures": 1.5}
 """How many times faster a run promises to be."""
 TOKEN, START, RATE = "<sprout>", "picture", 5e-3
@@ -136,8 +139,9 @@ def textual_inversion(
         result["kinds"][name] = _compared(work, Path(script), name, pictures, rounds)
     judged = {
         side: _similarity(loaded, out / f"{side}-small pictures-0", sprite, side != "script")
-        for side in ("script", "float32", "bfloat16")
+        for side in ("script", *PRECISIONS)
     }
+    result["default"] = open_run(out / "default-small pictures-0").job.train.mixed_precision
     result |= {"similarity": judged, "parts": parts(loaded, kinds, work)}
     write_atomic(out / "textual-inversion.json", (json.dumps(result, indent=1) + "\n").encode())
     return result | {"table": table(result)}
@@ -151,18 +155,16 @@ def _exported(base: DiffusionBase, out: Path) -> Path:
 
 
 def _compared(work: Work, script: Path, name: str, pictures: Path, rounds: int) -> dict[str, Any]:
-    """Alternating runs of the script, ours in float32 and ours in bfloat16, each with an empty cache."""
-    seconds: dict[str, list[dict[str, float]]] = {"script": [], "float32": [], "bfloat16": []}
+    """Alternating runs of the script and ours in the default type and in float32, each with an empty cache."""
+    seconds: dict[str, list[dict[str, float]]] = {"script": [], **{side: [] for side in PRECISIONS}}
     for i in range(rounds):
         for side in seconds:
             where, cache = work.out / f"{side}-{name}-{i}", work.out / f"cache-{side}-{name}-{i}"
-            precision = {"float32": "no", "bfloat16": "bf16"}.get(side, "")
-            command = work.ours(pictures, where, precision) if precision else work.theirs(script, pictures, where)
+            ours = side in PRECISIONS
+            command = work.ours(pictures, where, PRECISIONS[side]) if ours else work.theirs(script, pictures, where)
             seconds[side].append(work.time(command, cache))
     medians = {side: {k: median(t[k] for t in times) for k in ("wall", "cpu")} for side, times in seconds.items()}
-    ratios = {
-        side: {k: medians["script"][k] / medians[side][k] for k in ("wall", "cpu")} for side in ("float32", "bfloat16")
-    }
+    ratios = {side: {k: medians["script"][k] / medians[side][k] for k in ("wall", "cpu")} for side in PRECISIONS}
     return {"seconds": medians, "ratios": ratios, "limit": LIMITS[name]}
 
 
@@ -263,7 +265,8 @@ def _table_milliseconds(base: DiffusionBase) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     """The result as text."""
-    lines = [f"{result['steps']} steps, batch {result['batch_size']}, {result['threads']} thread(s)", ""]
+    work = f"{result['steps']} steps, batch {result['batch_size']}, {result['threads']} thread(s)"
+    lines = [f"{work}; the default is train.mixed_precision = {result['default']!r} here", ""]
     for name, kind in result["kinds"].items():
         for side, seconds in kind["seconds"].items():
             ratio = kind["ratios"].get(side)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import ast
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from graft.studio.commands import Answer, command
@@ -29,23 +31,34 @@ def methods(args: argparse.Namespace) -> Answer:
 
 def _row(domain: str, name: str) -> dict[str, Any]:
     from graft.studio import registry
-    from graft.studio.config import field_docs
 
-    cls: Any = registry.method_class(domain, name)
-    docs = field_docs(cls)
-    fields = [
-        {"name": field.name, "type": str(field.type), "default": _default(field), "meaning": docs.get(field.name, "")}
-        for field in dataclasses.fields(cls)
-        if field.init
-    ]
-    summary = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
-    return {"domain": domain, "name": name, "summary": summary, "settings": fields}
+    classes = _sources(*registry.METHODS[domain, name].split(":"))
+    summary = " ".join((ast.get_docstring(classes[0]) or "").split("\n\n")[0].split())
+    settings: dict[str, dict[str, Any]] = {}
+    for cls in reversed(classes):
+        settings |= _settings(cls)
+    return {"domain": domain, "name": name, "summary": summary, "settings": list(settings.values())}
 
 
-def _default(field: Any) -> Any:
-    if field.default is not dataclasses.MISSING:
-        return field.default
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else "required"
+def _sources(module: str, name: str) -> list[ast.ClassDef]:
+    """A class and those it inherits from, as their files have them: importing them would take seconds."""
+    spec = find_spec(module)
+    tree = ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))
+    (found,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    places = {alias.name: node.module for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    bases = [base.id for base in found.bases if isinstance(base, ast.Name)]
+    return [found, *(cls for base in bases for cls in _sources(places.get(base) or module, base))]
+
+
+def _settings(cls: ast.ClassDef) -> dict[str, dict[str, Any]]:
+    from graft.studio.config import documented
+
+    rows = {}
+    for name, field, meaning in documented(cls):
+        kind, default = ast.unparse(field.annotation), ast.literal_eval(field.value) if field.value else "required"
+        if not kind.startswith("ClassVar"):
+            rows[name] = {"name": name, "type": kind, "default": default, "meaning": meaning}
+    return rows
 
 
 def _text(row: dict[str, Any], full: bool) -> str:

@@ -1,5 +1,5 @@
-"""The common form of LoRA between file formats: for each module two factors whose product is the change of its
-weight."""
+"""The common form of LoRA and DoRA between file formats: for each module two factors whose product is the change of its
+weight, and for DoRA the length of the changed weight's rows."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ class LowRank:
     """A: (r, i), (r, i, kernel...) or, for an embedding, (r, vocabulary)."""
     up: Tensor
     """B: (o, r)."""
+    length: Tensor | None = None
+    """m of DoRA: (o,)."""
 
     @property
     def rank(self) -> int:
@@ -60,7 +62,8 @@ def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
             (site, adapter.tensors[f"{site.key}.A"], adapter.tensors[f"{site.key}.B"] * scaling) for site in sites
         ]
         if sites[0].rows is None:
-            modules[name] = LowRank(sites[0].kind, factors[0][1], factors[0][2])
+            length = adapter.tensors.get(f"{sites[0].key}.m")
+            modules[name] = LowRank(sites[0].kind, factors[0][1], factors[0][2], length)
             continue
         up = torch.zeros(sites[0].shape[0], sum(down.shape[0] for _, down, _ in factors))
         column = 0
@@ -68,8 +71,18 @@ def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
             assert site.rows is not None
             up[slice(*site.rows), column : column + down.shape[0]] = part
             column += down.shape[0]
-        modules[name] = LowRank("linear", torch.cat([down for _, down, _ in factors]), up)
+        modules[name] = LowRank("linear", torch.cat([down for _, down, _ in factors]), up, _length(adapter, sites))
     return modules
+
+
+def _length(adapter: Adapter, sites: list[Site]) -> Tensor | None:
+    """The rows' lengths of a packed projection, whose sites must cover it: those of other rows are the base's."""
+    parts = {site.rows: adapter.tensors.get(f"{site.key}.m") for site in sites}
+    found = [part for _, part in sorted(parts.items(), key=lambda item: item[0] or (0, 0)) if part is not None]
+    if found and sum(map(len, found)) != sites[0].shape[0]:
+        reason = "a DoRA of some rows cannot be written for the whole projection"
+        raise InputError(sites[0].name, reason, "adapt q, k and v together, or use native")
+    return torch.cat(found) if found else None
 
 
 def to_adapter(modules: Mapping[str, LowRank], domain: str, source: str) -> Adapter:
@@ -80,9 +93,12 @@ def to_adapter(modules: Mapping[str, LowRank], domain: str, source: str) -> Adap
     for name, module in modules.items():
         tensors[f"{name}.A"], tensors[f"{name}.B"] = module.down.float(), module.up.float()
         sites.append(Site(name, module.kind, module.shape))
+        if module.length is not None:
+            tensors[f"{name}.m"] = module.length.float()
     rank = max(module.rank for module in modules.values())
     config = {"rank": rank, "alpha": float(rank), "targets": [site.name for site in sites]}
-    return Adapter(tensors, Card("lora", config, domain, sites=Plan(tuple(sites)).to_list()))
+    method = "dora" if any(module.length is not None for module in modules.values()) else "lora"
+    return Adapter(tensors, Card(method, config, domain, sites=Plan(tuple(sites)).to_list()))
 
 
 def check_written(adapter: Adapter, written: Mapping[str, LowRank], where: str) -> None:
@@ -103,6 +119,9 @@ def check_written(adapter: Adapter, written: Mapping[str, LowRank], where: str) 
         expected = (expected.T if site.kind == "embedding" else expected).reshape(site.covered)
         found = written[site.name].delta
         found = found if site.rows is None else found[slice(*site.rows)]
+        length, kept = adapter.tensors.get(f"{site.key}.m"), written[site.name].length
+        if length is not None and (kept is None or not torch.equal(kept[slice(*(site.rows or (None,)))], length)):
+            raise FormatError(where, f"{site.key} reads back another length", "report this: nothing was exported")
         if (found - expected).abs().max() > _TOLERANCE * expected.abs().max():
             raise FormatError(where, f"{site.key} reads back different", "report this: nothing was exported")
 

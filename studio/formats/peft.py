@@ -1,4 +1,4 @@
-"""LoRA in peft's folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""LoRA, DoRA and (IA)3 in peft's folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 The scale is multiplied into B, so alpha equals the rank in every module and a reader that ignores alpha is right too.
 An adapter of several components (``unet.``, ``text_encoder.``) becomes one folder for each, since peft loads one
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError
+from graft.studio.formats import ia3
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
 
@@ -26,7 +28,6 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 _PREFIX = "base_model.model."
 # Options under which the two factors are not the whole story.
 _REFUSED = (
-    "use_dora",
     "fan_in_fan_out",
     "lora_bias",
     "modules_to_save",
@@ -63,11 +64,14 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Adapter:
-    """Reads a peft LoRA folder.
+    """Reads a peft folder with a LoRA, a DoRA or an (IA)3.
 
     Raises:
-        FormatError: not a LoRA, or one that changes more than the factors say.
+        FormatError: another method, or one that changes more than its tensors say.
     """
+    settings = _settings(folder)
+    if settings.get("peft_type") == "IA3":
+        return ia3.read(folder / FILE, settings)
     return to_adapter(_read(folder), "", str(folder))
 
 
@@ -87,6 +91,7 @@ def config(modules: Mapping[str, LowRank], base: str) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
+        "use_dora": any(module.length is not None for module in modules.values()),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "task_type": None,
@@ -122,11 +127,15 @@ def _keys(modules: Mapping[str, LowRank]) -> dict[str, Any]:
         else:
             up = module.up.reshape(*module.up.shape, *[1] * (module.down.dim() - 2))
             ends = {"lora_A.weight": module.down, "lora_B.weight": up}
+        if module.length is not None:
+            ends["lora_magnitude_vector"] = module.length.view(
+                *([1, -1] if module.down.dim() > 2 else [-1]), *[1] * (module.down.dim() - 2)
+            )
         tensors.update({f"{_PREFIX}{name}.{end}": tensor for end, tensor in ends.items()})
     return tensors
 
 
-def _read(folder: Path) -> dict[str, LowRank]:
+def _settings(folder: Path) -> dict[str, Any]:
     where = str(folder / CONFIG)
     try:
         settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -134,13 +143,26 @@ def _read(folder: Path) -> dict[str, LowRank]:
         raise FormatError(where, f"cannot be read ({error})", "export the adapter again") from error
     if not isinstance(settings, dict):
         raise FormatError(where, "not a JSON object", "export the adapter again")
-    check_config(settings, where)
+    return settings
+
+
+def _read(folder: Path) -> dict[str, LowRank]:
+    settings = _settings(folder)
+    check_config(settings, str(folder / CONFIG))
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in read_tensors(folder / FILE)[0].items()}
     tables = {key: tensor for key, tensor in tensors.items() if "lora_embedding_" in key}
-    layers = {key: tensor for key, tensor in tensors.items() if key not in tables}
+    end = ".lora_magnitude_vector"
+    lengths = {key.removesuffix(end): t.flatten() for key, t in tensors.items() if key.endswith(end)}
+    layers = {key: t for key, t in tensors.items() if key not in tables and not key.endswith(end)}
     modules = {}
     for name, (down, up) in pair(tables, ".lora_embedding_A", ".lora_embedding_B", str(folder / FILE)).items():
         modules[name] = LowRank("embedding", down, up * scaling(settings, name, down.shape[0]))
     for name, (down, up) in pair(layers, ".lora_A.weight", ".lora_B.weight", str(folder / FILE)).items():
-        modules[name] = low_rank(down, up, scaling(settings, name, down.shape[0]))
+        module = low_rank(down, up, scaling(settings, name, down.shape[0]))
+        modules[name] = replace(module, length=lengths.get(name))
+    if lengths and set(lengths) != set(modules):
+        (name, *_) = set(lengths) ^ set(modules)
+        raise FormatError(
+            f"{folder / FILE}: {name}", "a DoRA in which lengths or factors are missing", "export it again"
+        )
     return modules

@@ -17,6 +17,7 @@ gradient. Differs from the authors' code: dropout acts on the low-rank path only
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,13 @@ class DoRA(LoRA):
     def as_lora(cls, adapter: Adapter) -> Adapter:
         """Refuses: the lengths change the base's part too."""
         raise InputError("a DoRA", "it is no plain LoRA", "use native or peft, or merge it")
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the adapter for peft."""
+        from graft.studio.formats import peft
+
+        return peft.export(adapter, folder) if format == "peft" else super().export(adapter, folder, format)
 
 
 class DirectedSlot(LowRankSlot):

@@ -12,6 +12,8 @@ bias) or the columns of W.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod
 from graft.studio.sites import Model, Plan, Site, channel_dim, matches, plan_sites
 from graft.studio.slots import Base, Slot, spread
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,13 @@ class IA3(SiteMethod):
         if self.inside(site) and site.rows is not None:
             raise SiteError(site.key, "the rows of a projection share one input", "name it in targets")
         return (InputScale if self.inside(site) else OutputScale)(site, slots, self.count(site), channel_dim(module))
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the adapter for peft."""
+        from graft.studio.formats import ia3
+
+        return ia3.export(adapter, folder) if format == "peft" else super().export(adapter, folder, format)
 
 
 class OutputScale(Slot):

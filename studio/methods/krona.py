@@ -6,9 +6,9 @@ Efficient Tuning with Kronecker Adapter, 2022, arXiv:2212.10650.
     y = W x + b + s (A (x) B) x,    (A (x) B) x = rows of  A X B'  for x read as a matrix X
 
 A has (a1, a2) numbers and B (out / a1, in / a2), a1 and a2 near ``size``: the rank of the product is that of A times
-that of B, far above LoRA's at equal size. The product is never formed in forward. B starts as a linear layer's weight
-(Kaiming, a = sqrt 5), A at zero: a1 a2 + out in / (a1 a2) parameters. One factor at zero and one drawn is the paper's
-start too.
+that of B, far above LoRA's at equal size. The product is never formed in forward. As in the paper one factor starts
+normal and one at zero: B, with Kaiming's deviation for a linear layer (a = sqrt 5), and A: a1 a2 + out in / (a1 a2)
+parameters.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class KroneckerSlot(Slot):
     def reset(self, slot: int) -> None:
         """Draws B, clears A."""
         self.A[slot].zero_()
-        self.B[slot].copy_(nn.init.kaiming_uniform_(torch.empty(self.B.shape[1:]), a=sqrt(5)))
+        self.B[slot].copy_(nn.init.kaiming_normal_(torch.empty(self.B.shape[1:]), a=sqrt(5)))
 
     def delta(self, slot: int) -> Tensor:
         """Returns s A (x) B."""

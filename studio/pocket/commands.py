@@ -79,16 +79,24 @@ def train(
 def install(run: Run) -> Path:
     """Put a finished run's network into the package."""
     adapter = run.adapter()
-    return install_network(adapter.card.method, adapter.tensors, adapter.card.metrics)
+    method = run.job.method
+    went_on = any(method.get(key) for key in ("go_on", "freeze_text", "decoder_only"))
+    return install_network(adapter.card.method, adapter.tensors, adapter.card.metrics, went_on)
 
 
-def install_network(network: str, tensors: dict[str, Any], metrics: dict[str, Any]) -> Path:
-    """Write a network's tensors and the facts of its training into the package."""
-    facts = {
+def install_network(network: str, tensors: dict[str, Any], metrics: dict[str, Any], went_on: bool = False) -> Path:
+    """Write a network's tensors and the facts of its trainings into the package.
+
+    Args:
+        network: one of `RECIPES`.
+        tensors: its weights.
+        metrics: what the run tells: steps, seconds, loss.
+        went_on: it started from the committed weights, so their trainings count, too.
+    """
+    training = {"hardware": _processor(), "date": datetime.now(UTC).date().isoformat(), **metrics}
+    facts: dict[str, Any] = {
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "hardware": _processor(),
-        "date": datetime.now(UTC).date().isoformat(),
-        **metrics,
+        "trainings": [*(models.facts(network)["trainings"] if went_on else []), training],
     }
     if network == "autoencoder":
         facts["scaling_factor"] = _scaling_factor(tensors)

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.studio.disk import require_empty
 from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.tokenizer import load_tokenizer
@@ -50,7 +51,7 @@ def write_weights(name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) 
 
 
 def facts(name: str) -> dict[str, Any]:
-    """Return what is known of a network's training: scaling factor, steps, seconds, hardware, date."""
+    """Return what is known of a network: parameters, and steps, seconds, hardware and date of each training."""
     return json.loads((WEIGHTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
@@ -215,8 +216,7 @@ def export(name: str, folder: Path) -> Path:
     """
     _, save = _known(name)
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(str(folder), "it exists and is not an empty folder", "Name a new folder")
+    require_empty(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:

@@ -209,11 +209,13 @@ def _parts() -> str:
     context = multiprocessing.get_context("spawn")
     for name in ("autoencoder", "unet", "clip", "vit"):
         facts = models.facts(name)
+        trainings = facts["trainings"]
+        hardware = ", then ".join(dict.fromkeys(one["hardware"] for one in trainings))
         size = (models.WEIGHTS / f"{name}.safetensors").stat().st_size / 1e6
         with context.Pool(1) as pool:
             seconds, memory = pool.apply(_forward, (name,))
         lines.append(
             f"| {name} | {facts['parameters'] / 1e6:.2f} M | {size:.1f} | {1e3 * seconds:.1f} | {memory:.0f} "
-            f"| {facts['hardware']} | {facts['seconds']:.0f} | {facts['date']} |"
+            f"| {hardware} | {sum(one['seconds'] for one in trainings):.0f} | {trainings[-1]['date']} |"
         )
     return "\n".join(lines)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.studio.config import suggest
-from graft.studio.disk import append_line, read_lines, write_atomic, write_json
+from graft.studio.disk import append_line, read_lines, require_empty, write_atomic, write_json
 from graft.studio.errors import RunError
 from graft.studio.job import Job
 from graft.studio.runs.lock import holder
@@ -113,6 +113,11 @@ class Run:
             return False
         return True
 
+    def freeze(self, job: Job) -> None:
+        """Replace the job by one whose open settings are settled, before the run's first step."""
+        if job != self.job:
+            write_atomic(self.folder / "job.toml", job.to_toml().encode())
+
     def write_state(self, **changes: Any) -> None:
         """Replace the given entries of state.json."""
         state = {**self.state, **changes, "time": _now()}
@@ -143,8 +148,7 @@ def new_folder(job: Job, folder: str | Path | None = None, runs: str | Path | No
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         folder = Path(runs or "runs") / f"{stamp}-{secrets.token_hex(4)}-{slug}"
     folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(str(folder), "it is not an empty folder", "Name a new one, or `graft runs resume` this run")
+    require_empty(folder, RunError, "Name a new one, or `graft runs resume` this run")
     return folder
 
 

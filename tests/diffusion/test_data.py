@@ -10,7 +10,7 @@ from PIL import Image
 
 from graft.diffusion.data import DataConfig, load_dataset, load_pixels
 from graft.studio.caches import Cache
-from graft.studio.errors import DataError
+from graft.studio.errors import DataError, InputError
 
 
 def load(path: Path, **settings):
@@ -130,7 +130,7 @@ def test_a_folder_must_exist_and_hold_pictures(tmp_path: Path):
 
 @pytest.mark.parametrize("wrong", [{"resolution": 7}, {"variants": 0}, {"max_megapixels": 0}, {"crop": "left"}])
 def test_settings_out_of_range_are_refused(wrong: dict):
-    with pytest.raises(DataError, match=f"data.{next(iter(wrong))} = "):
+    with pytest.raises(InputError, match=f"data.{next(iter(wrong))} = "):
         DataConfig(path="x", **wrong)
 
 

@@ -32,7 +32,7 @@ def make_job(toy: ModuleType) -> Callable[..., dict[str, Any]]:
     """Makes the mapping of a job; keywords go into its training section."""
 
     def make(method: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
-        train = {"steps": 6, "device": "cpu", "threads": 1, "log_every": 2, **train}
+        train = {"steps": 6, "device": "cpu", "threads": 1, "log_every": 2, "mixed_precision": "no", **train}
         return {"base": "none", "domain": "toy", "method": {"name": "regression", **(method or {})},
                 "data": data or {}, "train": train}  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 
+from graft.studio import registry
 from graft.studio.cli import build_parser, main
+from graft.studio.config import field_docs
 from graft.studio.job import Job
 from graft.studio.runs import Run, RunLock
 from graft.studio.training import train
@@ -168,6 +171,18 @@ def test_methods_and_their_settings(answer: Answer) -> None:
     rank = next(field for field in lora["settings"] if field["name"] == "rank")
     assert rank["default"] == 8
     assert "width" in rank["meaning"]
+
+
+def test_methods_reads_the_classes_without_importing_them(answer: Answer) -> None:
+    for row in answer("methods")[1]:
+        cls = registry.method_class(row["domain"], row["name"])
+        assert row["summary"] == " ".join(str(cls.__doc__).split("\n\n")[0].split())
+        assert row["settings"] == json.loads(json.dumps([
+            {"name": f.name, "type": f.type, "default": f.default, "meaning": field_docs(cls)[f.name]}
+            for f in dataclasses.fields(cls)
+        ]))  # fmt: skip
+    code = "import sys; from graft.studio.cli import main; main(['methods']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_doctor_names_what_is_missing_and_the_remedy(answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:

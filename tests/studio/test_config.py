@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from graft.studio.config import field_docs, from_dict, parse_value, read_toml, to_dict, write_toml
+from graft.studio.config import field_docs, from_dict, parse_value, read_toml, require, to_dict, write_toml
 from graft.studio.errors import InputError
 
 
@@ -79,6 +79,12 @@ def test_refuses_and_says_which_key(data: dict[str, Any], message: str) -> None:
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(InputError, match="data.path: is required"):
         from_dict(Required, {}, "data")
+
+
+def test_a_value_out_of_range_is_told_with_its_name() -> None:
+    require("train.steps", 3, True, "1 or more")
+    with pytest.raises(InputError, match="train.steps = 0: expected 1 or more. Correct"):
+        require("train.steps", 0, False, "1 or more")
 
 
 def test_docs_are_the_strings_under_the_fields() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from graft.studio.disk import append_line, read_lines, require_space, write_atomic, write_json
-from graft.studio.errors import DiskFullError
+from graft.studio.disk import append_line, read_lines, require_empty, require_space, write_atomic, write_json
+from graft.studio.errors import DiskFullError, InputError, RunError
 
 Limit = Callable[[int], AbstractContextManager[None]]
 
@@ -48,6 +48,17 @@ def test_space_is_asked_for_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(DiskFullError, match="MB are needed"):
         require_space(tmp_path / "not" / "yet", 10**18)
     assert not (tmp_path / "not").exists()
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
+    require_empty(tmp_path / "absent")
+    require_empty(tmp_path)
+    (tmp_path / "note").touch()
+    for full in (tmp_path, tmp_path / "note"):
+        with pytest.raises(InputError, match="not an empty folder. Name a new folder"):
+            require_empty(full)
+    with pytest.raises(RunError, match="Resume it"):
+        require_empty(tmp_path, RunError, "Resume it")
 
 
 def test_readers_see_the_old_or_the_new_file(tmp_path: Path) -> None:

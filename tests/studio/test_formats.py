@@ -13,6 +13,8 @@ from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import low_rank
+from graft.studio.methods.dora import DoRA
+from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.lora import LoRA
 
 
@@ -219,13 +221,59 @@ def test_a_file_that_reads_back_different_is_an_error():
 
 
 def test_peft_files_that_say_more_than_two_factors_are_refused(tmp_path):
-    dora = peft.LoraConfig(r=2, target_modules=["fc1"], use_dora=True)
     pissa = peft.LoraConfig(r=2, target_modules=["fc1"], init_lora_weights="pissa")
     late = peft.LoraConfig(r=2, target_modules=["fc1"], alora_invocation_tokens=[1])
-    for name, config in {"dora": dora, "pissa": pissa, "late": late}.items():
+    for name, config in {"pissa": pissa, "late": late}.items():
         peft.get_peft_model(vit(), config).save_pretrained(tmp_path / name)
         with pytest.raises(FormatError, match="not a plain LoRA"):
             load_adapter(tmp_path / name)
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_dora_is_the_same_in_peft_both_ways(tmp_path, targets):
+    model, x = vit(), INPUTS[vit]
+    method = DoRA(rank=3, alpha=7, targets=targets)
+    handle = method.attach(model)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    expected = model(x)
+    handle.detach()
+    Adapter(handle.tensors(), Card("dora", to_dict(method), sites=handle.plan.to_list())).export(tmp_path, "peft")
+    theirs = peft.PeftModel.from_pretrained(vit(), tmp_path)
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        with load_adapter(folder).attached(model):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dora_of_some_rows_is_no_dora_of_the_whole_projection(tmp_path):
+    method = DoRA(rank=2, targets=("q", "v"))
+    handle = method.attach(vit())
+    adapter = Adapter(handle.tensors(), Card("dora", to_dict(method), sites=handle.plan.to_list()))
+    with pytest.raises(InputError, match="adapt q, k and v together"):
+        adapter.export(tmp_path, "peft")
+
+
+@pytest.mark.parametrize(
+    ("make", "method"), [(vit, IA3()), (vit, IA3(targets="patch_embed.proj")), (vit, IA3(inputs=()))]
+)
+def test_ia3_is_the_same_in_peft_both_ways(tmp_path, make, method):
+    model, x = make(), INPUTS[make]
+    handle = method.attach(model)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            nn.init.normal_(parameter, 1.0, 0.3)
+    expected = model(x)
+    handle.detach()
+    Adapter(handle.tensors(), Card("ia3", to_dict(method), sites=handle.plan.to_list())).export(tmp_path, "peft")
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path)
+    torch.testing.assert_close(theirs(x), expected, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder in (tmp_path, tmp_path / "theirs"):
+        with load_adapter(folder).attached(model):
+            torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_keys_without_a_partner_or_a_component_are_refused(tmp_path):

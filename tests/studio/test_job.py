@@ -72,7 +72,7 @@ def with_(path: str, value: Any) -> dict[str, Any]:
         (with_("method.rank", -3), "rank -3: must be at least 1"),
         (with_("train.steps", 0), "train.steps = 0: expected 1 or more"),
         (with_("train.learning_rate", -1e-3), "train.learning_rate"),
-        (with_("train.mixed_precision", "fp8"), "'no', 'bf16' or 'fp16'"),
+        (with_("train.mixed_precision", "fp8"), "'auto', 'no', 'bf16' or 'fp16'"),
         ({**MAPPING, "method": {}}, "method.name: it is required"),
         ({key: value for key, value in MAPPING.items() if key != "base"}, "job.base: is required"),
         ({**MAPPING, "data": {}}, "data.path: is required"),

@@ -50,7 +50,7 @@ def saved_bytes(run):
                                   lambda: nn.Conv2d(3, 8, 3, stride=2, padding=1)])  # fmt: skip
 def test_dora_gives_pefts_output_and_gradients(make):
     torch.manual_seed(0)
-    model = nn.Sequential(make())
+    model: Any = nn.Sequential(make())
     x = torch.randn(4, 5, 6) if isinstance(model[0], nn.Linear) else torch.randn(4, 3, 8, 8)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["0"], use_dora=True, init_lora_weights=False)
     weight, bias = model[0].weight.detach().clone(), model[0].bias

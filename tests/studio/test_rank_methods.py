@@ -169,3 +169,32 @@ def test_krona_multiplies_by_the_kronecker_product():
     torch.testing.assert_close(net[0](x), expected)
     assert handle.plan.parameters == 2 * 2 + 4 * 3
     assert KronA(targets="0").plan(net).parameters == 2 * 2 + 4 * 3  # near the roots of 8 and 6
+
+
+def test_the_loop_gives_methods_their_word(make_job, toy, monkeypatch, tmp_path):
+    """Before a step all processes draw the same; after it the gradients are still there."""
+    seen = []
+
+    def before(self, step, steps):
+        seen.append(("before", step, steps, float(torch.rand(()))))
+
+    def after(self, step, steps):
+        seen.append(("after", step, steps, all(p.grad is not None for p in self.parameters())))
+
+    import graft
+
+    task = (
+        toy.Task
+        if hasattr(toy, "Task")
+        else next(value for value in vars(toy).values() if isinstance(value, type) and issubclass(value, nn.Module))
+    )
+    monkeypatch.setattr(task, "before_step", before, raising=False)
+    monkeypatch.setattr(task, "after_step", after, raising=False)
+    graft.train(make_job(steps=2, gradient_accumulation=2), run_dir=tmp_path / "a")
+    assert [each[:3] for each in seen] == [("before", 0, 2), ("after", 0, 2), ("before", 1, 2), ("after", 1, 2)]
+    assert all(each[3] for each in seen if each[0] == "after")
+    draws = [each[3] for each in seen if each[0] == "before"]
+    seen.clear()
+    graft.train(make_job(steps=2, gradient_accumulation=2), run_dir=tmp_path / "b")
+    assert [each[3] for each in seen if each[0] == "before"] == draws
+    assert draws[0] != draws[1]

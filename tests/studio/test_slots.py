@@ -1,3 +1,4 @@
+import time
 from copy import deepcopy
 
 import pytest
@@ -7,7 +8,12 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from graft.studio.errors import FormatError, InputError, SiteError
+from graft.studio.methods.bottleneck import Houlsby
+from graft.studio.methods.dora import DoRA
+from graft.studio.methods.ia3 import IA3
+from graft.studio.methods.krona import KronA
 from graft.studio.methods.lora import LoRA
+from graft.studio.methods.ssf import SSF
 from graft.studio.sites import Plan, Site
 
 
@@ -146,6 +152,29 @@ def test_probe_names_the_sites_that_nobody_calls(x):
     handle = LoRA(targets=("attn.qkv", "attn.proj")).attach(beit)
     with pytest.raises(SiteError, match=r"blocks\.0\.attn\.qkv: 1 of 2 sites .*weight_mode"):
         handle.probe(lambda: beit(x[:1]))
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224", "swinv2_tiny_window8_256"])
+def test_a_projection_that_is_never_called_is_found_and_reached_in_weight_mode(name):
+    """Here an adapter of peft gets no gradient, and no word is said."""
+    torch.manual_seed(0)
+    small = {"embed_dim": 16, "num_classes": 3, "depth": 1, "num_heads": 2, "img_size": 28, "patch_size": 14}
+    swin = {"embed_dim": 16, "num_classes": 3, "depths": (1,), "num_heads": (2,), "img_size": 32, "window_size": 4}
+    model = timm.create_model(name, **(swin if name.startswith("swin") else small)).requires_grad_(False).eval()
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):  # Swin starts its at zero, which no gradient passes
+            nn.init.ones_(module.weight)
+    side = 32 if name.startswith("swin") else 28
+    x = torch.randn(2, 3, side, side)
+    keys, base = list(model.state_dict()), model(x)
+    handle = LoRA(rank=2, targets=("attn.qkv", "attn.proj")).attach(model)
+    with pytest.raises(SiteError, match=r"attn\.qkv: 1 of 2 sites .*weight_mode"):
+        handle.probe(lambda: model(x))
+    handle.detach()
+    handle = LoRA(rank=2, targets=("attn.qkv", "attn.proj"), weight_mode=("attn.qkv",)).attach(model)
+    assert torch.equal(model(x), base)
+    handle.probe(lambda: model(x))
+    assert list(model.state_dict()) == keys
 
 
 @pytest.mark.parametrize("targets", ["attn.qkv", "q"])
@@ -305,6 +334,19 @@ def test_a_weight_that_two_modules_share_is_not_merged():
     assert model[0].weight is model[1].weight
 
 
+@pytest.mark.slow
+def test_the_two_hundredth_adapter_attaches_as_fast_as_the_second():
+    model = vit(depth=12, embed_dim=48)
+    handle = attach(model, targets="all-linear")
+    tensors, seconds = handle.tensors(), []
+    for _ in range(220):
+        begun = time.perf_counter()
+        handle.add(tensors)
+        seconds.append(time.perf_counter() - begun)
+    first, last = sorted(seconds[1:30])[14], sorted(seconds[190:220])[14]
+    assert last < 2 * first, f"{1e3 * first:.2f} ms, then {1e3 * last:.2f} ms"
+
+
 def test_strength_counts_when_merged_too(x):
     model = vit(depth=1)
     handle = attach(model)
@@ -323,3 +365,19 @@ def test_bypassed_names_the_sites_whose_module_is_not_called(x):
     handle.detach()
     LoRA(targets=("attn.qkv", "attn.proj"), weight_mode=("attn.qkv",)).attach(beit)
     assert LoRA(targets="attn.proj").attach(beit).bypassed(lambda: beit(x[:1])) == []
+
+
+@pytest.mark.parametrize(
+    "method", [DoRA(rank=2), IA3(), SSF(), Houlsby(width=4), KronA()], ids=lambda m: type(m).__name__
+)
+def test_methods_compile_whole_and_once(x, method):
+    model = vit(depth=1)
+    handle = method.attach(model, slots=3)
+    handle.bank.eval()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        for route in ([0, 1, 2, 0], [2, 2, 1, 1]):
+            handle.route(torch.tensor(route))
+            torch.testing.assert_close(compiled(x), model(x))
+    assert counter.frame_count == 1

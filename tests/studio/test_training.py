@@ -17,12 +17,14 @@ from typing import Any
 import pytest
 import torch
 
+from graft.studio import loop
 from graft.studio.disk import write_atomic
 from graft.studio.errors import DiskFullError, GraftError, InputError, RunError
-from graft.studio.job import TrainConfig
+from graft.studio.job import Job, TrainConfig
 from graft.studio.loop import learning_rate, step_seed
 from graft.studio.runs import Run, RunLock, list_runs
 from graft.studio.runs.checkpoints import latest_checkpoint
+from graft.studio.runs.folder import create_run
 from graft.studio.training import resume, train, train_many
 
 Make = Callable[..., dict[str, Any]]
@@ -110,6 +112,34 @@ def test_resume_ends_with_the_same_bits(make_job: Make, toy: Any, tmp_path: Path
     assert resume(run).status == "finished"
     assert weights(run) == weights(whole)
     assert [row["attempt"] for row in run.metrics()] == [1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize(("fast", "precision"), [(True, "bf16"), (False, "no")])
+def test_auto_is_settled_once(
+    make_job: Make, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, precision: str
+) -> None:
+    """A machine with the other answer goes on with what the run began with, from a checkpoint or from a bare folder."""
+    whole = weights(train(make_job(mixed_precision=precision), tmp_path / "whole"))
+    monkeypatch.setattr(loop, "fast_bfloat16", lambda device: fast)
+    begun = stopped_at(make_job(mixed_precision="auto"), tmp_path / "begun", toy, 3)
+    made = create_run(Job.load(make_job(mixed_precision="auto")), tmp_path / "made")
+    assert (begun.job.train.mixed_precision, made.job.train.mixed_precision) == (precision, "auto")
+    assert weights(resume(made)) == whole
+    monkeypatch.setattr(loop, "fast_bfloat16", lambda device: not fast)
+    assert weights(resume(begun)) == whole
+    assert begun.job == made.job
+    assert begun.job.train.mixed_precision == precision
+
+
+def test_bfloat16_is_fast_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for facts, fast in (({"amx_bf16": True}, True), ({"avx512_bf16": True}, True), ({"avx512_f": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda facts=facts: facts, raising=False)
+        assert loop.fast_bfloat16("cpu") is fast
+        assert not loop.fast_bfloat16("mps")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not loop.fast_bfloat16("cpu")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert not loop.fast_bfloat16("cuda:0")
 
 
 def test_a_resumed_run_sees_the_same_data(make_job: Make, toy: Any, tmp_path: Path) -> None:
@@ -211,6 +241,11 @@ def test_many_jobs_share_a_batch_and_end_as_if_alone(make_job: Make, tmp_path: P
         assert [other.id for other in run.group] == [other.id for other in together]
         for name, tensor in alone.adapter().tensors.items():
             torch.testing.assert_close(run.adapter().tensors[name], tensor, rtol=1e-5, atol=1e-6)
+        own = [row["loss"] for row in run.metrics()]
+        assert own == pytest.approx([row["loss"] for row in alone.metrics()], rel=1e-5)
+        assert run.adapter().card.metrics["loss"] == own[-1]
+    first = [[row["first"] for row in run.metrics()] for run in together]
+    assert first[0] == first[1] == first[2] == [row["loss"] for row in together[0].metrics()]
 
 
 def test_jobs_that_cannot_share_are_trained_in_turn(make_job: Make, tmp_path: Path) -> None:

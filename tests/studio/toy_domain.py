@@ -66,7 +66,8 @@ class Task(nn.Module):
         device = next(self.parameters()).device
         pairs = zip(self.nets, self.scales, strict=True)
         losses = [(net(x.to(device)) - s * x.to(device).sum(1, keepdim=True)).square().mean() for net, s in pairs]
-        return torch.stack(losses).sum(), {"first": losses[0]}
+        own = {"loss": torch.stack(losses)} if len(losses) > 1 else {}
+        return torch.stack(losses).sum(), {"first": losses[0], **own}
 
     def gradients(self) -> list[list[Tensor]]:
         return [[p.grad for p in net.parameters() if p.grad is not None] for net in self.nets]

@@ -198,7 +198,8 @@ class UnetTask(nn.Module):
         # one timestep from each of `b` strata: the loss of a batch varies less; more from the noisy end, where the
         # picture comes from the name alone
         spread = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
-        return Batch(latents, ids, noise, (spread ** (2 / 3) * len(self.alphas)).long())
+        last = len(self.alphas) - 1  # rounding can make the largest value 1
+        return Batch(latents, ids, noise, (spread ** (2 / 3) * len(self.alphas)).long().clamp(max=last))
 
     @torch.no_grad()
     def start_from(self, unet: nn.Module) -> None:

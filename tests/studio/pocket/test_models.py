@@ -10,7 +10,7 @@ import torch
 from graft.studio.errors import InputError
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.pocket.commands import list_models
+from graft.studio.pocket.commands import install_network, list_models
 from graft.studio.pocket.tokenizer import LENGTH
 
 OUTSIDER = """
@@ -131,3 +131,15 @@ def test_list_tells_what_is_there():
     rows = {row["name"]: row for row in list_models()}
     assert rows["pocket-sd"]["present"]
     assert rows["pocket-sd"]["hash"] == models.weights_hash("pocket-sd")
+
+
+def test_a_training_that_went_on_counts_with_those_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    weights = {"w": torch.zeros(3)}
+    install_network("vit", weights, {"steps": 5, "seconds": 1.0})
+    install_network("vit", weights, {"steps": 7, "seconds": 2.0}, went_on=True)
+    facts = models.facts("vit")
+    assert [one["steps"] for one in facts["trainings"]] == [5, 7]
+    assert facts["parameters"] == 3
+    install_network("vit", weights, {"steps": 9, "seconds": 2.0})
+    assert [one["steps"] for one in models.facts("vit")["trainings"]] == [9]

@@ -92,6 +92,11 @@ def test_unet_loss_is_the_velocity_formula(unet_task: UnetTask):
     torch.testing.assert_close(loss.detach(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_noisiest_timestep_is_the_last(unet_task: UnetTask, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))  # what rounding can make of 0.99999999
+    assert unet_task.batch(0, torch.Generator().manual_seed(1)).timesteps.max() == 999
+
+
 def test_unet_hears_the_caption_and_averages(unet_task: UnetTask):
     batch = unet_task.batch(0, torch.Generator().manual_seed(1))
     unet_task.start_from(models.unet())

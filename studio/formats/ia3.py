@@ -1,0 +1,87 @@
+"""(IA)3 in peft's folders: a vector for each module, with the module's input scaled if it is a feed-forward one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.studio.adapter import Adapter, Card
+from graft.studio.config import from_dict
+from graft.studio.disk import write_atomic
+from graft.studio.errors import FormatError, InputError
+from graft.studio.formats.files import read_tensors, write_tensors
+from graft.studio.methods.ia3 import IA3
+from graft.studio.sites import Plan, Site
+
+_PREFIX, _END = "base_model.model.", ".ia3_l"
+
+
+def export(adapter: Adapter, folder: Path) -> list[Path]:
+    """Writes a folder that ``PeftModel.from_pretrained`` loads; rows of a packed projection become one vector."""
+    method = from_dict(IA3, adapter.card.config, "adapter.json")
+    vectors: dict[str, Tensor] = {}
+    inside = []
+    for site in Plan.from_list(adapter.card.sites):
+        values, conv = adapter.tensors[f"{site.key}.l"], len(site.shape) == 4
+        if len(site.shape) not in (2, 4):
+            raise InputError(site.name, "peft has (IA)3 for linear layers and 2-d convolutions", "use native")
+        if method.inside(site):
+            inside.append(site.name)
+            vectors[site.name] = values.view(1, -1, *[1] * (len(site.shape) - 2))
+            continue
+        whole = vectors.setdefault(site.name, torch.ones((1, site.shape[0], 1, 1) if conv else (site.shape[0], 1)))
+        whole.view(-1)[slice(*(site.rows or (None,)))] = values
+    config = {
+        "peft_type": "IA3",
+        "base_model_name_or_path": adapter.card.base,
+        "target_modules": sorted(vectors),
+        "feedforward_modules": sorted(inside),
+        "fan_in_fan_out": False,
+        "init_ia3_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    tensors = {f"{_PREFIX}{name}{_END}": vector for name, vector in vectors.items()}
+    return [
+        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"}),
+        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode()),
+    ]
+
+
+def read(file: Path, settings: Mapping[str, Any]) -> Adapter:
+    """Reads what peft wrote. The file tells one of a layer's widths; the other stands as 0 in the plan.
+
+    Raises:
+        FormatError: other tensors, or options under which they are not the whole story.
+    """
+    refused = [name for name in ("fan_in_fan_out", "modules_to_save") if settings.get(name)]
+    if refused:
+        raise FormatError(str(file), f"an (IA)3 with {', '.join(refused)}", "merge it with peft first")
+    tensors, sites, inside = {}, [], []
+    for key, tensor in read_tensors(file)[0].items():
+        name = key.removeprefix(_PREFIX).removesuffix(_END)
+        if not key.endswith(_END) or tensor.dim() not in (2, 4):
+            raise FormatError(f"{file}: {key}", "not a vector of (IA)3 on a linear layer or convolution", "check it")
+        before = _named(settings.get("feedforward_modules") or [], name)
+        if before:
+            inside.append(name)
+        width = tensor.numel()
+        kind, kernel = ("conv", (0, 0)) if tensor.dim() == 4 else ("linear", ())
+        sites.append(Site(name, kind, ((0, width) if before else (width, 0)) + kernel))
+        tensors[f"{name}.l"] = tensor.flatten().float()
+    names = [re.escape(site.name) for site in sites if site.name not in inside]
+    config = {"targets": names, "inputs": [re.escape(name) for name in inside]}
+    return Adapter(tensors, Card("ia3", config, sites=Plan(tuple(sites)).to_list()))
+
+
+def _named(patterns: str | list[str], name: str) -> bool:
+    """Whether peft's setting names a module: a pattern for all of the path, or a list of its ends."""
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, name) is not None
+    return any(name.endswith(pattern) for pattern in patterns)
