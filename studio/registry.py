@@ -65,6 +65,7 @@ BENCHMARKS: dict[str, str] = {
     "kill": "graft.studio.bench.kill:run",
     "personalization": "graft.diffusion.bench:personalization",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",
+    "vision": "graft.vision.bench:run",
 }
 """Benchmark -> "module:function"."""
 

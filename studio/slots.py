@@ -447,8 +447,10 @@ class Handle:
         """
         own = [list(slot.parameters(recurse=False)) for slot in self._slots]  # in the bank a bias is below its layer
         users = Counter(id(p) for group in own for p in group)
-        parameters = {  # one that sites share says nothing about any of them
-            site: [p for p in group if users[id(p)] == 1] for site, group in zip(self.plan, own, strict=True)
+        parameters = {
+            # A shared one says little about its sites; it has to do where a site has none of its own.
+            site: [p for p in group if users[id(p)] == 1] or group
+            for site, group in zip(self.plan, own, strict=True)
         }
         flat = [p for group in parameters.values() for p in group]
         with torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -244,11 +244,11 @@ def _rows(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Map
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            found = json.loads(line)
         except ValueError:
-            row = None
-        if isinstance(row, dict):
-            yield number, row
+            found = None
+        if isinstance(found, dict):
+            yield number, found
         else:
             problems.append(f'line {number}: expected {{"file_name": "...", "label": "..."}}')
 
@@ -314,8 +314,8 @@ def _hugging_face(path: Path) -> Source:
     parts = dict(loaded) if isinstance(loaded, dict) else {"": loaded}
     items: list[Item] = []
     for name, part in parts.items():
-        columns = {str(name): str(name) for name in part.features}
-        image, label = _key(columns, ("image", "img")), _key(columns, _LABELS)
+        named = {str(name): str(name) for name in part.features}
+        image, label = _key(named, ("image", "img")), _key(named, _LABELS)
         if image is None or label is None:
             raise DataError(
                 str(path), f"its columns are {', '.join(part.features)}", "Name two of them image and label"

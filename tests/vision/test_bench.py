@@ -1,0 +1,53 @@
+"""The benchmark on small sets and a small base: every row is there, and its checks say what the rows say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from graft.studio.job import Job
+from graft.studio.registry import BENCHMARKS, find
+from graft.vision import datasets
+from graft.vision.bench import METHODS, run, saved_bytes
+from graft.vision.jobs import prepare
+
+
+@pytest.fixture(autouse=True)
+def small_sets(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets, "TRAIN", 60)
+    monkeypatch.setattr(datasets, "TEST", 30)
+    datasets._drawn.cache_clear()
+    yield
+    datasets._drawn.cache_clear()
+
+
+def test_rows_checks_and_files(folder: Path, tmp_path: Path):
+    assert find(BENCHMARKS["vision"]) is run
+    settings = {"base": str(folder), "tasks": ["pocket-count"], "methods": ["linear", "ssf"], "seeds": 2, "steps": 2}
+    result = run(tmp_path, batch_size=4, shots=4, **settings)
+    assert [(row["set"], row["method"]) for row in result["rows"]] == [
+        ("pocket-count", "linear"), ("pocket-count", "ssf"),
+    ]  # fmt: skip
+    (check,) = result["checks"].values()
+    accuracies = {row["method"]: row["accuracy"] for row in result["rows"]}
+    assert (check["value"], check["limit"]) == (accuracies["ssf"], accuracies["linear"])
+    assert check["ok"] == (accuracies["ssf"] > accuracies["linear"]) == result["passed"]
+    assert json.loads((tmp_path / "vision.json").read_text())["rows"] == result["rows"]
+    assert len(list((tmp_path / "runs").rglob("split.jsonl"))) == 4
+    assert result["rows"][0]["parameters"] == 0 and "ssf" in result["table"]
+
+
+def test_every_method_of_the_table_is_one_of_the_registry():
+    for section in METHODS.values():
+        Job.load({"base": "pocket-vit", "domain": "vision", "method": section, "data": {"dataset": "pocket-count"}})
+
+
+def test_saved_bytes_of_a_linear_probe_are_its_features(folder: Path):
+    job = {"base": str(folder), "method": {"name": "linear"}, "data": {"dataset": "pocket-count"}}
+    task = prepare(Job.load({**job, "train": {"device": "cpu", "batch_size": 8}}))
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    kept = saved_bytes(lambda: task(batch)[0], task)
+    assert 8 * 32 * 4 <= kept < 8 * 32 * 4 + 8 * 3 * 4 * 4 + 8 * 8 * 4
