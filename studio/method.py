@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graft.studio.errors import InputError, SiteError
 from graft.studio.sites import WEIGHTS, Model, Plan, Site, named_modules, plan_sites
-from graft.studio.slots import Handle, Slot, attach
+from graft.studio.slot import Slot
+from graft.studio.slots import Handle, attach
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter, Card

@@ -1,271 +1,26 @@
 """Slots: trained adapters put into a frozen model, taken out again bit for bit.
 
-A site's module changes class, not identity: ``module.__class__`` becomes a subclass whose forward is the original one
-plus the slots. So the base keeps its state-dict keys, ``isinstance``, deepcopy and plain checkpoint loading. The
-trainable tensors live in a `Bank`, a separate root that owns them, stacked over slots: a row of the batch picks its
-slot by `Handle.route`.
-
-A method offers a `Slot` class for its kind of site and calls `attach`; several handles on one site add up.
+The trainable tensors live in a `Bank`, a separate root that owns them, stacked over slots: a row of the batch picks its
+slot by `Handle.route`. A method offers a `Slot` class for its kind of site (`graft.studio.slot`) and calls `attach`,
+which gives the sites' modules a forward that knows slots (`graft.studio.slotted`); several handles on one site add up.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from functools import cache, partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from graft.kernels.lora_linear import Term, lora_linear
-from graft.studio.attention import attend, is_plain_attention
+from graft.studio.attention import is_plain_attention
 from graft.studio.errors import FormatError, InputError, SiteError
 from graft.studio.sites import Model, Plan, Site, named_modules, nearest, weight_names
+from graft.studio.slot import OUTER, Slot
+from graft.studio.slotted import PACKED, enter_module, leave_module, refresh
 
-
-class Base(NamedTuple):
-    """The frozen parameters that a site covers, as they were before anything was merged."""
-
-    weight: Tensor | None
-    """(o, i, ...), or None where the site has none."""
-    bias: Tensor | None
-    """(o,), or None."""
-
-    def part(self, rows: tuple[int, int] | None) -> Base:
-        """Returns those of some output rows."""
-        if rows is None:
-            return self
-        return Base(*(None if each is None else each[slice(*rows)] for each in self))
-
-
-S = TypeVar("S", bound="Slot")
-
-
-class Slot(nn.Module):
-    """What a method puts on one site: its parameters are stacks whose first dimension is the slot.
-
-    Subclasses define `reset` and the hooks that they need: `term` or `forward` on layers, `enter` on a layer's input,
-    `around` on whole modules, `delta` or `folded` to be merged. A slot on rows of a layer sees these rows only.
-    """
-
-    rank_dims: ClassVar[Mapping[str, int]] = {}
-    """For each tensor that has one, the dimension (not counting the slot's) along which zeros change nothing."""
-    saved: ClassVar[tuple[str, ...]] = ()
-    """Buffers that belong to the trained adapter, beside the parameters."""
-    mergeable: bool = True
-    """Whether the slot can become part of the base's parameters."""
-    fades: ClassVar[bool] = True
-    """Whether it can be weakened, down to nothing for rows without a slot."""
-    scale: Tensor
-    route: Tensor | None
-
-    def __init__(self, site: Site, slots: int, scaling: float = 1.0, weight_mode: bool = False):
-        """Makes an empty slot; ``scaling`` is the method's own factor, times which `Handle.scale` sets the strength."""
-        super().__init__()
-        self.site, self.slots, self.scaling, self.weight_mode = site, slots, scaling, weight_mode
-        self.merged: int | None = None
-        self.register_buffer("scale", torch.full((slots,), scaling), persistent=False)
-        self.register_buffer("route", None, persistent=False)
-
-    def reset(self, slot: int) -> None:
-        """Draws the initial values of one slot from torch's global generator."""
-        raise TypeError(f"{type(self).__name__} must define reset")
-
-    def enter(self, x: Tensor) -> Tensor:
-        """Returns the input that the layer is to see instead of ``x``."""
-        return x
-
-    def term(self, base: Base) -> Term | None:
-        """Returns the addition as a low-rank term for the fused kernel, or None to go through `forward`."""
-        return None
-
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        """Returns the site's output ``y`` for its input ``x`` with this slot's change."""
-        return y
-
-    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Returns what a whole module (sites of kind block, tokens, kv) gives; ``call`` is it without this slot."""
-        return call(*args, **kwargs)
-
-    def delta(self, slot: int) -> Tensor:
-        """Returns what the slot adds to the covered weight, float32, of shape ``site.covered``."""
-        raise TypeError(f"{type(self).__name__} cannot be written as a weight change")
-
-    def folded(self, slot: int, now: Base, base: Base) -> Base:
-        """Returns the parameters ``now`` (float32) with the slot's change; ``base`` are the original ones."""
-        assert now.weight is not None
-        return now._replace(weight=now.weight + self.delta(slot))
-
-    def pick(self, *stacks: Tensor) -> list[Tensor]:
-        """Returns for each stack the entries that the rows of the batch chose, and last the strength, (g, ...).
-
-        g is 1 when all rows share slot 0, else the batch; the strength is 0 for rows without a slot.
-        """
-        if self.route is None:
-            return [*(stack[:1] for stack in stacks), self.scale[:1]]
-        slot = self.route.clamp(min=0)
-        return [*(stack[slot] for stack in stacks), self.scale[slot] * (self.route >= 0)]
-
-    def check_rows(self, x: Tensor) -> None:
-        """Raises SiteError when the routed batch is not the one that arrives here."""
-        if self.route is not None and len(self.route) != x.shape[0]:
-            given = f"route of {len(self.route)} rows"
-            raise SiteError(
-                given, f"{self.site.key} got a batch of {x.shape[0]}", "route the batch that the model sees"
-            )
-
-
-def spread(values: Tensor, like: Tensor, dim: int) -> Tensor:
-    """Returns per-channel values (g, c) in a shape that multiplies ``like`` (b, ..., c at ``dim``, ...)."""
-    shape = [values.shape[0], *[1] * (like.dim() - 1)]
-    shape[dim] = values.shape[1]
-    return values.reshape(shape).to(like.dtype)
-
-
-OUTER = ("block", "tokens", "kv")
-"""Kinds of sites whose slots act around a whole module."""
-
-
-class _Slotted(nn.Module):
-    """Forward of a module that carries slots."""
-
-    graft_slots: list[Slot]
-    graft_guests: int
-    """Handles with slots inside this module that need it to call what it holds."""
-
-    def graft_base(self, slot: Slot) -> Base:
-        """The original parameters that a slot's site covers."""
-        whole: Base | None = self.__dict__.get("graft_original")
-        whole = whole or Base(*map(self._parameters.get, weight_names(self)))
-        return whole.part(slot.site.rows)
-
-    def graft_live(self, outer: bool) -> list[Slot]:
-        """The slots that act in forward, around the module or within."""
-        live = [slot for slot in self.graft_slots if not slot.weight_mode and slot.merged is None]
-        return [slot for slot in live if (slot.site.kind in OUTER) is outer]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base weight and what slots in weight mode make of it, also for code that reads it without a call."""
-        direct = [slot for slot in self.graft_slots if slot.weight_mode and slot.merged is None]
-        weight = self._parameters.get("weight")
-        if weight is None:
-            raise AttributeError("weight")
-        now = Base(weight, None)
-        for slot in direct:
-            now = _fold(now, slot, 0, self.graft_base(slot))
-        assert now.weight is not None
-        return now.weight.to(weight.dtype)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = super().forward
-        if inner := self.graft_live(outer=False):
-            call = partial(self.graft_layer, inner, call)
-        for slot in self.graft_live(outer=True):
-            slot.check_rows(first_tensor(args, kwargs))
-            call = partial(slot.around, self, call)
-        return call(*args, **kwargs)
-
-    def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """A layer of one tensor with its slots."""
-        return _through(input, call, [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots])
-
-
-class _SlottedLinear(_Slotted):
-    """A dense linear layer: base product and low-rank terms in one function."""
-
-    bias: Tensor | None
-
-    def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        placed = [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots]
-        return _linear(input, self.weight, self.bias, placed)
-
-
-class _SlottedAttention(_Slotted):
-    """torch's MultiheadAttention on products that slots can join: it reads its weights without calling a layer."""
-
-    embed_dim: int
-
-    def graft_project(self, slots: list[Slot], x: Tensor, a: int, b: int) -> Tensor:
-        """Rows a to b of the packed projection, with the slots on them."""
-        weight, bias = self._parameters["in_proj_weight"], self._parameters["in_proj_bias"]
-        assert weight is not None
-        placed = []
-        for slot in slots:
-            start, stop = slot.site.rows or (0, 3 * self.embed_dim)
-            if a <= start and stop <= b:
-                rows = None if (start, stop) == (a, b) else (start - a, stop - a)
-                placed.append((slot, rows, self.graft_base(slot)))
-        return _linear(x, weight[a:b], None if bias is None else bias[a:b], placed)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = partial(attend, self, partial(self.graft_project, self.graft_live(outer=False)))
-        for slot in self.graft_live(outer=True):
-            call = partial(slot.around, self, call)
-        return call(*args, **kwargs)
-
-
-class _OwnPath(_Slotted):
-    """torch's transformer layers: in inference they pass their weights to one function that knows no slots."""
-
-    activation_relu_or_gelu = property(lambda self: 0)  # "not supported": the layer calls its modules
-    use_nested_tensor = property(lambda self: False)
-
-
-_PACKED = (nn.MultiheadAttention.forward, _SlottedAttention.forward)
-
-Placed = tuple[Slot, tuple[int, int] | None, Base]
-"""A slot, the output features it acts on, and the original parameters there."""
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, placed: list[Placed]) -> Tensor:
-    """A dense linear layer with slots: in one function if each of them is a term."""
-    for slot, _, _ in placed:
-        slot.check_rows(x)
-    terms = [slot.term(base) for slot, _, base in placed]
-    # A gain scales the base's product but no other term: it stays alone on its rows.
-    where = {rows for _, rows, _ in placed}
-    alone = len(where) == len(placed) and (len(placed) == 1 or None not in where)
-    ready = [term._replace(rows=rows) for term, (_, rows, _) in zip(terms, placed, strict=True) if term is not None]
-    if ready and len(ready) == len(placed) and (alone or all(term.gain is None for term in ready)):
-        return lora_linear(x, weight, bias, tuple(ready))
-    return _through(x, lambda x: F.linear(x, weight, bias), placed)
-
-
-def _through(x: Tensor, call: Callable[[Tensor], Tensor], placed: list[Placed]) -> Tensor:
-    """A layer inside its slots: each sees the input that the one after it hands on."""
-    inputs = [x]
-    for slot, _, _ in reversed(placed):
-        slot.check_rows(x)
-        inputs.append(slot.enter(inputs[-1]))
-    y = call(inputs.pop())
-    for slot, rows, base in placed:
-        x = inputs.pop()
-        if rows is None:
-            y = slot(x, y, base)
-        else:
-            a, b = rows
-            y = torch.cat([y[..., :a], slot(x, y[..., a:b], base), y[..., b:]], -1)
-    return y
-
-
-def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Returns the input of a module that is called with whatever: the first tensor."""
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-
-@cache
-def _slotted(original: type[nn.Module]) -> type[nn.Module]:
-    mixin = _Slotted
-    if original.forward is nn.Linear.forward:  # a quantised subclass keeps its own forward
-        mixin = _SlottedLinear
-    elif original.forward is nn.MultiheadAttention.forward:
-        mixin = _SlottedAttention
-    elif issubclass(original, nn.TransformerEncoderLayer | nn.TransformerEncoder):
-        mixin = _OwnPath
-    return type(f"Slotted{original.__name__}", (mixin, original), {})
+S = TypeVar("S", bound=Slot)
 
 
 class Bank(nn.Module):
@@ -519,7 +274,7 @@ class Handle:
         for each in self._slots:
             each.merged = slot
         for name in {site.name for site in self.plan}:
-            _refresh(self._modules[name])
+            refresh(self._modules[name])
 
     def detach(self) -> None:
         """Takes the slots out: classes, keys and weights are what they were. The bank keeps its tensors.
@@ -532,26 +287,11 @@ class Handle:
         for site, slot in zip(self.plan, self._slots, strict=True):
             module: Any = self._modules[site.name]
             module.graft_slots = [other for other in module.graft_slots if other is not slot]
-            _leave(module)
+            leave_module(module)
         for module in self._callers:
             module.graft_guests -= 1
-            _leave(module)
+            leave_module(module)
         self._modules, self._callers = {}, []
-
-
-def _enter(module: Any) -> Any:
-    """Gives a module the forward that knows slots."""
-    if not isinstance(module, _Slotted):
-        module.__class__ = _slotted(module.__class__)
-        module.graft_slots, module.graft_guests = [], 0
-    return module
-
-
-def _leave(module: Any) -> None:
-    """Makes a module what it was when nothing is left on it."""
-    if isinstance(module, _Slotted) and not module.graft_slots and not module.graft_guests:
-        del module.graft_slots, module.graft_guests
-        module.__class__ = type(module).__bases__[1]  # the original
 
 
 def _fits(have: tuple[int, ...], room: tuple[int, ...], rank_dim: int | None) -> bool:
@@ -581,9 +321,9 @@ def attach(model: Model, plan: Plan, build: Callable[[Site], Slot]) -> Handle:
     slots = [_built(site, modules, build) for site in plan]  # all of them, before the first module is touched
     callers = {id(module): module for slot in slots for module in _callers(slot, modules)}
     for slot in slots:
-        _enter(modules[slot.site.name]).graft_slots.append(slot)
+        enter_module(modules[slot.site.name]).graft_slots.append(slot)
     for module in callers.values():
-        _enter(module).graft_guests += 1
+        enter_module(module).graft_guests += 1
     touched = {site.name: modules[site.name] for site in plan}
     return Handle(touched, plan, slots, _tied(modules), list(callers.values()))
 
@@ -622,7 +362,7 @@ def _callers(slot: Slot, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
     parts = slot.site.name.split(".")
     for depth in range(len(parts) + 1):
         module = modules.get(".".join(parts[:depth]))
-        packed = isinstance(module, nn.MultiheadAttention) and type(module).forward in _PACKED
+        packed = isinstance(module, nn.MultiheadAttention) and type(module).forward in PACKED
         if packed and depth < len(parts) and not is_plain_attention(module):
             raise SiteError(slot.site.name, "torch's MultiheadAttention reads its weight without calling it", _REMEDY)
         if packed or isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
@@ -640,48 +380,3 @@ def _tied(modules: Mapping[str, nn.Module]) -> dict[str, str]:
                 users.setdefault(parameter, []).append(name)  # tensors hash by identity
     pairs = (pair for names in users.values() for pair in zip(names, names[1:] + names[:1], strict=True))
     return {name: other for name, other in pairs if name != other}
-
-
-def _refresh(module: Any) -> None:
-    """Makes the parameters the originals with the merged slots; forgets the originals when none is merged."""
-    merged = [slot for slot in module.graft_slots if slot.merged is not None]
-    names = weight_names(module)
-    original: Base | None = module.__dict__.get("graft_original")
-    if original is None and merged:
-        kept = (module._parameters.get(name) for name in names)
-        original = module.graft_original = Base(*(None if each is None else each.detach().clone() for each in kept))
-    if original is None:
-        return
-    now = original
-    for slot in merged:
-        now = _fold(now, slot, slot.merged, module.graft_base(slot))
-    for name, value in zip(names, now, strict=True):
-        parameter = module._parameters.get(name)
-        if parameter is not None and value is not None:
-            parameter.copy_(value)
-        elif parameter is not None or value is not None:  # a bias that the layer has only while merged
-            weight = module._parameters[names[0]]
-            module._parameters[name] = None if value is None else nn.Parameter(value.to(weight.dtype), False)
-    if not merged:
-        del module.graft_original
-
-
-def _fold(now: Base, slot: Slot, index: int, base: Base) -> Base:
-    """Whole parameters with a slot's change in its rows, at least float32."""
-    rows = slot.site.rows
-    whole = Base(*(None if each is None else wide(each) for each in now))
-    part = slot.folded(index, whole.part(rows), base)
-    if rows is None:
-        return part
-    a, b = rows
-    joined = []
-    for old, new in zip(whole, part, strict=True):
-        if old is None and new is not None:
-            old = new.new_zeros(slot.site.shape[0])
-        joined.append(None if old is None or new is None else torch.cat([old[:a], new, old[b:]]))
-    return Base(*joined)
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """Returns a tensor in float32, or wider if it was."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

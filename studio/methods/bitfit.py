@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.studio.method import SiteMethod
 from graft.studio.sites import Model, Plan, Site, channel_dim, plan_biases
-from graft.studio.slots import Base, Slot, spread
+from graft.studio.slot import Base, Slot, spread
 
 
 @dataclass(frozen=True)

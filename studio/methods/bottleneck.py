@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Model, Plan, Site, plan_blocks
-from graft.studio.slots import Base, Slot, first_tensor
+from graft.studio.slot import Base, Slot, first_tensor
 
 Activation = Literal["relu", "gelu", "silu"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

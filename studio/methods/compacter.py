@@ -22,7 +22,8 @@ from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
 from graft.studio.methods.bottleneck import Activation, BottleneckSlot
 from graft.studio.sites import Model, Plan, Site
-from graft.studio.slots import Base, Handle, Slot
+from graft.studio.slot import Base, Slot
+from graft.studio.slots import Handle
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from graft.kernels.lora_linear import Term
 from graft.studio.errors import InputError, SiteError
 from graft.studio.methods.lora import ConvSlot, LoRA, LowRankSlot
 from graft.studio.sites import Site, channel_dim
-from graft.studio.slots import Base, Slot, spread, wide
+from graft.studio.slot import Base, Slot, spread, wide
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter

@@ -23,7 +23,8 @@ from graft.studio.config import from_dict
 from graft.studio.method import check
 from graft.studio.methods.lora import LoRA, LowRankSlot
 from graft.studio.sites import Site
-from graft.studio.slots import Base, Handle, Slot
+from graft.studio.slot import Base, Slot
+from graft.studio.slots import Handle
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter

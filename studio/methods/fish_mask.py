@@ -33,7 +33,8 @@ from graft.studio.sites import (
     plan_sites,
     weight_names,
 )
-from graft.studio.slots import Base, Handle, Slot, attach, spread
+from graft.studio.slot import Base, Slot, spread
+from graft.studio.slots import Handle, attach
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Card

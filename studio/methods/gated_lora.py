@@ -23,7 +23,7 @@ from graft.kernels.lora_linear import Term
 from graft.studio.method import SiteMethod, check
 from graft.studio.methods.lora import LowRankSlot
 from graft.studio.sites import Site
-from graft.studio.slots import Base, Slot
+from graft.studio.slot import Base, Slot
 
 
 @dataclass(frozen=True)

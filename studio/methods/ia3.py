@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod
 from graft.studio.sites import Model, Plan, Site, channel_dim, matches, plan_sites
-from graft.studio.slots import Base, Slot, spread
+from graft.studio.slot import Base, Slot, spread
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Site
-from graft.studio.slots import Base, Slot
+from graft.studio.slot import Base, Slot
 
 
 @dataclass(frozen=True)

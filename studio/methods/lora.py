@@ -32,7 +32,8 @@ from graft.kernels.lora_linear import Term, lora_linear
 from graft.studio.errors import InputError
 from graft.studio.method import SiteMethod
 from graft.studio.sites import Model, Plan, Site, plan_sites
-from graft.studio.slots import Base, Handle, Slot
+from graft.studio.slot import Base, Slot
+from graft.studio.slots import Handle
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter

@@ -20,7 +20,7 @@ from torch import nn
 
 from graft.studio.methods.lora import ConvSlot, LoRA, LowRankSlot
 from graft.studio.sites import Site
-from graft.studio.slots import Slot
+from graft.studio.slot import Slot
 
 
 @dataclass(frozen=True)

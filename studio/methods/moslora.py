@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.studio.methods.lora import ConvSlot, LoRA, LowRankSlot
 from graft.studio.sites import Site
-from graft.studio.slots import Base, Slot
+from graft.studio.slot import Base, Slot
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -25,7 +25,7 @@ from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
 from graft.studio.methods.prompt_tuning import by_name, cached, lengthen, plan_sequences
 from graft.studio.sites import Model, Plan, Site, named_modules
-from graft.studio.slots import Slot
+from graft.studio.slot import Slot
 
 
 @dataclass(frozen=True)

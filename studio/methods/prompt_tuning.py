@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Model, Plan, Site, named_modules
-from graft.studio.slots import Slot
+from graft.studio.slot import Slot
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from graft.studio.method import check
 from graft.studio.methods.lora import ConvSlot, LoRA, LowRankSlot
 from graft.studio.sites import Site
-from graft.studio.slots import Base, Handle, Slot
+from graft.studio.slot import Base, Slot
+from graft.studio.slots import Handle
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter

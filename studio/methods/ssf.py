@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Site, channel_dim
-from graft.studio.slots import Base, Slot, spread
+from graft.studio.slot import Base, Slot, spread
 
 # Norms whose output is weight * x + bias; others (Gemma's) have their own idea of a weight.
 _PLAIN_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
