@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     from graft.studio.job import TrainConfig
 
 TEXT: dict[str, Any] = {
-    "hidden_size": 160,
+    "hidden_size": 192,
     "intermediate_size": 320,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "initializer_range": 0.05,  # 0.02 is for widths of thousands
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,
