@@ -50,7 +50,7 @@ def run(
     tasks: Sequence[str] = TASKS,
     methods: Sequence[str] = tuple(METHODS),
     seeds: int = 3,
-    shots: int = 16,
+    shots: int = 0,
     steps: int = 300,
     batch_size: int = 32,
 ) -> dict[str, Any]:

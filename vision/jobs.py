@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 TRAIN = {"batch_size": 32, "schedule": "cosine", "warmup_steps": 10}
 """What a job of this domain takes where its [train] section says nothing."""
+PLAIN_TOKENS = 360
+"""Patches up to which attention is plain on a CPU in 16 bits."""
 
 
 def fit_data(config: DataConfig, base: VisionBase, cache: Cache) -> FitData:
@@ -58,6 +60,8 @@ def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
     base, cache = load_base(job.base, job.train.device), Cache()
     _ = base.hash  # before anything is attached
     data = fit_data(from_dict(DataConfig, dict(job.data), "data"), base, cache)
+    if base.device.type == "cpu" and job.train.mixed_precision in ("bf16", "fp16"):
+        attend_plainly(base)
     handle = method.on(base.model, data.classes)
     try:
         handle.reset(0, job.train.seed)
@@ -73,6 +77,18 @@ def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
         len(data.classes), len(data.train), len(data.val), f"{trained:,}", cache,
     )  # fmt: skip
     return task
+
+
+def attend_plainly(base: VisionBase) -> None:
+    """Takes plain products for short sequences of tokens: on a CPU the fused kernel is slow in 16 bits.
+
+    Forward and backward of `pocket-vit` (65 tokens) with LoRA, batch 32, bfloat16, one thread of a Xeon with AMX: fused
+    0.35 s, plain 0.19 s. In float32 there is no difference.
+    """
+    patches = int(getattr(getattr(base.model, "patch_embed", None), "num_patches", PLAIN_TOKENS + 1))
+    for module in base.model.modules():
+        if patches <= PLAIN_TOKENS and hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def _first_loss(task: VisionTask) -> Tensor:

@@ -23,13 +23,14 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def outside_imports(source: str) -> Iterator[tuple[str, bool]]:
-    """(distribution, whether it is imported inside a function) of every third-party import."""
+    """(distribution, whether it is imported inside a function, or never) of every third-party import."""
     tree = ast.parse(source)
     inside = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
+        for outer in ast.walk(tree)
+        if isinstance(outer, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))  # never runs
+        for node in ast.walk(outer)
     }
     for node in ast.walk(tree):
         modules = []

@@ -150,6 +150,21 @@ def test_an_adapter_works_on_the_plain_timm_model(folder: Path, photos: Path):
     torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_in_16_bits_on_a_cpu_short_sequences_take_plain_attention(folder: Path, photos: Path):
+    wide, narrow = (
+        prepare(job(folder, photos, {"name": "adaptformer", "dropout": 0.0}, mixed_precision=kind))
+        for kind in ("no", "bf16")
+    )
+    assert wide.base.model.blocks[0].attn.fused_attn and not narrow.base.model.blocks[0].attn.fused_attn
+    batch = wide.batch(0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(narrow(batch)[0], wide(batch)[0], rtol=1e-5, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = narrow(batch)[0]
+    loss.backward()
+    assert float(loss.detach()) == pytest.approx(float(wide(batch)[0].detach()), rel=0.02)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in narrow.parameters())
+
+
 def test_bad_data_stops_before_the_first_step(folder: Path, photos: Path):
     with pytest.raises(DataError, match="no such file or folder"):
         prepare(job(folder, photos / "none", {"name": "linear"}))
