@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import resource
 import sys
 import time
 from pathlib import Path
@@ -120,14 +119,24 @@ def _forward(name: str) -> tuple[float, float]:
         "vit": lambda: network(pixels),
         "unet": lambda: network(torch.zeros(1, 16, 8, 8), 500, torch.zeros(1, 32, 192)),
     }
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     seconds = []
     with torch.no_grad():
+        before = _resident("VmRSS", anew=True)
+        calls[name]()
+        memory = _resident("VmHWM") - before
         for _ in range(11):
             began = time.perf_counter()
             calls[name]()
             seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[5], (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return sorted(seconds)[5], memory
+
+
+def _resident(which: str, anew: bool = False) -> float:
+    """Return this process's memory now (VmRSS) or at its highest (VmHWM, counted anew from now on), in MB; Linux."""
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(which))
 
 
 def report(out: Path | str = "docs", seeds: int = 4, names: int = 200) -> dict[str, Any]:
