@@ -56,6 +56,8 @@ class Card:
     """What was measured."""
     data_digest: str = ""
     """Digest of the training data."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """What else its domain needs to use it, such as class names."""
     trigger: str | None = None
     """Word or token that calls the concept, if any."""
     versions: dict[str, str] = field(default_factory=_versions)

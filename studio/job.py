@@ -131,6 +131,7 @@ class Job:
         for override in overrides:
             _override(data, override)
         _anchor(data, Path.cwd())
+        _fill(data)
         return from_dict(cls, data, "job").checked()
 
     def checked(self) -> Job:
@@ -166,6 +167,19 @@ def _anchor(data: dict[str, Any], folder: Path) -> None:
     section = data.get("data")
     if isinstance(section, dict) and isinstance(section.get("path"), str):
         section["path"] = str(folder / Path(section["path"]).expanduser())
+
+
+def _fill(data: dict[str, Any]) -> None:
+    """Give `[train]` what the method is usually trained with, where the job does not say otherwise."""
+    from graft.studio import registry
+
+    method, train = data.get("method"), data.get("train", {})
+    name = method.get("name") if isinstance(method, Mapping) else None
+    domain = data.get("domain") or next((of for of, known in registry.METHODS if known == name), None)
+    if (domain, name) in registry.METHODS and isinstance(train, Mapping):
+        usual = getattr(registry.method_class(str(domain), str(name)), "train_defaults", {})
+        if usual:
+            data["train"] = {**usual, **train}
 
 
 def _override(data: dict[str, Any], text: str) -> None:

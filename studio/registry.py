@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Any
 
 from graft.studio.errors import InputError
 
-DOMAINS: dict[str, str] = {"diffusion": "graft.diffusion", "pocket": "graft.studio.pocket.pretrain"}
+DOMAINS: dict[str, str] = {"diffusion": "graft.diffusion", "pocket": "graft.studio.pocket.pretrain", "vlm": "graft.vlm"}
 """Domain -> package with `DataConfig`, `load_base`, `prepare`, `preview` and `evaluate`."""
 
 METHODS: dict[tuple[str, str], str] = {
@@ -19,6 +20,15 @@ METHODS: dict[tuple[str, str], str] = {
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "vit"): "graft.studio.pocket.pretrain.vit:Vit",
     ("pocket", "unet"): "graft.studio.pocket.pretrain.unet:Unet",
+    ("vlm", "clip_lora"): "graft.vlm.clip_lora:ClipLoRA",
+    ("vlm", "cocoop"): "graft.vlm.cocoop:CoCoOp",
+    ("vlm", "coop"): "graft.vlm.coop:CoOp",
+    ("vlm", "clip_adapter"): "graft.vlm.clip_adapter:ClipAdapter",
+    ("vlm", "cross_modal"): "graft.vlm.cross_modal:CrossModal",
+    ("vlm", "prolip"): "graft.vlm.prolip:ProLIP",
+    ("vlm", "task_res"): "graft.vlm.task_res:TaskRes",
+    ("vlm", "tip_adapter"): "graft.vlm.tip_adapter:TipAdapter",
+    ("vlm", "tip_adapter_f"): "graft.vlm.tip_adapter:TipAdapterF",
 }
 """(domain, method) -> "module:class", a frozen dataclass."""
 
@@ -30,8 +40,14 @@ BENCHMARKS: dict[str, str] = {
 }
 """Benchmark -> "module:function"."""
 
-# The file that marks a local folder -> its domain.
-_MARKS = {"model_index.json": "diffusion"}
+# The file that marks a local folder, and what its "model_type" may be -> its domain.
+_MARKS: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("model_index.json", (), "diffusion"),
+    ("open_clip_config.json", (), "vlm"),
+    ("config.json", ("clip", "siglip"), "vlm"),
+)
+# The beginning of a base's name -> its domain.
+_PREFIXES = {"pocket-clip": "vlm", "open_clip:": "vlm", "hf-hub:": "vlm", "local-dir:": "vlm"}
 
 
 def _refuse(kind: str, name: str, known: list[str]) -> InputError:
@@ -46,6 +62,10 @@ def domain(name: str) -> ModuleType:
     Raises:
         InputError: no such domain, or its libraries are not installed.
     """
+    return _package(name)
+
+
+def _package(name: str) -> ModuleType:
     if name not in DOMAINS:
         raise _refuse("domain", name, sorted(DOMAINS))
     return _load(DOMAINS[name], name)
@@ -94,26 +114,43 @@ def _load(module: str, extra: str) -> ModuleType:
         raise InputError(module, f"the library {error.name!r} is not installed", remedy) from error
 
 
-def load_base(name: str, device: str | None = None, dtype: Any = None) -> Any:
+def load_base(name: str, device: str | None = None, dtype: Any = None, domain: str = "") -> Any:
     """Return a frozen base, ready to run.
 
     Args:
         name: an embedded model ("pocket-sd"), a local folder, or a hub id.
         device: where it runs; None takes the accelerator if there is one.
         dtype: type of its weights; None is float32.
+        domain: its domain; hub ids do not tell theirs, and are taken for diffusion pipelines without it.
 
     Raises:
         InputError: no such base, or it could not be loaded whole.
     """
-    folder = Path(name)
     device = device or default_device()
-    if folder.is_dir():
-        for mark, of in _MARKS.items():
-            if (folder / mark).exists():
-                return domain(of).load_base(name, device=device, dtype=dtype)
-        raise InputError(name, f"the folder has none of {', '.join(_MARKS)}", "Give the folder of a saved model")
-    # Hub ids do not tell what they are. With one domain there is no question.
-    return domain("diffusion").load_base(name, device=device, dtype=dtype)
+    of = domain or _domain_of_base(name)
+    return _package(of).load_base(name, device=device, dtype=dtype)
+
+
+def _domain_of_base(name: str) -> str:
+    """The domain that a base's name or folder tells."""
+    for prefix, of in _PREFIXES.items():
+        if name.startswith(prefix):
+            return of
+    folder = Path(name)
+    if not folder.is_dir():
+        return "diffusion"
+    for mark, kinds, of in _MARKS:
+        if (folder / mark).exists() and (not kinds or _model_type(folder / mark) in kinds):
+            return of
+    marks = dict.fromkeys(mark for mark, _, _ in _MARKS)
+    raise InputError(name, f"the folder has none of {', '.join(marks)}", "Give the folder of a saved model")
+
+
+def _model_type(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def default_device() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,7 @@ def load_base_of(adapter: Adapter, name: str | None, device: str | None = None) 
     name = name or adapter.card.base
     if not name:
         raise InputError("the adapter", "its file does not name its base", "Give --base NAME")
-    return load_base(name, device)
+    return load_base(name, device, domain=adapter.card.domain)
 
 
 def preview(args: argparse.Namespace) -> Answer:
@@ -79,7 +80,9 @@ def evaluate(args: argparse.Namespace) -> Answer:
         raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
     base = load_base_of(adapter, args.base, args.device)
     domain = _domain(base)
-    config = from_dict(domain.EvaluationConfig, {"path": str(data), **settings(args.set)}, "eval")
+    known = {field.name for field in dataclasses.fields(domain.EvaluationConfig)}
+    told = {key: value for key, value in (run.job.data if run is not None else {}).items() if key in known}
+    config = from_dict(domain.EvaluationConfig, {**told, "path": str(data), **settings(args.set)}, "eval")
     figures = {"base": domain.evaluate(base, None, config), "adapter": domain.evaluate(base, adapter, config)}
     rows = [{"": name, **values} for name, values in figures.items()]
     return Answer(figures, table(rows, ("", *figures["base"])))
