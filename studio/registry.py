@@ -33,7 +33,9 @@ METHODS: dict[tuple[str, str], str] = {
 """(domain, method) -> "module:class", a frozen dataclass."""
 
 BENCHMARKS: dict[str, str] = {
+    "clip-speed": "graft.vlm.bench:speed",
     "core": "graft.studio.bench.core:run",
+    "few-shot": "graft.vlm.bench:few_shot",
     "kill": "graft.studio.bench.kill:run",
     "personalization": "graft.diffusion.bench:personalization",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",

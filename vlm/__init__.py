@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from graft.vlm.cross_modal import CrossModal
     from graft.vlm.data import DataConfig
     from graft.vlm.evaluation import EvaluationConfig, evaluate
-    from graft.vlm.transfer import base_to_new
     from graft.vlm.jobs import prepare
     from graft.vlm.previews import PreviewConfig, preview
     from graft.vlm.prolip import ProLIP
     from graft.vlm.task_res import TaskRes
     from graft.vlm.tip_adapter import TipAdapter, TipAdapterF
+    from graft.vlm.transfer import base_to_new
 
 __all__ = [
     "ClipAdapter",

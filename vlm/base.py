@@ -258,7 +258,7 @@ def from_transformers(name: str, model: Any, words: Words, preprocess: Preproces
         if siglip:
             return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
         # 2 is what old configurations say by mistake; there the end mark is the largest id.
-        return ids.argmax(-1) if end == 2 else (ids - end).eq(0).int().argmax(-1)
+        return ids.argmax(-1) if end == 2 else ids.eq(end).int().argmax(-1)
 
     project = text.head if siglip else model.text_projection
     tower = TextTower(
@@ -361,7 +361,8 @@ def _open_clip_text(model: Any) -> TextTower | None:
     known = hasattr(text, "transformer") and hasattr(getattr(text, "transformer", None), "resblocks")
     if not known or getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
         return None  # Hugging Face towers, and CoCa, which appends a token of its own
-    end, projection = getattr(text, "eos_id", getattr(text, "text_eos_id", None)), text.text_projection
+    projection = text.text_projection
+    end = int(getattr(text, "eos_id", getattr(text, "text_eos_id", None)) or -1)
     rules: dict[str, Callable[[Tensor], Tensor]] = {
         "first": lambda ids: ids.new_zeros(len(ids)),
         "last": lambda ids: ids.new_full((len(ids),), ids.shape[1] - 1),

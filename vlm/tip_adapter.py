@@ -185,16 +185,15 @@ def search(
     """
     distance, votes = affinity.T.contiguous() - 1, torch.empty_like(affinity.T.contiguous())
     plain, rows = zero_shot.T.contiguous(), torch.arange(len(wanted))  # classes first: one row operation per key
-    table, own = torch.empty(len(betas), len(alphas)), plain[wanted, rows]
+    table, logits = torch.empty(len(betas), len(alphas)), torch.empty_like(plain)
     for b, beta in enumerate(betas.tolist()):
         torch.exp(torch.mul(distance, beta, out=votes), out=votes)
         vote = torch.zeros_like(plain).index_add_(0, labels, votes) * shares[:, None]
         if bonus is not None:
             vote[wanted, rows] *= bonus
-        right = vote[wanted, rows]
         for a, alpha in enumerate(alphas.tolist()):
-            best = torch.add(plain, vote, alpha=alpha).amax(0)
-            table[b, a] = (own + alpha * right >= best).float().mean()
+            torch.add(plain, vote, alpha=alpha, out=logits)
+            table[b, a] = (logits[wanted, rows] == logits.amax(0)).float().mean()
     return table
 
 
