@@ -55,8 +55,9 @@ def _settings(cls: ast.ClassDef) -> dict[str, dict[str, Any]]:
 
     rows = {}
     for name, field, meaning in documented(cls):
-        kind, default = ast.unparse(field.annotation), ast.literal_eval(field.value) if field.value else "required"
+        kind = ast.unparse(field.annotation)
         if not kind.startswith("ClassVar"):
+            default = ast.literal_eval(field.value) if field.value else "required"
             rows[name] = {"name": name, "type": kind, "default": default, "meaning": meaning}
     return rows
 
