@@ -36,7 +36,7 @@ class ClipAdapter(HeadMethod):
     """Start exactly at zero-shot instead of as in the paper."""
 
     default_learning_rate: ClassVar[float] = 1e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 300, "batch_size": 256, "schedule": "cosine"}
+    train_defaults: ClassVar[Mapping[str, Any]] = {**HeadMethod.train_defaults, "batch_size": 256}
 
     def __post_init__(self) -> None:
         self._check("ratio", self.ratio, 0 < self.ratio <= 1, "above 0, up to 1")

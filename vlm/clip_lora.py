@@ -48,7 +48,7 @@ class ClipLoRA(LoRA):
 
     default_learning_rate: ClassVar[float] = 2e-4
     train_defaults: ClassVar[Mapping[str, Any]] = {
-        "steps": 500, "batch_size": 32, "schedule": "cosine", "weight_decay": 0.01
+        "steps": 500, "batch_size": 32, "schedule": "cosine", "weight_decay": 0.01, "mixed_precision": "no"
     }  # fmt: skip
     bound: ClassVar[bool] = False
 

@@ -40,7 +40,7 @@ class CoCoOp(HeadMethod):
     """Width of the feature over the inner width of the net that makes the shift."""
 
     default_learning_rate: ClassVar[float] = 2e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 300, "batch_size": 8, "schedule": "cosine"}
+    train_defaults: ClassVar[Mapping[str, Any]] = {**HeadMethod.train_defaults, "batch_size": 8}
 
     def __post_init__(self) -> None:
         self._check("vectors", self.vectors, 1 <= self.vectors <= 64, "1 to 64")

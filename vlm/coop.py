@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,6 @@ class CoOp(HeadMethod):
     """Words that the context starts from, such as "a photo of a"; empty draws it at random."""
 
     default_learning_rate: ClassVar[float] = 2e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 300, "batch_size": 64, "schedule": "cosine"}
 
     def __post_init__(self) -> None:
         self._check("vectors", self.vectors, 1 <= self.vectors <= 64, "1 to 64")

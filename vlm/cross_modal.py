@@ -32,9 +32,7 @@ class CrossModal(HeadMethod):
     """Share of the loss that the class names have."""
 
     default_learning_rate: ClassVar[float] = 1e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {
-        "steps": 300, "batch_size": 256, "schedule": "cosine", "weight_decay": 0.01
-    }  # fmt: skip
+    train_defaults: ClassVar[Mapping[str, Any]] = {**HeadMethod.train_defaults, "batch_size": 256, "weight_decay": 0.01}
     bound: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

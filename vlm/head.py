@@ -136,7 +136,9 @@ class HeadMethod:
     """A method whose result is a head."""
 
     default_learning_rate: ClassVar[float] = 1e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 300, "batch_size": 64, "schedule": "cosine"}
+    train_defaults: ClassVar[Mapping[str, Any]] = {
+        "steps": 300, "batch_size": 64, "schedule": "cosine", "mixed_precision": "no"
+    }  # fmt: skip
     """What a job's `[train]` says where the user does not."""
     bound: ClassVar[bool] = False
     """Whether what is learnt belongs to the training classes and says nothing of others."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -29,7 +29,6 @@ class ProLIP(HeadMethod):
     """Penalty on the squared distance from the start, divided by the shots of a class."""
 
     default_learning_rate: ClassVar[float] = 1e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 300, "schedule": "cosine"}
 
     def __post_init__(self) -> None:
         self._check("strength", self.strength, self.strength >= 0, "0 or more")

@@ -29,7 +29,7 @@ class TaskRes(HeadMethod):
     """Factor of the residual; 1 in the paper for flowers."""
 
     default_learning_rate: ClassVar[float] = 2e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 300, "batch_size": 256, "schedule": "cosine"}
+    train_defaults: ClassVar[Mapping[str, Any]] = {**HeadMethod.train_defaults, "batch_size": 256}
     bound: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

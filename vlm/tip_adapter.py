@@ -69,7 +69,7 @@ class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys are trained, starting from the shots' features."""
 
     default_learning_rate: ClassVar[float] = 1e-3
-    train_defaults: ClassVar[Mapping[str, Any]] = {"steps": 200, "batch_size": 256, "schedule": "cosine"}
+    train_defaults: ClassVar[Mapping[str, Any]] = {**HeadMethod.train_defaults, "steps": 200, "batch_size": 256}
     trains_keys: ClassVar[bool] = True
 
 
@@ -146,7 +146,8 @@ class Cache(Head):
     def forward(self, features: Tensor) -> Tensor:
         """Zero-shot logits and the vote: (b, e) -> (b, c)."""
         alpha, beta = self.strengths
-        votes = torch.exp(beta * (F.normalize(features, dim=-1) @ self.keys.T - 1))  # float32: half would overflow
+        near = (F.normalize(features, dim=-1) @ self.keys.T).float()  # half would overflow
+        votes = torch.exp(beta * (near - 1))
         summed = torch.zeros(len(features), len(self.shares), device=votes.device).index_add(1, self.labels, votes)
         return self.setting.zero_shot(features) + alpha * self._unit * summed * self.shares
 
