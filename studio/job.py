@@ -108,7 +108,7 @@ class Job:
 
     @classmethod
     def load(cls, source: Job | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Job:
-        """Return the validated job.
+        """Return the validated job; where it does not say how to train, as is usual for its method.
 
         Args:
             source: a job, its mapping, or the path of a TOML file. A relative `data.path` in a file is taken from the
@@ -118,6 +118,8 @@ class Job:
         Raises:
             InputError: an unknown key, method or domain, or a value that is out of range.
         """
+        from graft.studio import registry
+
         if isinstance(source, Job):
             data: dict[str, Any] = to_dict(source)
         elif isinstance(source, Mapping):
@@ -127,13 +129,13 @@ class Job:
         for override in overrides:
             _override(data, override)
         _anchor(data, Path.cwd())
-        return from_dict(cls, data, "job").checked(given=data.get("train", {}))
+        job = from_dict(cls, data, "job").checked()
+        usual = getattr(registry.method_class(job.domain, str(job.method["name"])), "train_defaults", {})
+        unsaid = {key: value for key, value in usual.items() if key not in data.get("train", {})}
+        return replace(job, train=replace(job.train, **unsaid))
 
-    def checked(self, given: Mapping[str, Any] | None = None) -> Job:
+    def checked(self) -> Job:
         """Return this job with its domain, after its method and data sections were validated.
-
-        Args:
-            given: what the [train] section says; for the rest the domain's own defaults are taken. None: it says all.
 
         Raises:
             InputError: as `load`.
@@ -146,11 +148,8 @@ class Job:
         domain = self.domain or registry.domain_of(str(self.method["name"]), self.base)
         section = {key: value for key, value in self.method.items() if key != "name"}
         from_dict(registry.method_class(domain, str(self.method["name"])), section, "method")
-        package = registry.domain(domain)
-        from_dict(package.DataConfig, self.data, "data")
-        usual = {} if given is None else getattr(package, "TRAIN", {})
-        train = replace(self.train, **{key: value for key, value in usual.items() if key not in (given or {})})
-        return replace(self, domain=domain, train=train)
+        from_dict(registry.domain(domain).DataConfig, self.data, "data")
+        return replace(self, domain=domain)
 
     def to_toml(self) -> str:
         """Return the job as a file that `load` reads."""

@@ -14,9 +14,10 @@ DOMAINS: dict[str, str] = {
     "diffusion": "graft.diffusion",
     "pocket": "graft.studio.pocket.pretrain",
     "vision": "graft.vision",
+    "vlm": "graft.vlm",
 }
 """Domain -> package with `DataConfig`, `EvaluationConfig`, `load_base`, `prepare`, `evaluate`; `preview` where pictures
-are drawn, `predict` where they are told apart; `TRAIN`, what its jobs take where their [train] section is silent."""
+are drawn, `predict` where they are told apart; `run_settings`, what `graft eval` takes from a run."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
@@ -34,6 +35,15 @@ METHODS: dict[tuple[str, str], str] = {
     ("vision", "lora"): "graft.vision.lora:VisionLoRA",
     ("vision", "ssf"): "graft.vision.scales:VisionSSF",
     ("vision", "vpt"): "graft.vision.vpt:VPT",
+    ("vlm", "clip_lora"): "graft.vlm.clip_lora:ClipLoRA",
+    ("vlm", "cocoop"): "graft.vlm.cocoop:CoCoOp",
+    ("vlm", "coop"): "graft.vlm.coop:CoOp",
+    ("vlm", "clip_adapter"): "graft.vlm.clip_adapter:ClipAdapter",
+    ("vlm", "cross_modal"): "graft.vlm.cross_modal:CrossModal",
+    ("vlm", "prolip"): "graft.vlm.prolip:ProLIP",
+    ("vlm", "task_res"): "graft.vlm.task_res:TaskRes",
+    ("vlm", "tip_adapter"): "graft.vlm.tip_adapter:TipAdapter",
+    ("vlm", "tip_adapter_f"): "graft.vlm.tip_adapter:TipAdapterF",
 }
 """(domain, method) -> "module:class", a frozen dataclass."""
 
@@ -61,7 +71,9 @@ SITE_METHODS: dict[str, str] = {
 """Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
 
 BENCHMARKS: dict[str, str] = {
+    "clip-speed": "graft.vlm.bench:speed",
     "core": "graft.studio.bench.core:run",
+    "few-shot": "graft.vlm.bench:few_shot",
     "kill": "graft.studio.bench.kill:run",
     "personalization": "graft.diffusion.bench:personalization",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",
@@ -69,9 +81,25 @@ BENCHMARKS: dict[str, str] = {
 }
 """Benchmark -> "module:function"."""
 
-# The file that marks a local folder, and a key that it holds -> its domain.
-_MARKS = {("model_index.json", "_class_name"): "diffusion", ("config.json", "architecture"): "vision"}
-_POCKET = {"pocket-sd": "diffusion", "pocket-vit": "vision"}
+# A file that marks a local folder, a key in it, and the values that the key may have (none: any) -> its domain.
+_MARKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
+    ("model_index.json", "_class_name", (), "diffusion"),
+    ("open_clip_config.json", "model_cfg", (), "vlm"),
+    ("config.json", "model_type", ("clip", "siglip"), "vlm"),
+    ("config.json", "architecture", (), "vision"),
+)
+# How the name of a base begins -> its domain; the first that fits counts.
+_PREFIXES: dict[str, str | None] = {
+    "pocket-sd": "diffusion",
+    "pocket-vit": "vision",
+    "pocket-clip": "vlm",
+    "pocket-": None,
+    "timm/": "vision",
+    "hf-hub:timm/": "vision",
+    "hf-hub:": "vlm",
+    "local-dir:": "vlm",
+    "open_clip:": "vlm",
+}
 
 
 def _refuse(kind: str, name: str, known: list[str]) -> InputError:
@@ -86,6 +114,10 @@ def domain(name: str) -> ModuleType:
     Raises:
         InputError: no such domain, or its libraries are not installed.
     """
+    return _package(name)
+
+
+def _package(name: str) -> ModuleType:
     if name not in DOMAINS:
         raise _refuse("domain", name, sorted(DOMAINS))
     return _load(DOMAINS[name], name)
@@ -109,24 +141,21 @@ def domain_of(method: str, base: str = "") -> str:
 def domain_of_base(name: str) -> str | None:
     """Return the domain that a base's name or folder tells of, or None."""
     folder = Path(name).expanduser()
-    if name.startswith("pocket-"):
-        return _POCKET.get(name)
-    if name and folder.is_dir():
-        for (mark, key), of in _MARKS.items():
-            if (folder / mark).is_file() and key in _keys(folder / mark):
-                return of
-        return None
-    if name.startswith(("timm/", "hf-hub:timm/")):
-        return "vision"
+    if name and folder.is_dir() and not name.startswith("pocket-"):
+        return next((of for mark, key, kinds, of in _MARKS if _holds(folder / mark, key, kinds)), None)
+    for prefix, of in _PREFIXES.items():
+        if name.startswith(prefix):
+            return of
     # Hub ids do not tell what they are; a name without a slash is none, and may be one of timm's.
     return None if not name or "/" in name or name.startswith((".", "~")) else "vision"
 
 
-def _keys(file: Path) -> set[str]:
+def _holds(file: Path, key: str, kinds: tuple[str, ...]) -> bool:
     try:
-        return set(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return set()
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and key in found and (not kinds or found[key] in kinds)
 
 
 def method_class(domain: str, method: str) -> type:
@@ -169,23 +198,24 @@ def _load(module: str, extra: str) -> ModuleType:
         raise InputError(module, f"the library {error.name!r} is not installed", remedy) from error
 
 
-def load_base(name: str, device: str | None = None, dtype: Any = None) -> Any:
+def load_base(name: str, device: str | None = None, dtype: Any = None, domain: str = "") -> Any:
     """Return a frozen base, ready to run.
 
     Args:
         name: an embedded model ("pocket-sd"), a local folder, a hub id, or a name of timm's.
         device: where it runs; None takes the accelerator if there is one.
         dtype: type of its weights; None is float32.
+        domain: its domain; hub ids do not tell theirs, and are taken for diffusion pipelines without it.
 
     Raises:
         InputError: no such base, or it could not be loaded whole.
     """
     device = device or default_device()
-    of = domain_of_base(name)
+    of = domain or domain_of_base(name)
     if of is None and Path(name).is_dir():
-        marks = ", ".join(f"{mark} with {key!r}" for mark, key in _MARKS)
-        raise InputError(name, f"the folder has none of {marks}", "Give the folder of a saved model")
-    return domain(of or "diffusion").load_base(name, device=device, dtype=dtype)
+        marks = dict.fromkeys(f"{mark} with {key!r}" for mark, key, _, _ in _MARKS)
+        raise InputError(name, f"the folder has none of {', '.join(marks)}", "Give the folder of a saved model")
+    return _package(of or "diffusion").load_base(name, device=device, dtype=dtype)
 
 
 def default_device() -> str:

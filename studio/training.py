@@ -165,8 +165,9 @@ def _fit(task: Any, runs: list[Run], job: Job, threads: int, accelerator: Accele
     """Train a task in its runs and save what each has learnt."""
     main = accelerator.is_main_process
     with attempt(runs if main else [], threads) as this:
-        loop = Loop(task, runs, job, accelerator, this.number)
-        if not loop.fit():
+        # What needs no training was finished when it was prepared.
+        trains = any(p.requires_grad for p in task.parameters())
+        if trains and not Loop(task, runs, job, accelerator, this.number).fit():
             this.status = "stopped"
         elif main:
             pictures = _newest_samples(runs[0])

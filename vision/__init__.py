@@ -13,7 +13,6 @@ _PUBLIC = {
     "EvaluationConfig": "evaluation",
     "FullTuning": "full",
     "LinearProbe": "probe",
-    "TRAIN": "jobs",
     "VPT": "vpt",
     "VisionBase": "base",
     "VisionBitFit": "scales",
@@ -34,14 +33,13 @@ if TYPE_CHECKING:
     from graft.vision.data import DataConfig
     from graft.vision.evaluation import EvaluationConfig, evaluate, predict, run_settings
     from graft.vision.full import FullTuning
-    from graft.vision.jobs import TRAIN, prepare
+    from graft.vision.jobs import prepare
     from graft.vision.lora import VisionLoRA
     from graft.vision.probe import LinearProbe
     from graft.vision.scales import VisionBitFit, VisionSSF
     from graft.vision.vpt import VPT
 
 __all__ = [
-    "TRAIN",
     "VPT",
     "AdaptFormer",
     "AdapterPlus",

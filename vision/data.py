@@ -258,7 +258,9 @@ def _arrays(path: Path) -> Source:
     try:
         file = np.load(path, allow_pickle=False)
         keys = {key.lower(): key for key in file.files}
-        pairs = [("", _key(keys, ("images", "x", "data")), _key(keys, ("labels", "y", "target")))]
+        pairs: list[tuple[str, str | None, str | None]] = [
+            ("", _key(keys, ("images", "x", "data")), _key(keys, ("labels", "y", "target")))
+        ]
         pairs += [(part, keys.get(f"x_{name}"), keys.get(f"y_{name}")) for name, part in PARTS.items()]
         pairs = [(part, x, y) for part, x, y in pairs if x and y]
         classes = [str(name) for name in file[keys["classes"]]] if "classes" in keys else []

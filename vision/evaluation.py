@@ -58,8 +58,10 @@ class EvaluationConfig:
             raise InputError(f"bins = {self.bins}", "expected 1 or more", "15 is usual")
 
 
-def run_settings(run: Run) -> dict[str, Any]:
-    """The evaluation settings of a run: its data and the split that it was trained on."""
+def run_settings(run: Run, path: str | None = None) -> dict[str, Any]:
+    """The evaluation settings of a run: its data and the split that it was trained on, or other pictures alone."""
+    if path:
+        return {"path": path}
     data = {key: run.job.data[key] for key in ("path", "dataset", "background") if run.job.data.get(key)}
     return {**data, "split": str(run.folder / FILE)}
 

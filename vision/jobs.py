@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from graft.studio.job import Job
 
 log = logging.getLogger(__name__)
-TRAIN = {"batch_size": 32, "schedule": "cosine", "warmup_steps": 10}
-"""What a job of this domain takes where its [train] section says nothing."""
 PLAIN_TOKENS = 360
 """Patches up to which attention is plain on a CPU in 16 bits."""
 

@@ -23,6 +23,8 @@ class VisionMethod:
 
     default_learning_rate: ClassVar[float] = 1e-3
     """Peak of AdamW."""
+    train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 32, "schedule": "cosine", "warmup_steps": 10}
+    """What a job's `[train]` says where the user does not."""
     default_weight_decay: ClassVar[float] = 1e-4
     """Of AdamW, on matrices; vectors (biases, scales) are never pulled to zero."""
     head_lr_scale: ClassVar[float] = 1.0

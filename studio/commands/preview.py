@@ -50,7 +50,7 @@ def load_base_of(adapter: Adapter, name: str | None, device: str | None = None) 
     name = name or adapter.card.base
     if not name:
         raise InputError("the adapter", "its file does not name its base", "Give --base NAME")
-    return load_base(name, device)
+    return load_base(name, device, domain=adapter.card.domain)
 
 
 def preview(args: argparse.Namespace) -> Answer:
@@ -114,14 +114,12 @@ def _measured_on(args: argparse.Namespace, run: Run | None, domain: Any) -> dict
     """The pictures: those that were named, or those of the run."""
     from graft.studio.errors import InputError
 
-    if args.data:
-        return {"path": args.data}
-    if run is None:
+    if run is None and not args.data:
         raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
-    if hasattr(domain, "run_settings"):
-        settings_of_run: dict[str, Any] = domain.run_settings(run)
-        return settings_of_run
-    return {"path": str(run.job.data["path"])}
+    if run is not None and hasattr(domain, "run_settings"):
+        told: dict[str, Any] = domain.run_settings(run, args.data)
+        return told
+    return {"path": args.data or str(run.job.data["path"] if run is not None else "")}
 
 
 def _drawn(args: argparse.Namespace, domain: Any) -> dict[str, Path]:

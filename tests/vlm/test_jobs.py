@@ -1,0 +1,236 @@
+"""From a folder of pictures to an evaluated adapter, through Python and the command line; and what fit may not see."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import graft
+from graft.studio.adapter import Adapter, base_hash, load_adapter
+from graft.studio.cli import main
+from graft.studio.config import write_toml
+from graft.studio.errors import DataError, InputError
+from graft.studio.job import Job
+from graft.vlm import previews
+from graft.vlm.base import ClipBase, save_base
+from graft.vlm.evaluation import EvaluationConfig, calibration_error, evaluate, harmonic_mean, measure, report
+from graft.vlm.jobs import prepare
+
+METHODS = {
+    "tip_adapter": {}, "tip_adapter_f": {}, "clip_adapter": {}, "task_res": {}, "cross_modal": {}, "prolip": {},
+    "coop": {"vectors": 2}, "cocoop": {}, "clip_lora": {},
+}  # fmt: skip
+TRAIN = {"steps": 3, "batch_size": 4, "device": "cpu", "threads": 1}
+
+
+@pytest.fixture
+def job(tiny_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.chdir(tmp_path)
+    data = {"path": str(photos), "views": 2}
+    return {"base": str(tiny_folder), "domain": "vlm", "method": {"name": "task_res"}, "data": data, "train": TRAIN}
+
+
+@pytest.fixture
+def answer(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any]]:
+    """Runs a command with `--json`; returns the exit code and the document."""
+
+    def run(*argv: str) -> tuple[int, Any]:
+        capsys.readouterr()
+        code = main([*argv, "--json"])
+        return code, json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_trained_saved_and_loaded(name: str, job: dict[str, Any], tmp_path: Path):
+    run = graft.train({**job, "method": {"name": name, **METHODS[name]}})
+    assert run.status == "finished"
+    adapter, base = run.adapter(), graft.load_base(job["base"], "cpu")
+    assert adapter.card.domain == "vlm" and adapter.card.details["classes"] == ["cat", "dog", "red cat"]
+    assert adapter.card.metrics["validation"]["pictures"] == 3
+    before = base_hash(base.modules)
+    task = prepare(Job.load({**job, "method": {"name": name, **METHODS[name]}}))
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with adapter.attached(base) as classifier:
+        first = classifier.logits_of_pixels(pixels)
+        answers = classifier.predict([Image.new("CMYK", (30, 20))])
+    assert base_hash(base.modules) == before
+    assert sorted(answers[0]) == ["cat", "dog", "red cat"] and abs(sum(answers[0].values()) - 1) < 1e-5
+    with load_adapter(adapter.save(tmp_path / "copy")).attached(graft.load_base(job["base"], "cpu")) as again:
+        assert torch.equal(again.logits_of_pixels(pixels), first)
+    assert task.origin()["data_digest"] == adapter.card.data_digest
+    with pytest.raises(InputError, match="is not written in it"):
+        adapter.export(tmp_path / "other", "kohya")
+
+
+def test_equal_seeds_are_equal_bits(job: dict[str, Any]):
+    runs = [graft.train({**job, "method": {"name": "clip_adapter"}, "train": {**TRAIN, "seed": s}}) for s in (1, 1, 2)]
+    one, same, other = ([*run.adapter().tensors.values()] for run in runs)
+    assert all(map(torch.equal, one, same)) and not all(map(torch.equal, one, other))
+
+
+def test_fit_cannot_see_the_test_pictures(job: dict[str, Any], photos: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not a byte of them is read in training, by any way that a file can be opened here."""
+    opened: list[str] = []
+    real_open, real_image, real_bytes = builtins.open, Image.open, Path.read_bytes
+
+    def watch(path: Any) -> None:
+        opened.append(str(path))
+        assert not str(path).startswith(str(photos / "test")), f"{path} was opened while fitting"
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Any, *args: Any, **kwargs: Any) -> Any:
+            watch(path)
+            return function(path, *args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", watched(real_open))
+        patch.setattr(Image, "open", watched(real_image))
+        patch.setattr(Path, "read_bytes", watched(real_bytes))
+        for name in ("tip_adapter_f", "clip_lora"):
+            run = graft.train({**job, "method": {"name": name}})
+    assert any(str(photos / "train") in path for path in opened)  # the watch works
+    for path in (photos / "test").rglob("*.png"):
+        path.unlink()
+    again = graft.train({**job, "method": {"name": "clip_lora"}})
+    assert again.adapter().card.data_digest == run.adapter().card.data_digest
+    assert all(map(torch.equal, again.adapter().tensors.values(), run.adapter().tensors.values()))
+
+
+def test_a_job_is_trained_as_its_method_usually_is():
+    section = {"base": "pocket-clip", "method": {"name": "clip_lora"}, "data": {"path": "x"}}
+    assert (Job.load(section).train.steps, Job.load(section).train.weight_decay) == (500, 0.01)
+    assert Job.load({**section, "train": {"steps": 7}}).train.steps == 7
+    assert Job.load(section).domain == "vlm"
+    assert Job.load(Job.load(section)) == Job.load(section)
+
+
+def test_the_guard_turns_back_to_zero_shot(job: dict[str, Any]):
+    task = prepare(Job.load({**job, "method": {"name": "task_res"}}))
+    pooled, labels = task.shots.held_pooled, task.shots.held_labels
+    plain = task.head.setting.zero_shot(task.base.project(pooled))
+    labels.copy_(plain.argmax(1))  # zero-shot is right, so whatever is learnt can only be worse
+    with torch.no_grad():
+        task.head.get_parameter("residual").copy_(-4 * task.head.setting.weights)
+    card = task.adapter({}).card
+    assert card.details["strength"] < 1
+    assert card.metrics["validation"]["mixed"] == card.metrics["validation"]["zero_shot"] == 1.0
+    assert card.metrics["validation"]["trained"] < 1
+
+
+def test_with_one_shot_there_is_nothing_to_judge_by(job: dict[str, Any], caplog: pytest.LogCaptureFixture):
+    run = graft.train({**job, "data": {**job["data"], "shots": 1}})
+    assert run.adapter().card.metrics["validation"] is None
+    assert "nothing says whether this is better than zero-shot" in (run.folder / "log.txt").read_text()
+
+
+def test_the_command_line_trains_measures_and_shows(
+    job: dict[str, Any], answer: Callable[..., tuple[int, Any]], photos: Path, tmp_path: Path
+):
+    (tmp_path / "job.toml").write_text(write_toml(job))
+    code, document = answer("train", "job.toml", "--set", "data.templates=['the {}.']")
+    assert code == 0
+    run = document["folder"]
+    code, figures = answer("eval", run, "--device", "cpu", "--set", f"report={tmp_path / 'report.json'}")
+    assert code == 0 and figures["base"]["pictures"] == figures["adapter"]["pictures"] == 6
+    base = graft.load_base(job["base"], "cpu")
+    own = evaluate(base, None, EvaluationConfig(path=str(photos), templates=("the {}.",)))
+    assert figures["base"] == own  # the run's own prompts, not the usual ones
+    assert set(json.loads((tmp_path / "report.json").read_text())["classes"]) == {"cat", "dog", "red cat"}
+    shown = answer("preview", run, "--device", "cpu", "--out", "seen", "--set", f"path={photos / 'test'}")
+    assert shown[0] == 0 and Image.open(tmp_path / "seen" / "sheet.png").size[0] > 100
+    assert len(json.loads((tmp_path / "seen" / "answers.json").read_text())) == 6
+    assert answer("adapters", "verify", run)[0] == 0
+    code, rows = answer("methods")
+    assert {row["name"] for row in rows if row["domain"] == "vlm"} == set(METHODS)
+    code, document = answer("eval", run, "--data", str(tmp_path / "nowhere"))
+    assert code == 2 and "there is no such folder" in document["error"]["message"]
+
+
+def test_base_to_new_is_a_command(
+    job: dict[str, Any], answer: Callable[..., tuple[int, Any]], photos: Path, tmp_path: Path
+):
+    for part in ("train", "test"):
+        (photos / part / "the_dog").mkdir()
+        for k in range(4):
+            Image.new("RGB", (16, 16), (k * 20, 200, 0)).save(photos / part / "the_dog" / f"{k}.png")
+    (tmp_path / "job.toml").write_text(write_toml({**job, "method": {"name": "cocoop"}}))
+    code, document = answer("transfer", "job.toml")
+    assert code == 0
+    for side in ("zero_shot", "adapter"):
+        halves = document[side]["base"], document[side]["new"]
+        assert document[side]["harmonic_mean"] == pytest.approx(harmonic_mean(*halves))
+    assert load_adapter(Path(document["run"]) / "result").card.details["classes"] == ["cat", "dog"]
+    code, document = answer("transfer", "job.toml", "--set", "method={name='task_res'}")
+    assert code == 2 and "belongs to the classes" in document["error"]["message"]
+
+
+def test_split_is_a_command(answer: Callable[..., tuple[int, Any]], photos: Path):
+    code, document = answer("split", str(photos / "train"), "--test", "0.34")
+    assert (code, document["train"], document["test"]) == (0, 12, 6)
+    code, document = answer("split", str(photos / "train"))
+    assert code == 2 and "it exists, and results may rest on it" in document["error"]["message"]
+
+
+def test_fewer_classes_in_another_order_and_unknown_ones(job: dict[str, Any], photos: Path):
+    adapter, base = graft.train(job).adapter(), graft.load_base(job["base"], "cpu")
+    both = evaluate(base, adapter, EvaluationConfig(path=str(photos), classes="base"))
+    assert both["pictures"] == 4
+    (photos / "test" / "dog").rename(photos / "test" / "yak")
+    (photos / "train" / "dog").rename(photos / "train" / "yak")
+    with pytest.raises(InputError, match="belongs to the classes"):
+        evaluate(base, adapter, EvaluationConfig(path=str(photos)))
+    with pytest.raises(InputError, match="nothing to measure on"):
+        evaluate(base, adapter, EvaluationConfig())
+
+
+def test_figures_are_what_they_say():
+    logits = torch.tensor([[4.0, 0], [4, 0], [0, 4], [4, 0], [0, 4], [4, 0]])
+    labels = torch.tensor([0, 0, 0, 0, 1, 1])
+    figures = measure(logits, labels)
+    assert figures["accuracy"] == pytest.approx(4 / 6)
+    assert figures["class_accuracy"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    confidence = float(logits.softmax(-1)[0, 0])
+    assert figures["calibration_error"] == pytest.approx(confidence - 4 / 6, abs=1e-6)
+    assert calibration_error(torch.eye(2), torch.tensor([0, 1])) == 0
+    told = report(logits, labels, ("cat", "dog"))
+    assert told["classes"] == {"cat": 0.75, "dog": 0.5}
+    assert {(p["is"], p["called"], p["pictures"]) for p in told["confusions"]} == {("cat", "dog", 1), ("dog", "cat", 1)}
+    assert harmonic_mean(0.8, 0.4) == pytest.approx(0.5333, abs=1e-3) and harmonic_mean(0, 0) == 0
+
+
+def test_a_name_that_does_not_fit_is_told_before_anything_is_computed(job: dict[str, Any], photos: Path):
+    (photos / "train" / "dog").rename(photos / "train" / ("very_long_name_of_a_thing" * 2))
+    with pytest.raises(DataError, match="do not fit the 24 of the text tower"):
+        graft.train(job)
+    assert not Path("runs").exists()
+
+
+def test_previews_want_pictures(job: dict[str, Any], tmp_path: Path):
+    adapter: Adapter = graft.train(job).adapter()
+    base: ClipBase = graft.load_base(job["base"], "cpu")
+    for path, message in (("", "there are no pictures"), (str(tmp_path / "x.txt"), "it is no picture")):
+        (tmp_path / "x.txt").write_text("hello")
+        with pytest.raises(InputError, match=message):
+            previews.preview(base, adapter, [], [], tmp_path, previews.PreviewConfig(path=path))
+
+
+def test_a_merged_base_is_the_adapted_one(job: dict[str, Any], tmp_path: Path):
+    adapter = graft.train({**job, "method": {"name": "clip_lora"}, "train": {**TRAIN, "learning_rate": 0.1}}).adapter()
+    base = graft.load_base(job["base"], "cpu")
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    with adapter.attached(base) as classifier:
+        expected = base.encode_image(pixels)
+        classifier.merge()
+        merged = graft.load_base(str(save_base(base, tmp_path / "merged")), "cpu")
+    torch.testing.assert_close(merged.encode_image(pixels), expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,406 @@
+"""A frozen CLIP-type model with the names that the rest of the domain asks for, whichever library it is from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.studio.adapter import base_hash
+from graft.studio.errors import InputError
+from graft.vlm.text import TextTower, Words, open_clip_layers, transformers_layers
+
+REMEDY = "Give pocket-clip, a folder of transformers or open_clip, a hub id owner/name, or open_clip:ARCHITECTURE/TAG"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a picture becomes the image tower's input."""
+
+    size: int
+    """Side in pixels."""
+    mean: tuple[float, ...]
+    """Subtracted from each channel, in [0, 1]."""
+    std: tuple[float, ...]
+    """Divided by."""
+    filter: str = "bicubic"
+    """Of the resizing: bicubic, bilinear, nearest, lanczos, box or hamming."""
+    squash: bool = False
+    """Resize both sides to `size`; otherwise the shorter one, and cut the centre out."""
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """(b, 3, h, w) uint8 -> float32."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+@dataclass(eq=False)
+class ClipBase:
+    """A two-tower model, frozen and in evaluation mode.
+
+    Example:
+        >>> base = load_base("pocket-clip")  # doctest: +SKIP
+        >>> base.encode_text(["a photo of a cat."]).shape  # doctest: +SKIP
+        torch.Size([1, 192])
+    """
+
+    name: str
+    """As it was asked for."""
+    model: Any
+    """The library's own module."""
+    words: Words
+    """Its tokenizer."""
+    preprocess: Preprocess
+    """Of pictures."""
+    pool: Callable[[Tensor], Tensor]
+    """Normalised pixels (b, 3, h, w) -> features before the projection (b, p)."""
+    last: Callable[[], Tensor] | None
+    """The image tower's last linear map (p, e) as it is now; None where there is none."""
+    tower: TextTower | None
+    """The text side in parts; None where only the library can run it."""
+    vision: nn.Module
+    """The image tower, for its identity."""
+    save: Callable[[Path], None] | None = None
+    """Writes the model into a folder in its library's format."""
+    domain: str = field(default="vlm", init=False)
+    """Registry name of this domain."""
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The networks by name."""
+        return {"model": self.model}
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of all weights; adapters carry it."""
+        return base_hash(self.modules)
+
+    @cached_property
+    def image_hash(self) -> str:
+        """Identity of what makes `pool`'s features: the image tower and the preprocessing."""
+        return base_hash({"vision": self.vision}) + json.dumps(asdict(self.preprocess), sort_keys=True)
+
+    @property
+    def projection(self) -> Tensor | None:
+        """(p, e), the last linear map of the image tower; None where there is none."""
+        return None if self.last is None else self.last()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Factor of the cosines. SigLIP's bias is the same for all classes and changes no softmax."""
+        scale: Tensor = self.model.logit_scale.detach()
+        return scale.exp().reshape(())
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """Features in the common space, not normalised: (..., p) -> (..., e)."""
+        projection = self.projection
+        return pooled if projection is None else pooled @ projection.to(pooled.dtype)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Features of uint8 pictures (b, 3, h, w), not normalised: (b, e)."""
+        return self.project(self.pool(self.preprocess.normalise(pixels.to(self.device))))
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Features of texts, not normalised: (b, e).
+
+        Raises:
+            DataError: a text is longer than the tower.
+        """
+        ids = self.words(texts).to(self.device)
+        run = self.model.encode_text if self.tower is None else self.tower.encode_ids
+        return torch.cat([run(part) for part in ids.split(256)])
+
+    def text_tower(self) -> TextTower:
+        """The text side in parts.
+
+        Raises:
+            InputError: it is of a family that is not known.
+        """
+        if self.tower is None:
+            reason = "prompts cannot be learnt for its text tower, which is of a family that is not known here"
+            raise InputError(self.name, reason, "Use tip_adapter, prolip, task_res, cross_modal or clip_adapter")
+        return self.tower
+
+    @torch.no_grad()
+    def exercise(self) -> None:
+        """Calls both towers once."""
+        side = self.preprocess.size
+        self.encode_image(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        self.encode_text(["a"])
+
+
+def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ClipBase:
+    """Loads an embedded model, a folder, or a model from a hub.
+
+    Args:
+        name: `pocket-clip`; a folder saved by transformers (CLIP, SigLIP) or open_clip; a hub id `owner/name` of
+            transformers; `open_clip:ARCHITECTURE/TAG`; or open_clip's own `hf-hub:owner/name` and
+            `local-dir:FOLDER`.
+        device: where it goes; None takes the accelerator if there is one.
+        dtype: type of the weights; None is float32.
+
+    Raises:
+        InputError: nothing of that name, another kind of model, or an activation that does not fit the weights.
+    """
+    source = name
+    if name.startswith("pocket-"):
+        from graft.studio.pocket import resolve
+
+        source = str(resolve(name))
+    folder = Path(source).expanduser()
+    try:
+        if folder.is_dir() and (folder / "config.json").is_file():
+            base = _load_transformers(name, str(folder))
+        elif folder.is_dir():
+            base = _load_open_clip(name, f"local-dir:{folder}", None)
+        elif name.startswith(("hf-hub:", "local-dir:")):
+            base = _load_open_clip(name, name, None)
+        elif name.startswith("open_clip:"):
+            base = _load_open_clip(name, *_tagged(name))
+        elif name.count("/") == 1 and not name.startswith((".", "~", "/")):
+            base = _load_transformers(name, name)
+        else:
+            raise InputError(name, "there is no such base", REMEDY)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(name, f"the base cannot be loaded ({lines[0]})", REMEDY) from error
+    if dtype not in (None, torch.float32):
+        _ = base.hash, base.image_hash  # the identity is that of the float32 weights
+    # In place: the towers hold the model's own parameters.
+    nn.Module.to(base.model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    return base
+
+
+def _load_transformers(name: str, source: str) -> ClipBase:
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(source)
+    if config.model_type not in ("clip", "siglip"):
+        raise InputError(name, f"it is a model of type {config.model_type!r}, not clip or siglip", REMEDY)
+    with _without_progress_bars():
+        model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    tokenizer, processor = AutoTokenizer.from_pretrained(source), AutoImageProcessor.from_pretrained(source)
+    words = hugging_face_words(tokenizer, config.text_config.max_position_embeddings)
+    base = from_transformers(name, model, words, _processor(processor))
+
+    def save(folder: Path) -> None:
+        for part in (model, tokenizer, processor):
+            part.save_pretrained(folder)
+
+    base.save = save
+    return base
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Loading reports through our own progress line."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def hugging_face_words(tokenizer: Any, length: int, clean: Callable[[str], str] = lambda text: text) -> Words:
+    """Words of a tokenizer of transformers."""
+    pad = tokenizer.pad_token_id
+    return Words(
+        lambda text: tokenizer(clean(text), truncation=False, verbose=False).input_ids,
+        length,
+        0 if pad is None else pad,
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
+
+
+def _processor(processor: Any) -> Preprocess:
+    """The preprocessing that a transformers image processor describes."""
+    from PIL import Image
+
+    size = processor.size
+    squash = size.get("shortest_edge") is None
+    side = size["height"] if squash else size["shortest_edge"]
+    crops = not squash and getattr(processor, "do_center_crop", False)
+    if crops and processor.crop_size["height"] != side:
+        reason = f"it resizes to {side} and cuts out {processor.crop_size['height']} pixels, which is not supported"
+        raise InputError("its image processor", reason, "Save a processor whose two sizes are equal")
+    resample = Image.Resampling(int(getattr(processor, "resample", 3))).name.lower()
+    return Preprocess(int(side), tuple(processor.image_mean), tuple(processor.image_std), resample, squash)
+
+
+def from_transformers(name: str, model: Any, words: Words, preprocess: Preprocess) -> ClipBase:
+    """The base of a transformers `CLIPModel` or `SiglipModel`."""
+    if next(model.parameters()).device.type == "cpu":
+        # On a CPU the fused attention takes about twice as long in training, for sequences of this length.
+        model.set_attn_implementation("eager")
+    model.requires_grad_(False).eval()
+    text, vision, siglip = model.text_model, model.vision_model, model.config.model_type == "siglip"
+    text = getattr(text, "text_model", text)  # one level deeper before transformers 5
+    end = model.config.text_config.eos_token_id
+
+    def at(ids: Tensor) -> Tensor:
+        if siglip:
+            return torch.full((len(ids),), ids.shape[1] - 1, device=ids.device)
+        # 2 is what old configurations say by mistake; there the end mark is the largest id.
+        return ids.argmax(-1) if end == 2 else ids.eq(end).int().argmax(-1)
+
+    project = text.head if siglip else model.text_projection
+    tower = TextTower(
+        embed=text.embeddings.token_embedding,
+        positions=text.embeddings.position_embedding.weight,
+        layers=transformers_layers(text.encoder),
+        finish=lambda x: project(text.final_layer_norm(x)),
+        at=at,
+        causal=not siglip,
+        cuttable=not siglip,
+    )
+    return ClipBase(
+        name,
+        model,
+        words,
+        preprocess,
+        lambda pixels: vision(pixel_values=pixels.to(model.dtype)).pooler_output,
+        None if siglip else lambda: model.visual_projection.weight.T,
+        tower,
+        vision,
+    )
+
+
+def _tagged(name: str) -> tuple[str, str]:
+    """Architecture and tag of `open_clip:ARCHITECTURE/TAG`.
+
+    Raises:
+        InputError: no such pair, or weights that were trained with another activation than the architecture's.
+    """
+    import open_clip
+
+    architecture, _, tag = name.removeprefix("open_clip:").partition("/")
+    config, weights = open_clip.get_model_config(architecture), open_clip.get_pretrained_cfg(architecture, tag)
+    if config is None or not weights:
+        raise InputError(name, "open_clip has no such architecture and tag", "See open_clip.list_pretrained()")
+    model, trained = (bool(each.get("quick_gelu", False)) for each in (config, weights))
+    if model != trained:
+        # open_clip only warns; accuracy falls by several points.
+        bare = architecture.removesuffix("-quickgelu")
+        other = f"{bare}-quickgelu" if trained else bare
+        kinds = {True: "QuickGELU", False: "GELU"}
+        reason = f"the weights were trained with {kinds[trained]}, this architecture computes {kinds[model]}"
+        raise InputError(name, reason, f"Use open_clip:{other}/{tag}")
+    return architecture, tag
+
+
+def _load_open_clip(name: str, source: str, tag: str | None) -> ClipBase:
+    import open_clip
+
+    folder = Path(source.removeprefix("local-dir:"))
+    if source.startswith("local-dir:") and not (folder / "open_clip_config.json").is_file():
+        raise InputError(name, "the folder has neither config.json nor open_clip_config.json", REMEDY)
+    model = open_clip.create_model(source, pretrained=tag, load_weights=True, require_pretrained=True)
+    tokenizer = open_clip.get_tokenizer(source)
+    return from_open_clip(name, model, open_clip_words(tokenizer), _open_clip_preprocess(model))
+
+
+def open_clip_words(tokenizer: Any) -> Words:
+    """Words of a tokenizer of open_clip."""
+    if hasattr(tokenizer, "tokenizer"):
+        return hugging_face_words(tokenizer.tokenizer, tokenizer.context_length, tokenizer.clean_fn)
+    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+    return Words(lambda text: [start, *tokenizer.encode(text), end], tokenizer.context_length, 0, start, end)
+
+
+def _open_clip_preprocess(model: Any) -> Preprocess:
+    from open_clip.model import get_model_preprocess_cfg
+
+    config = get_model_preprocess_cfg(model)
+    size = config["size"]
+    side = size if isinstance(size, int) else size[0]
+    mode = config.get("resize_mode", "shortest")
+    if mode not in ("shortest", "squash"):
+        raise InputError("its preprocessing", f"resize_mode {mode!r} is not supported", "Use shortest or squash")
+    mean, std = tuple(config["mean"]), tuple(config["std"])
+    return Preprocess(side, mean, std, config.get("interpolation", "bicubic"), mode == "squash")
+
+
+def from_open_clip(name: str, model: Any, words: Words, preprocess: Preprocess) -> ClipBase:
+    """The base of an open_clip `CLIP` or `CustomTextCLIP`."""
+    model.requires_grad_(False).eval()
+    pool, last = _open_clip_image(model.visual)
+    return ClipBase(name, model, words, preprocess, pool, last, _open_clip_text(model), model.visual)
+
+
+def _open_clip_image(visual: Any) -> tuple[Callable[[Tensor], Tensor], Callable[[], Tensor] | None]:
+    """The image tower up to its last linear map, and that map."""
+    proj = getattr(visual, "proj", None)
+    if isinstance(proj, Tensor) and hasattr(visual, "_pool"):
+        return lambda pixels: visual._pool(visual.transformer(visual._embeds(pixels)))[0], lambda: visual.proj
+    linear = getattr(getattr(visual, "head", None), "proj", None)
+    if isinstance(linear, nn.Linear) and linear.bias is None and set(visual.head._modules) <= {"drop", "proj"}:
+        return visual.trunk, lambda: linear.weight.T
+    return visual, None
+
+
+def _open_clip_text(model: Any) -> TextTower | None:
+    text = getattr(model, "text", model)
+    kind = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    known = hasattr(text, "transformer") and hasattr(getattr(text, "transformer", None), "resblocks")
+    if not known or getattr(text, "cls_emb", None) is not None or getattr(text, "use_pad_mask", False):
+        return None  # Hugging Face towers, and CoCa, which appends a token of its own
+    projection = text.text_projection
+    end = int(getattr(text, "eos_id", getattr(text, "text_eos_id", None)) or -1)
+    rules: dict[str, Callable[[Tensor], Tensor]] = {
+        "first": lambda ids: ids.new_zeros(len(ids)),
+        "last": lambda ids: ids.new_full((len(ids),), ids.shape[1] - 1),
+        "argmax": lambda ids: ids.argmax(-1),
+        "eos": lambda ids: (ids - end).eq(0).int().argmax(-1),
+    }
+    if kind not in rules:
+        return None
+
+    def finish(x: Tensor) -> Tensor:
+        x = text.ln_final(x)
+        if projection is None:
+            return x
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+    causal = text.attn_mask is not None
+    return TextTower(
+        embed=text.token_embedding,
+        positions=text.positional_embedding,
+        layers=open_clip_layers(text.transformer),
+        finish=finish,
+        at=rules[kind],
+        causal=causal,
+        cuttable=causal and kind in ("argmax", "eos"),
+    )
+
+
+def save_base(base: ClipBase, folder: str | Path) -> Path:
+    """Writes a base as it is now, merged adapters and all, as a transformers folder.
+
+    Raises:
+        InputError: the folder holds something, or the model is of open_clip.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(str(folder), "it exists and is not an empty folder", "Name a new folder")
+    if base.save is None:
+        reason = "merged models are written in the format of transformers only"
+        raise InputError(base.name, reason, "Save base.model.state_dict() with the adapter merged")
+    base.save(folder)
+    return folder

@@ -1,0 +1,164 @@
+"""Every method on classes that the base has never seen: accuracy by shots, over seeds, beside zero-shot.
+
+A seed draws its own classes, training pictures and test pictures from the embedded world's new sprites. Methods have
+their default settings; what they choose they choose from the shots, and the test pictures are read once, at the end.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from graft.studio.disk import write_json
+from graft.studio.errors import InputError
+from graft.studio.job import Job, TrainConfig
+from graft.studio.loop import learning_rate, step_seed
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.scenes import render, sample_scene
+from graft.studio.registry import METHODS, method_class
+from graft.vlm.base import ClipBase, load_base
+from graft.vlm.data import DataConfig, labels_of, read_test
+from graft.vlm.evaluation import logits_of, measure
+from graft.vlm.head import Setting
+from graft.vlm.jobs import FewShotTask, classifier, prepared
+from graft.vlm.store import FeatureStore
+
+
+def few_shot(
+    out: Path | None = None,
+    base: str = "pocket-clip",
+    classes: int = 50,
+    shots: str = "1,2,4,8,16",
+    seeds: int = 3,
+    tests: int = 10,
+    views: int = 10,
+    methods: str = "all",
+) -> dict[str, Any]:
+    """Measures and returns the table; writes `few-shot.json` into `out` if given.
+
+    Args:
+        out: folder for the pictures and the result.
+        base: a base that knows the embedded world.
+        classes: new classes of each seed.
+        shots: training pictures of each class, in turn.
+        seeds: how often everything is drawn anew.
+        tests: test pictures of each class.
+        views: crops of each training picture.
+        methods: names with commas between, or all.
+
+    Raises:
+        InputError: an unknown method.
+    """
+    known = sorted(name for domain, name in METHODS if domain == "vlm")
+    names = known if methods == "all" else [name.strip() for name in methods.split(",")]
+    if not set(names) <= set(known):
+        raise InputError(f"methods = {methods!r}", "there is no such method", f"Known: {', '.join(known)}")
+    counts = [int(part) for part in str(shots).split(",")]
+    loaded, rows = load_base(base, "cpu"), []
+    with tempfile.TemporaryDirectory() as scratch:
+        for seed in range(seeds):
+            folder = Path(out or scratch) / f"pictures-{seed}"
+            write_pictures(folder, classes, max(counts), tests, seed)
+            for row in _measured(loaded, folder, names, counts, seed, views):
+                rows.append(row)
+                if out is not None:  # a long measurement that is stopped leaves what it has
+                    write_json(Path(out) / "few-shot.json", {"rows": rows, **summary(rows)})
+    return {"rows": rows, **summary(rows)}
+
+
+def write_pictures(folder: Path, classes: int, shots: int, tests: int, seed: int) -> None:
+    """Writes scenes of one new sprite each into `train/CLASS` and `test/CLASS`."""
+    atlas, rng = Atlas.load(), np.random.default_rng(seed)
+    for sprite in rng.permutation(atlas.new)[:classes]:
+        for part, count in (("train", shots), ("test", tests)):
+            where = folder / part / atlas.names[sprite].replace(" ", "_").replace("/", "-")
+            where.mkdir(parents=True, exist_ok=True)
+            for k in range(count):
+                picture = render(sample_scene(rng, [int(sprite)], objects=(1.0,)))
+                Image.fromarray(picture).save(where / f"{k:03d}.png")
+
+
+def _measured(base: ClipBase, folder: Path, names: Sequence[str], counts: Sequence[int], seed: int, views: int) -> Any:
+    """Rows of one seed: zero-shot first, then every method by shots."""
+    plain = DataConfig(path=str(folder))
+    classes, examples = read_test(plain)
+    setting, wanted = Setting(base, classes, plain.templates), labels_of(examples)
+    pooled = FeatureStore().get(base, examples, plain, [0])[:, 0]
+    zero = measure(setting.zero_shot(base.project(pooled)), wanted)["accuracy"]
+    yield {"method": "zero_shot", "shots": 0, "seed": seed, "accuracy": zero, "gain": 0.0, "seconds": 0.0}
+    for name in names:
+        for count in counts:
+            data: dict[str, Any] = {"path": str(folder), "shots": count, "seed": seed, "views": views}
+            job = Job.load({"base": base.name, "domain": "vlm", "method": {"name": name}, "data": data})
+            start = time.process_time()
+            task = fit(prepared(job, method_class("vlm", name)(), DataConfig(**data), base), job.train)
+            adapter = task.adapter({})
+            spent = time.process_time() - start
+            trained = classifier(task, adapter)
+            reached = measure(logits_of(trained, examples, plain), wanted)["accuracy"]
+            trained.detach()
+            yield {"method": name, "shots": count, "seed": seed, "accuracy": reached, "gain": reached - zero,
+                   "seconds": spent}  # fmt: skip
+
+
+def fit(task: FewShotTask, train: TrainConfig) -> FewShotTask:
+    """Trains as the loop does, step for step, without a run folder."""
+    parameters = [p for p in task.parameters() if p.requires_grad]
+    if not parameters:
+        return task
+    task.train()
+    peak = train.learning_rate or task.default_learning_rate
+    optimizer = torch.optim.AdamW(parameters, lr=peak, weight_decay=train.weight_decay)
+    for step in range(train.steps):
+        seed = step_seed(train.seed, step, 0, 0)
+        batch = task.batch(step, torch.Generator().manual_seed(seed))
+        torch.manual_seed(seed)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(train, peak, step)
+        task(batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+    return task
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and spread over seeds, whether each gain exceeds its spread, and the table."""
+    found: dict[str, dict[str, Any]] = {}
+    for method, count in dict.fromkeys((row["method"], row["shots"]) for row in rows):
+        own = [row for row in rows if (row["method"], row["shots"]) == (method, count)]
+        accuracy, gain = [row["accuracy"] for row in own], [row["gain"] for row in own]
+        spread = stdev(gain) if len(gain) > 1 else 0.0
+        found[f"{method} {count}"] = {
+            "accuracy": mean(accuracy), "spread": stdev(accuracy) if len(own) > 1 else 0.0, "gain": mean(gain),
+            "least_gain": min(gain), "beats": mean(gain) > spread and min(gain) >= 0,
+            "seconds": mean(row["seconds"] for row in own),
+        }  # fmt: skip
+    trained = [value["beats"] for key, value in found.items() if not key.startswith("zero_shot")]
+    return {"summary": found, "passed": bool(trained) and all(trained), "table": _table(found)}
+
+
+def _table(found: dict[str, dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(key.rsplit(" ", 1)[0] for key in found))
+    counts = sorted({int(key.rsplit(" ", 1)[1]) for key in found if not key.startswith("zero_shot")})
+    lines = [
+        "accuracy in % over seeds; CPU seconds at the most shots, features from the store where they are there",
+        "",
+    ]
+    lines.append(f"{'':16}" + "".join(f"{count:>8} shots" for count in counts) + "   seconds")
+    for name in names:
+        cells = [found.get(f"{name} {0 if name == 'zero_shot' else count}") for count in counts]
+        shown = (f"{100 * c['accuracy']:6.1f} ± {100 * c['spread']:4.1f}" if c else " " * 13 for c in cells)
+        last = next((f"{c['seconds']:10.1f}" for c in reversed(cells) if c), "")
+        lines.append(f"{name:16} " + " ".join(shown) + last)
+    bad = [key for key, value in found.items() if not key.startswith("zero_shot") and not value["beats"]]
+    lines += ["", f"not above zero-shot by more than the spread: {', '.join(bad) or 'none'}"]
+    return "\n".join(lines)

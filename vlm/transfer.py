@@ -1,0 +1,57 @@
+"""From base to new: trained on one half of the classes, tested on both, each half told apart in itself.
+
+The protocol of Zhou et al., Conditional Prompt Learning for Vision-Language Models, 2022, arXiv:2203.05557: classes in
+order of their folders, the first ceil(c / 2) are the base classes; the two accuracies meet in their harmonic mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from graft.studio.errors import InputError
+from graft.studio.registry import method_class
+from graft.vlm.base import load_base
+from graft.vlm.evaluation import EvaluationConfig, evaluate, harmonic_mean
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter
+    from graft.studio.job import Job
+
+
+def base_to_new(job: Job, runs: str | Path | None = None) -> dict[str, Any]:
+    """Trains on the base classes and measures both halves.
+
+    Args:
+        job: its `data.classes` is set to `base`.
+        runs: where the run goes.
+
+    Returns:
+        `run`, and for `zero_shot` and `adapter` the accuracies `base`, `new` and their `harmonic_mean`.
+
+    Raises:
+        InputError: a method that says nothing of new classes.
+    """
+    from graft.studio.training import train
+
+    method = method_class("vlm", str(job.method["name"]))
+    if getattr(method, "bound", False) or job.method.get("class_specific"):
+        reason = "what it learns belongs to the classes it is trained on"
+        raise InputError(str(job.method["name"]), reason, "Use coop, cocoop, clip_adapter, prolip or clip_lora")
+    run = train(replace(job, data={**job.data, "classes": "base"}), runs=runs)
+    base, adapter = load_base(job.base, job.train.device), run.adapter()
+    result: dict[str, Any] = {"run": str(run.folder)}
+    sides: dict[str, Adapter | None] = {"zero_shot": None, "adapter": adapter}
+    for name, side in sides.items():
+        halves = {half: evaluate(base, side, _settings(job, half))["accuracy"] for half in ("base", "new")}
+        result[name] = {**halves, "harmonic_mean": harmonic_mean(**halves)}
+    return result
+
+
+def _settings(job: Job, half: Any) -> EvaluationConfig:
+    known = {field.name for field in fields(EvaluationConfig)}
+    told = {key: value for key, value in job.data.items() if key in known}
+    if "templates" in told:
+        told["templates"] = tuple(told["templates"])
+    return EvaluationConfig(**{**told, "classes": half})
