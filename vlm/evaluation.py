@@ -17,8 +17,9 @@ from torch import Tensor
 
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
-from graft.vlm.data import TEMPLATES, DataConfig, Example, labels_of, load_view, read_test
+from graft.vlm.data import TEMPLATES, DataConfig, Example, labels_of, read_test
 from graft.vlm.head import Classifier, Setting
+from graft.vlm.pictures import load_view
 from graft.vlm.store import FeatureStore
 
 if TYPE_CHECKING:

@@ -219,7 +219,7 @@ class Classifier:
 
     def predict(self, pictures: Sequence[Any]) -> list[dict[str, float]]:
         """Probability of every class name for PIL pictures, the most likely first."""
-        from graft.vlm.data import to_pixels
+        from graft.vlm.pictures import to_pixels
 
         pixels = torch.stack([to_pixels(picture, self.head.setting.base.preprocess) for picture in pictures])
         rows = self.logits_of_pixels(pixels).softmax(-1)

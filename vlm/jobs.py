@@ -17,8 +17,9 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict, to_dict
 from graft.studio.registry import method_class
 from graft.vlm.base import ClipBase, load_base
-from graft.vlm.data import DataConfig, Split, labels_of, load_view, read_split
+from graft.vlm.data import DataConfig, Split, labels_of, read_split
 from graft.vlm.head import Classifier, Head, HeadMethod, Setting, Shots
+from graft.vlm.pictures import load_view
 from graft.vlm.store import FeatureStore
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
-from graft.vlm.data import SUFFIXES, to_pixels
+from graft.vlm.data import SUFFIXES
 from graft.vlm.head import Setting
+from graft.vlm.pictures import to_pixels
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter

@@ -20,7 +20,8 @@ from torch import Tensor
 from graft.studio.caches import content_key, default_root
 from graft.studio.formats.files import write_tensors
 from graft.vlm.base import ClipBase
-from graft.vlm.data import DataConfig, Example, load_view
+from graft.vlm.data import DataConfig, Example
+from graft.vlm.pictures import load_view
 
 log = logging.getLogger("graft")
 _BATCH = 64
@@ -46,6 +47,8 @@ class FeatureStore:
         """Features of some views: (n, v, p) float32, on the CPU."""
         folder = self.root / content_key("features-1", base.image_hash)[:32]
         names = [_row(example, view, config) for example in examples for view in views]
+        if any(hasattr(module, "graft_slots") for module in base.vision.modules()):
+            raise ValueError("the image tower carries an adapter: its features are not the base's")
         known = self._read(folder, set(names))
         missing = [k for k, name in enumerate(names) if name not in known]
         if missing:

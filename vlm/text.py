@@ -141,7 +141,7 @@ class TextTower:
         n = x.shape[1]
         if not self.cuttable and n != self.length:
             raise ValueError(f"this tower needs all {self.length} positions, got {n}")
-        x = x + self.positions[:n]
+        x = self._placed(x, 0)
         mask = x.new_full((n, n), float("-inf")).triu(1) if self.causal else None
         for layer in self.layers:
             x = layer.whole(x, mask)
@@ -162,8 +162,7 @@ class TextTower:
         keys = self._prefix(prefix)
         suffix = suffix[:, : int(at.max()) + 1] if suffix.dim() == 3 else suffix[:, :, : int(at.max()) + 1]
         groups, (count, tokens) = len(prefix), suffix.shape[-3:-1]
-        suffix = suffix + self.positions[prefix.shape[1] : prefix.shape[1] + tokens]
-        suffix = suffix.expand(groups, -1, -1, -1)
+        suffix = self._placed(suffix, prefix.shape[1]).expand(groups, -1, -1, -1)
         step = max(1, chunk // (groups * tokens))
         run = partial(self._suffixes, keys)
         if step >= count:
@@ -172,6 +171,10 @@ class TextTower:
         pieces = zip(suffix.split(step, dim=1), at.split(step), strict=True)
         return torch.cat([again(part, places) for part, places in pieces], dim=1)
 
+    def _placed(self, x: Tensor, first: int) -> Tensor:
+        """Embeddings (..., n, d) with their positions, in the tower's type: what is learnt may be wider."""
+        return (x + self.positions[first : first + x.shape[-2]]).to(self.positions.dtype)
+
     def _parts(self) -> Iterator[tuple[int, Parts]]:
         for number, layer in enumerate(self.layers):
             assert layer.parts is not None
@@ -179,7 +182,7 @@ class TextTower:
 
     def _prefix(self, prefix: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of the prefix in every layer, (g, h, p, d / h) each."""
-        x = prefix + self.positions[: prefix.shape[1]]
+        x = self._placed(prefix, 0)
         mask = x.new_full((x.shape[1], x.shape[1]), float("-inf")).triu(1)
         found = []
         for number, layer in self._parts():

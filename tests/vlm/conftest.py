@@ -24,7 +24,8 @@ from transformers import (
     SiglipModel,
 )
 
-from graft.vlm.base import ClipBase, Preprocess, from_open_clip, from_transformers, hugging_face_words, open_clip_words
+from graft.vlm.base import ClipBase, Preprocess
+from graft.vlm.families import from_open_clip, from_transformers, hugging_face_words, open_clip_words
 
 HALF = (0.5, 0.5, 0.5)
 PREPROCESS = Preprocess(16, HALF, HALF)

@@ -18,7 +18,7 @@ from graft.studio import registry
 from graft.studio.errors import InputError
 from graft.studio.pocket import resolve
 from graft.vlm.base import ClipBase, Preprocess, load_base
-from graft.vlm.data import to_pixels
+from graft.vlm.pictures import to_pixels
 
 
 @torch.no_grad()

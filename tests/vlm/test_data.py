@@ -15,7 +15,8 @@ from PIL import Image
 
 from graft.studio.errors import DataError
 from graft.vlm.base import Preprocess
-from graft.vlm.data import DataConfig, load_view, read_split, read_test, to_pixels, write_splits
+from graft.vlm.data import DataConfig, read_split, read_test, write_splits
+from graft.vlm.pictures import load_view, to_pixels
 
 SMALL = Preprocess(16, (0.5,) * 3, (0.5,) * 3)
 

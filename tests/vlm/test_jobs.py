@@ -128,6 +128,14 @@ def test_the_guard_turns_back_to_zero_shot(job: dict[str, Any]):
     assert card.metrics["validation"]["trained"] < 1
 
 
+def test_training_leaves_the_base_in_evaluation_mode(job: dict[str, Any]):
+    """Batch norms of a ResNet tower would otherwise follow the few shots."""
+    task: Any = prepare(Job.load({**job, "method": {"name": "clip_lora"}}))
+    task.train()
+    assert task.head.training and not any(m.training for n, m in task.base.model.named_modules())
+    assert set(dict(task.named_parameters())) == {f"head.bank.{n}" for n, _ in task.head.bank.named_parameters()}
+
+
 def test_with_one_shot_there_is_nothing_to_judge_by(job: dict[str, Any], caplog: pytest.LogCaptureFixture):
     run = graft.train({**job, "data": {**job["data"], "shots": 1}})
     assert run.adapter().card.metrics["validation"] is None

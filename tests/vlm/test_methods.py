@@ -322,6 +322,19 @@ def test_other_names_on_what_was_learnt(method: Any, setting: Setting, shots: Sh
     assert classifier.renamed(("the dog", "photo")).logits(shots.held_pooled).shape == (3, 2)
 
 
+@pytest.mark.parametrize("method", [CoOp(vectors=2), CoCoOp()], ids=lambda m: type(m).__name__)
+def test_what_is_learnt_stays_float32_on_a_narrow_base(method: Any, make_open_clip: Callable[..., ClipBase]):
+    torch.manual_seed(0)
+    base = make_open_clip()
+    base.model.to(torch.bfloat16)
+    head = method.build(Setting(base, NAMES, TEMPLATES))
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    loss, _ = head.loss(base.encode_image(pixels).float(), torch.tensor([0, 1]))
+    loss.backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in head.parameters() if p.grad is not None)
+    assert head.get_parameter("context").grad.abs().sum() > 0
+
+
 @torch.no_grad()
 def test_strength_goes_from_zero_shot_to_what_was_learnt(setting: Setting, shots: Shots):
     head = moved(TaskRes().build(setting))

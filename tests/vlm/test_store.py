@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from graft.vlm.base import ClipBase
-from graft.vlm.data import DataConfig, load_view, read_split
+from graft.vlm.clip_lora import ClipLoRA
+from graft.vlm.data import DataConfig, read_split
+from graft.vlm.pictures import load_view
 from graft.vlm.store import FeatureStore
 
 
@@ -59,6 +61,15 @@ def test_the_key_is_weights_preprocessing_content_and_crop(
     path = examples[0].path
     Image.new("RGB", (16, 16), "red").save(path)
     assert computed(base, data, [0]) == 1  # the edited picture
+
+
+def test_features_of_an_adapted_tower_are_never_kept(make: Callable[..., ClipBase], data: DataConfig, tmp_path: Path):
+    base, examples = make(), read_split(data).train
+    handle = ClipLoRA().attach(base.modules)
+    with pytest.raises(ValueError, match="carries an adapter"):
+        FeatureStore(tmp_path).get(base, examples, data, [0])
+    handle.detach()
+    assert FeatureStore(tmp_path).get(base, examples, data, [0]).shape == (6, 1, 16)
 
 
 def test_a_damaged_pack_is_computed_again(base: ClipBase, data: DataConfig, tmp_path: Path):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from graft.studio.config import to_dict
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
 from graft.studio.job import Job, TrainConfig
@@ -96,10 +97,11 @@ def _measured(base: ClipBase, folder: Path, names: Sequence[str], counts: Sequen
     yield {"method": "zero_shot", "shots": 0, "seed": seed, "accuracy": zero, "gain": 0.0, "seconds": 0.0}
     for name in names:
         for count in counts:
-            data: dict[str, Any] = {"path": str(folder), "shots": count, "seed": seed, "views": views}
-            job = Job.load({"base": base.name, "domain": "vlm", "method": {"name": name}, "data": data})
+            data = DataConfig(path=str(folder), shots=count, seed=seed, views=views)
+            section = {"base": base.name, "domain": "vlm", "method": {"name": name}, "data": to_dict(data)}
+            job = Job.load(section)
             start = time.process_time()
-            task = fit(prepared(job, method_class("vlm", name)(), DataConfig(**data), base), job.train)
+            task = fit(prepared(job, method_class("vlm", name)(), data, base), job.train)
             adapter = task.adapter({})
             spent = time.process_time() - start
             trained = classifier(task, adapter)

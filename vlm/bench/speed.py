@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from graft.studio.disk import write_json
 from graft.studio.pocket.atlas import Atlas
-from graft.vlm.base import ClipBase, Preprocess, from_transformers, open_clip_words
+from graft.vlm.base import ClipBase, Preprocess
 from graft.vlm.clip_adapter import ClipAdapter
 from graft.vlm.cocoop import CoCoOp
 from graft.vlm.coop import CoOp
+from graft.vlm.families import from_transformers, open_clip_words
 from graft.vlm.head import Setting, Shots
 from graft.vlm.tip_adapter import TipAdapterF, search
 
