@@ -146,7 +146,7 @@ class LlavaTask(nn.Module):
         self.llava = LlavaModel(config(self.tokenizer))  # without a head: the embedding table is the head, too
         del self.llava.vision_tower
         # On a CPU the fused attention takes longer, nearly all of it in the backward pass.
-        self.llava.set_attn_implementation("eager")
+        self.llava.language_model.set_attn_implementation("eager")
         tower.set_attn_implementation("eager")
         del tower.encoder.layers[-1]
         self.frozen = (tower.eval().requires_grad_(False),)  # a tuple hides it from parameters()
