@@ -46,14 +46,16 @@ class TrainConfig:
     """Steps between lines in metrics.jsonl; each holds means over them."""
     threads: int = 0
     """CPU threads of the tensor library; 0 takes all cores that this process may use."""
+    workers: int = 0
+    """Processes that draw batches ahead; 0 draws each when it is needed. The numbers are the same."""
     device: str | None = None
     """"cpu", "cuda", ...; None takes the accelerator if there is one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        zero = ("warmup_steps", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds", "threads")
-        for name in zero:
+        zero = ("warmup_steps", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
+        for name in (*zero, "threads", "workers"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         rate = self.learning_rate
         require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")

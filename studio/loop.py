@@ -7,7 +7,6 @@ that was not.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import os
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from graft.studio import registry
+from graft.studio.batches import batches, step_seed
 from graft.studio.disk import append_line
 from graft.studio.errors import GraftError
 from graft.studio.job import Job, TrainConfig
@@ -65,12 +65,6 @@ class Task(Protocol):
 
     def adapter(self, metrics: dict[str, Any]) -> Adapter:
         """Return the trained adapter."""
-
-
-def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
-    """Return the seed of one micro step: 63 bits of a hash."""
-    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def learning_rate(config: TrainConfig, peak: float, step: int) -> float:
@@ -150,6 +144,7 @@ class Loop:
         self.restore()
         self.task.train()
         means, elapsed = _Means(), self.seconds
+        self.batches = batches(self.task, self.config, self.accelerator.process_index, self.step)
         saved = began = time.monotonic()
         with self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
             while self.step < self.config.steps:
@@ -178,9 +173,8 @@ class Loop:
         if hasattr(self.task, "before_step"):
             torch.manual_seed(step_seed(self.config.seed, self.step, 0, 0))  # the same draws in every process
             self.task.before_step(self.step, self.config.steps)
-        for micro in range(self.config.gradient_accumulation):
-            seed = step_seed(self.config.seed, self.step, micro, self.accelerator.process_index)
-            batch = self.task.batch(self.step, torch.Generator().manual_seed(seed))
+        for _ in range(self.config.gradient_accumulation):
+            seed, batch = next(self.batches)
             torch.manual_seed(seed)  # for dropout
             with self.accelerator.accumulate(self.module):
                 loss, parts = self.module(batch)

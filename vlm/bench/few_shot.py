@@ -21,7 +21,8 @@ from graft.studio.config import to_dict
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
 from graft.studio.job import Job, TrainConfig
-from graft.studio.loop import learning_rate, step_seed
+from graft.studio.batches import step_seed
+from graft.studio.loop import learning_rate
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import render, sample_scene
 from graft.studio.registry import METHODS, method_class

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
-from graft.studio.pocket.pretrain.draw import pictures, rng_of
+from graft.studio.pocket.pretrain.draw import on_device, pictures, rng_of
 from graft.studio.pocket.scenes import COLOURS, Scene, Thing, centred, sample_scene
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ class AutoencoderTask(nn.Module):
 
     def forward(self, batch: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and its parts for pictures (b, 3, h, w)."""
+        batch = on_device(batch, self)
         posterior = self.vae.encode(batch).latent_dist
         output = self.vae.decode(posterior.sample()).sample.float()
         error = output - batch

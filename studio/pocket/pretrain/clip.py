@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
-from graft.studio.pocket.pretrain.draw import pictures, rng_of, worn
+from graft.studio.pocket.pretrain.draw import on_device, pictures, rng_of, worn
 from graft.studio.pocket.scenes import COLOURS, Scene, caption, centred, opening, portrait, sample_scene, with_article
 from graft.studio.pocket.tokenizer import LENGTH, load_tokenizer
 
@@ -147,7 +147,7 @@ class ClipTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and the share of pictures whose own text is nearest."""
-        clip = self.clip
+        batch, clip = on_device(batch, self), self.clip
         seen = clip.visual_projection(clip.vision_model(batch.pictures).pooler_output)
         told = clip.text_projection(clip.text_model(batch.input_ids).pooler_output)
         scale = clip.logit_scale.clamp(max=4.6052).exp()  # at most 100, as in the paper
@@ -155,7 +155,7 @@ class ClipTask(nn.Module):
         if batch.target is not None:
             hit = (logits.argmax(1) == batch.target).float().mean()
             return cross_entropy(logits, batch.target), {"name_top1": hit}
-        own = torch.arange(len(logits))
+        own = torch.arange(len(logits), device=logits.device)
         hit = (logits.argmax(1) == own).float().mean()
         return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2, {"caption_top1": hit}
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from graft.studio.pocket.scenes import Scene, render
@@ -27,6 +28,13 @@ def worn(batch: Tensor, generator: torch.Generator, share: float = 0.5) -> Tenso
         strength = 0.15 * torch.rand((), generator=generator)
         out[row] += strength * torch.randn(batch.shape[1:], generator=generator)
     return out.clamp_(-1, 1)
+
+
+def on_device(batch: Any, task: nn.Module) -> Any:
+    """Return a batch, a tensor or a tuple of tensors, where the task's parameters are."""
+    from accelerate.utils import send_to_device
+
+    return send_to_device(batch, next(task.parameters()).device, non_blocking=True)
 
 
 def pictures(scenes: Sequence[Scene]) -> Tensor:

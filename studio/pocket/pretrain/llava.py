@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, linear
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.clip import VISION
-from graft.studio.pocket.pretrain.draw import pictures, rng_of
+from graft.studio.pocket.pretrain.draw import on_device, pictures, rng_of
 from graft.studio.pocket.questions import KINDS, Question, ask, question_scene
 from graft.studio.pocket.scenes import Scene
 from graft.studio.pocket.tokenizer import load_llava_tokenizer
@@ -114,7 +114,8 @@ class Llava:
         """Return the training, on the committed image tower."""
         from graft.studio.pocket import models
 
-        task = LlavaTask(models.clip().vision_model, train.batch_size, self.tokens)
+        tower = models.clip().vision_model.to(train.device or "cpu")
+        task = LlavaTask(tower, train.batch_size, self.tokens)
         if self.go_on:
             start = models.llava().model
             del start.vision_tower
@@ -193,7 +194,7 @@ class LlavaTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, and the share of answer tokens that are the likeliest ones."""
-        table = self.llava.get_input_embeddings()
+        batch, table = on_device(batch, self), self.llava.get_input_embeddings()
         with torch.no_grad():
             features = self.frozen[0](batch.pictures).last_hidden_state[:, 1:]
         embeds = table(batch.input_ids)

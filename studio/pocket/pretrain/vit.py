@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
-from graft.studio.pocket.pretrain.draw import pictures, rng_of, worn
+from graft.studio.pocket.pretrain.draw import on_device, pictures, rng_of, worn
 from graft.studio.pocket.scenes import COLOURS, Scene, centred, sample_scene
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class VitTask(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss and the share of pictures told rightly."""
+        batch = on_device(batch, self)
         logits = self.vit(batch.pictures).float()
         hit = (logits.argmax(1) == batch.target).float().mean()
         return cross_entropy(logits, batch.target, label_smoothing=self.label_smoothing), {"top1": hit}

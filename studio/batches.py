@@ -1,0 +1,67 @@
+"""The batches of a training in order, drawn when they are needed or ahead of it by other processes.
+
+A batch is a function of (seed, step, micro step, rank), so who draws it, and when, changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from graft.studio.job import TrainConfig
+
+
+def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
+    """Return the seed of one micro step: 63 bits of a hash."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}/{rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+class _Batches(Dataset[tuple[int, Any]]):
+    """Seed and batch of each micro step, counted over the whole training."""
+
+    def __init__(self, task: Any, config: TrainConfig, rank: int):
+        self.task, self.config, self.rank = task, config, rank
+
+    def __getitem__(self, place: int) -> tuple[int, Any]:
+        step, micro = divmod(place, self.config.gradient_accumulation)
+        seed = step_seed(self.config.seed, step, micro, self.rank)
+        return seed, self.task.batch(step, torch.Generator().manual_seed(seed))
+
+
+def batches(task: Any, config: TrainConfig, rank: int, first_step: int) -> Iterator[tuple[int, Any]]:
+    """Yield seed and batch of each micro step from a step on.
+
+    Args:
+        task: its `batch` is called; with `workers`, in copies of this process, where it must not touch an accelerator.
+        config: says how many, from what seed, and by how many processes.
+        rank: of this process among those that train together.
+        first_step: where a resumed training goes on.
+    """
+    accumulation = config.gradient_accumulation
+    ahead: dict[str, Any] = {}
+    if config.workers:
+        ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork", "worker_init_fn": _ignore_interrupt}
+    loader = DataLoader(
+        _Batches(task, config, rank),
+        batch_size=None,
+        sampler=range(first_step * accumulation, config.steps * accumulation),
+        collate_fn=_as_it_is,
+        num_workers=config.workers,
+        **ahead,
+    )
+    return iter(loader)
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but it is the training that decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
