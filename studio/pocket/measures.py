@@ -17,6 +17,8 @@ from torch.nn.functional import cross_entropy, normalize
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain.draw import pictures
+from graft.studio.pocket.qa import exact_match, mean_accuracy
+from graft.studio.pocket.questions import question_scene
 from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, sample_scene
 
 STEPS, GUIDANCE = 25, 5.0
@@ -162,6 +164,19 @@ def measure_clip(seed: int, classes: int = 50, shots: int = 16, tests: int = 10)
     ranks = name_ranks(clip, pictured[cut:], new * tests, UNSEEN_OPENING, among=new)
     figures[f"zero-shot top-1 on the same {classes} new classes, %"] = share(ranks < 1)
     return figures
+
+
+def measure_llava(seed: int, count: int = 100) -> dict[str, float]:
+    """Return how many questions about new scenes are answered to the letter, with the right picture and a wrong one."""
+    model, processor, rng = models.llava(), models.llava_processor(), np.random.default_rng(seed)
+    scenes = [question_scene(rng, Atlas.load().known) for _ in range(count)]
+    scores = exact_match(model, processor, scenes, seed=seed)
+    blind = exact_match(model, processor, scenes, seed=seed, shuffled=True)
+    return {
+        "answers right to the letter, mean over the kinds of questions, %": 100 * mean_accuracy(scores),
+        "the same with the picture of another scene, %": 100 * mean_accuracy(blind),
+        **{f"questions of the kind {kind}, %": 100 * score.accuracy for kind, score in scores.items()},
+    }
 
 
 def measure_sd(seed: int, names: int = 200) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -8,6 +8,7 @@ of names and the noise.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
 import sys
@@ -22,7 +23,9 @@ from torch import Tensor
 from graft.studio.pocket import measures, models
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain.draw import pictures
-from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, sample_scene
+from graft.studio.pocket.qa import answer
+from graft.studio.pocket.questions import KINDS, ask, question_scene
+from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, render, sample_scene
 
 Figures = dict[str, dict[str, list[float]]]
 """Model -> measure -> one value for each seed."""
@@ -59,6 +62,7 @@ def measure(seeds: int = 4, names: int = 200) -> tuple[Figures, dict[str, Any]]:
                 "pocket-sd": drawn,
                 "pocket-vit": measures.measure_vit(seed),
                 "pocket-clip": measures.measure_clip(seed),
+                "pocket-llava": measures.measure_llava(seed),
             }
         )
         if not seed:
@@ -107,17 +111,31 @@ def retrieval(count: int = 6, seed: int = 0) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def conversations(count: int = 6, seed: int = 1) -> list[dict[str, Any]]:
+    """Return scenes (3, 64, 64) with three questions about each, as (question, right answer, pocket-llava's)."""
+    rng, known = np.random.default_rng(seed), Atlas.load().known
+    model, processor, talks = models.llava(), models.llava_processor(), []
+    for scene in [question_scene(rng, known) for _ in range(count)]:
+        asked = [q for kind in rng.permutation(KINDS) if (q := ask(scene, str(kind), rng, known)) is not None][:3]
+        told = answer(model, processor, [render(scene)] * len(asked), [q.text for q in asked])
+        lines = [(q.text, q.answer, given) for q, given in zip(asked, told, strict=True)]
+        talks.append({"picture": pictures([scene])[0], "lines": lines})
+    return talks
+
+
 def _forward(name: str) -> tuple[float, float]:
     """Return median seconds and added memory in MB of one forward pass of one row; in a process of its own."""
     torch.set_num_threads(1)
     tokens = models.load_tokenizer()(["red apple"], padding="max_length", return_tensors="pt").input_ids
     pixels = torch.zeros(1, 3, 64, 64)
     network = getattr(models, name)()
+    asked = torch.tensor([[network.config.image_token_id] * 64 + [1] * 16]) if name == "llava" else tokens
     calls = {
         "autoencoder": lambda: network(pixels),
         "clip": lambda: network(pixel_values=pixels, input_ids=tokens),
         "vit": lambda: network(pixels),
         "unet": lambda: network(torch.zeros(1, 16, 8, 8), 500, torch.zeros(1, 32, 192)),
+        "llava": lambda: network(input_ids=asked, pixel_values=pixels),
     }
     seconds = []
     with torch.no_grad():
@@ -134,6 +152,7 @@ def _forward(name: str) -> tuple[float, float]:
 def _resident(which: str, anew: bool = False) -> float:
     """Return this process's memory now (VmRSS) or at its highest (VmHWM, counted anew from now on), in MB; Linux."""
     if anew:
+        ctypes.CDLL(None).malloc_trim(0)  # else the forward pass takes what loading left, and seems to need nothing
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(which))
@@ -145,16 +164,17 @@ def report(out: Path | str = "docs", seeds: int = 4, names: int = 200) -> dict[s
     began = time.perf_counter()
     figures, shown = measure(seeds, names)
     (out / "pocket").mkdir(parents=True, exist_ok=True)
-    found = retrieval()
+    found, talks = retrieval(), conversations()
     shown["retrieval"] = grid(torch.stack([row["picture"] for row in found]), len(found), 2)
+    shown["conversations"] = grid(torch.stack([talk["picture"] for talk in talks]), len(talks), 2)
     for name, picture in shown.items():
         picture.save(out / "pocket" / f"{name}.png", optimize=True)
-    (out / "pocket_models.md").write_text(_page(figures, seeds, found), encoding="utf-8")
+    (out / "pocket_models.md").write_text(_page(figures, seeds, found, talks), encoding="utf-8")
     print(f"report: {time.perf_counter() - began:.0f} s", file=sys.stderr)
     return {"figures": figures, "page": str(out / "pocket_models.md")}
 
 
-def _page(figures: Figures, seeds: int, found: list[dict[str, Any]]) -> str:
+def _page(figures: Figures, seeds: int, found: list[dict[str, Any]], talks: list[dict[str, Any]]) -> str:
     rows = "\n".join(
         f"| {model} | {name} | {np.mean(values):.2f} | {min(values):.2f} to {max(values):.2f} |"
         for model, of in figures.items()
@@ -162,6 +182,14 @@ def _page(figures: Figures, seeds: int, found: list[dict[str, Any]]) -> str:
     )
     seen = "\n".join(
         f"- {row['name']}: " + ", ".join(f"{name} ({score:.2f})" for name, score in row["found"]) for row in found
+    )
+    said = "\n\n".join(
+        f"Picture {k}:\n\n"
+        + "\n".join(
+            f"- {question} **{given}**" + ("" if given == right else f" (wrong: {right})")
+            for question, right, given in talk["lines"]
+        )
+        for k, talk in enumerate(talks, start=1)
     )
     return f"""# The embedded models
 
@@ -176,8 +204,8 @@ guidance {measures.GUIDANCE}. Known sprites are those of pretraining; new ones n
 {_parts()}
 
 Weights are Apache-2.0; the sprites are drawn from Noto Color Emoji (OFL 1.1). To train on from these weights, on a
-GPU if there is one: `graft pocket train NETWORK --set method.go_on=true`, NETWORK one of autoencoder, clip, vit, unet.
-The unet needs the autoencoder and the text tower of clip, so it comes last.
+GPU if there is one: `graft pocket train NETWORK --set method.go_on=true`, NETWORK one of autoencoder, clip, vit, unet,
+llava. The unet needs the autoencoder and the text tower of clip, llava the image tower of clip.
 
 ## Known names, one picture each
 
@@ -207,6 +235,12 @@ Random scenes above, what the autoencoder makes of them below: known sprites, th
 ![scenes](pocket/retrieval.png)
 
 {seen}
+
+## What pocket-llava answers
+
+![scenes](pocket/conversations.png)
+
+{said}
 """
 
 
@@ -216,7 +250,7 @@ def _parts() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     context = multiprocessing.get_context("spawn")
-    for name in ("autoencoder", "unet", "clip", "vit"):
+    for name in ("autoencoder", "unet", "clip", "vit", "llava"):
         facts = models.facts(name)
         trainings = facts["trainings"]
         hardware = ", then ".join(dict.fromkeys(one["hardware"] for one in trainings))
