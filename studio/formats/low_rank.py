@@ -3,8 +3,9 @@ weight, and for DoRA the length of the changed weight's rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class LowRank:
     """Factors of one module with their scale multiplied in."""
 
     kind: str
-    """linear, conv or embedding."""
+    """linear, conv, embedding, or mha: the packed projection of torch's MultiheadAttention."""
     down: Tensor
     """A: (r, i), (r, i, kernel...) or, for an embedding, (r, vocabulary)."""
     up: Tensor
@@ -48,31 +49,48 @@ class LowRank:
         delta = self.up.float() @ self.down.float().flatten(1)
         return (delta.T if self.kind == "embedding" else delta).reshape(self.shape)
 
+    def padded(self, rank: int) -> LowRank:
+        """Returns the same change with a larger rank, for libraries that have one rank for all modules."""
+        more = rank - self.rank
+        down = torch.cat([self.down, self.down.new_zeros(more, *self.down.shape[1:])])
+        return replace(self, down=down, up=torch.cat([self.up, self.up.new_zeros(len(self.up), more)], 1))
+
 
 def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
     """Returns the factors of each module; rows of a packed projection become one block-diagonal pair, which is
     exact."""
     scaling = _config(adapter).scaling
+    modules = {}
+    for name, sites in by_module(adapter).items():
+        pairs = [(adapter.tensors[f"{site.key}.A"], adapter.tensors[f"{site.key}.B"] * scaling) for site in sites]
+        if sites[0].rows is None:
+            (down, up), length = pairs[0], adapter.tensors.get(f"{sites[0].key}.m")
+            modules[name] = LowRank(sites[0].kind, down, up, length)
+            continue
+        kind = "mha" if sites[0].kind == "mha" else "linear"
+        down, up = block_diagonal([site.rows or (0, 0) for site in sites], pairs, sites[0].shape[0])
+        modules[name] = LowRank(kind, down, up, _length(adapter, sites))
+    return modules
+
+
+def by_module(adapter: Adapter) -> dict[str, list[Site]]:
+    """Returns the sites of each module: one, or rows of its projection."""
     grouped: dict[str, list[Site]] = {}
     for site in Plan.from_list(adapter.card.sites):
         grouped.setdefault(site.name, []).append(site)
-    modules = {}
-    for name, sites in grouped.items():
-        factors = [
-            (site, adapter.tensors[f"{site.key}.A"], adapter.tensors[f"{site.key}.B"] * scaling) for site in sites
-        ]
-        if sites[0].rows is None:
-            length = adapter.tensors.get(f"{sites[0].key}.m")
-            modules[name] = LowRank(sites[0].kind, factors[0][1], factors[0][2], length)
-            continue
-        up = torch.zeros(sites[0].shape[0], sum(down.shape[0] for _, down, _ in factors))
-        column = 0
-        for site, down, part in factors:
-            assert site.rows is not None
-            up[slice(*site.rows), column : column + down.shape[0]] = part
-            column += down.shape[0]
-        modules[name] = LowRank("linear", torch.cat([down for _, down, _ in factors]), up, _length(adapter, sites))
-    return modules
+    return grouped
+
+
+def block_diagonal(
+    rows: Sequence[tuple[int, int]], pairs: Sequence[tuple[Tensor, Tensor]], out: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the one pair (A, B) for ``out`` rows that does to each range of rows what its own pair does."""
+    up = torch.zeros(out, sum(down.shape[0] for down, _ in pairs))
+    column = 0
+    for (start, stop), (down, part) in zip(rows, pairs, strict=True):
+        up[start:stop, column : column + down.shape[0]] = part
+        column += down.shape[0]
+    return torch.cat([down for down, _ in pairs]), up
 
 
 def _length(adapter: Adapter, sites: list[Site]) -> Tensor | None:
@@ -85,20 +103,33 @@ def _length(adapter: Adapter, sites: list[Site]) -> Tensor | None:
     return torch.cat(found) if found else None
 
 
-def to_adapter(modules: Mapping[str, LowRank], domain: str, source: str) -> Adapter:
+def to_adapter(
+    modules: Mapping[str, LowRank], domain: str, source: str, details: Mapping[str, Any] | None = None
+) -> Adapter:
     """Returns factors read from another library's file as an adapter with scale 1; ranks may differ between modules."""
     if not modules:
         raise FormatError(source, "it holds no LoRA factors", "check that this is a LoRA file")
     tensors, sites = {}, []
     for name, module in modules.items():
-        tensors[f"{name}.A"], tensors[f"{name}.B"] = module.down.float(), module.up.float()
-        sites.append(Site(name, module.kind, module.shape))
+        for site, up in _sites(name, module):
+            tensors[f"{site.key}.A"], tensors[f"{site.key}.B"] = module.down.float(), up.float()
+            sites.append(site)
         if module.length is not None:
             tensors[f"{name}.m"] = module.length.float()
     rank = max(module.rank for module in modules.values())
-    config = {"rank": rank, "alpha": float(rank), "targets": [site.name for site in sites]}
+    config = {"rank": rank, "alpha": float(rank), "targets": list(modules)}
     method = "dora" if any(module.length is not None for module in modules.values()) else "lora"
-    return Adapter(tensors, Card(method, config, domain, sites=Plan(tuple(sites)).to_list()))
+    card = Card(method, config, domain, sites=Plan(tuple(sites)).to_list(), details=dict(details or {}))
+    return Adapter(tensors, card)
+
+
+def _sites(name: str, module: LowRank) -> list[tuple[Site, Tensor]]:
+    """The sites of a module, each with its rows of B: torch's MultiheadAttention has three, others one."""
+    if module.kind != "mha":
+        return [(Site(name, module.kind, module.shape), module.up)]
+    size = module.up.shape[0] // 3
+    rows = [(start, start + size) for start in range(0, 3 * size, size)]
+    return [(Site(name, "mha", module.shape, each), module.up[slice(*each)]) for each in rows]
 
 
 def check_written(adapter: Adapter, written: Mapping[str, LowRank], where: str) -> None:
