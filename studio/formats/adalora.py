@@ -37,9 +37,9 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         raise InputError(attention[0], "peft has no AdaLoRA of torch's MultiheadAttention", "use native")
     rank = max(module.rank for module in modules.values())
     tensors = {}
-    for name, sites in by_module(adapter).items():
+    for name, parts in by_module(adapter).items():
         module = modules[name].padded(rank)
-        values = torch.cat([adapter.tensors[f"{site.key}.E"] for site in sites]) * ((rank + _SMALL) / rank)
+        values = torch.cat([adapter.tensors[f"{site.key}.E"] for site, _ in parts]) * ((rank + _SMALL) / rank)
         values = F.pad(values, (0, rank - len(values)))[:, None]
         for end, tensor in zip(_ENDS, (module.down, module.up, values), strict=True):
             tensors[f"{PREFIX}{name}.{end}"] = tensor

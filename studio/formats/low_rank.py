@@ -59,48 +59,44 @@ class LowRank:
 def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
     """Returns the factors of each module; rows of a packed projection become one block-diagonal pair, which is
     exact."""
+    return {name: _whole(parts) for name, parts in by_module(adapter).items()}
+
+
+def by_module(adapter: Adapter) -> dict[str, list[tuple[Site, LowRank]]]:
+    """Returns for each module its site, or those on rows of its projection, with their factors."""
     scaling = _config(adapter).scaling
-    modules = {}
-    for name, sites in by_module(adapter).items():
-        pairs = [(adapter.tensors[f"{site.key}.A"], adapter.tensors[f"{site.key}.B"] * scaling) for site in sites]
-        if sites[0].rows is None:
-            (down, up), length = pairs[0], adapter.tensors.get(f"{sites[0].key}.m")
-            modules[name] = LowRank(sites[0].kind, down, up, length)
-            continue
-        kind = "mha" if sites[0].kind == "mha" else "linear"
-        down, up = block_diagonal([site.rows or (0, 0) for site in sites], pairs, sites[0].shape[0])
-        modules[name] = LowRank(kind, down, up, _length(adapter, sites))
+    modules: dict[str, list[tuple[Site, LowRank]]] = {}
+    for site in Plan.from_list(adapter.card.sites):
+        down, up, length = (adapter.tensors.get(f"{site.key}.{name}") for name in "ABm")
+        if down is None or up is None:
+            raise InputError(site.key, "the adapter has no factors for it", "export the adapter again")
+        kind = "linear" if site.kind == "packed" else site.kind
+        modules.setdefault(site.name, []).append((site, LowRank(kind, down, up * scaling, length)))
     return modules
 
 
-def by_module(adapter: Adapter) -> dict[str, list[Site]]:
-    """Returns the sites of each module: one, or rows of its projection."""
-    grouped: dict[str, list[Site]] = {}
-    for site in Plan.from_list(adapter.card.sites):
-        grouped.setdefault(site.name, []).append(site)
-    return grouped
-
-
-def block_diagonal(
-    rows: Sequence[tuple[int, int]], pairs: Sequence[tuple[Tensor, Tensor]], out: int
-) -> tuple[Tensor, Tensor]:
-    """Returns the one pair (A, B) for ``out`` rows that does to each range of rows what its own pair does."""
-    up = torch.zeros(out, sum(down.shape[0] for down, _ in pairs))
-    column = 0
-    for (start, stop), (down, part) in zip(rows, pairs, strict=True):
-        up[start:stop, column : column + down.shape[0]] = part
-        column += down.shape[0]
-    return torch.cat([down for down, _ in pairs]), up
-
-
-def _length(adapter: Adapter, sites: list[Site]) -> Tensor | None:
-    """The rows' lengths of a packed projection, whose sites must cover it: those of other rows are the base's."""
-    parts = {site.rows: adapter.tensors.get(f"{site.key}.m") for site in sites}
-    found = [part for _, part in sorted(parts.items(), key=lambda item: item[0] or (0, 0)) if part is not None]
-    if found and sum(map(len, found)) != sites[0].shape[0]:
+def _whole(parts: Sequence[tuple[Site, LowRank]]) -> LowRank:
+    """Factors of a whole module."""
+    site, part = parts[0]
+    if site.rows is None:
+        return part
+    whole = block_diagonal([(site.rows or (0, 0), part) for site, part in parts], site.shape[0])
+    found = [part.length for _, part in sorted(parts, key=lambda item: item[0].rows or (0, 0))]
+    lengths = [length for length in found if length is not None]
+    if lengths and sum(map(len, lengths)) != site.shape[0]:  # those of other rows are the base's
         reason = "a DoRA of some rows cannot be written for the whole projection"
-        raise InputError(sites[0].name, reason, "adapt q, k and v together, or use native")
-    return torch.cat(found) if found else None
+        raise InputError(site.name, reason, "adapt q, k and v together, or use native")
+    return replace(whole, length=torch.cat(lengths) if lengths else None)
+
+
+def block_diagonal(parts: Sequence[tuple[tuple[int, int], LowRank]], out: int) -> LowRank:
+    """Returns the factors for ``out`` rows that do to each range of rows what its own factors do."""
+    up = torch.zeros(out, sum(part.rank for _, part in parts))
+    column = 0
+    for (start, stop), part in parts:
+        up[start:stop, column : column + part.rank] = part.up
+        column += part.rank
+    return LowRank(parts[0][1].kind, torch.cat([part.down for _, part in parts]), up)
 
 
 def to_adapter(
