@@ -31,9 +31,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise FormatError(str(path), "there is no such file", "check the path")
     if path.suffix in PICKLES:
-        remedy = f"safetensors.torch.save_file(torch.load({path.name!r}, weights_only=True), 'adapter.safetensors')"
         reason = "a pickle, which can run any program when it is opened, and never is here"
-        raise FormatError(str(path), reason, f"Write it as safetensors: {remedy}")
+        remedy = (
+            "Where you trust it: read it by torch.load with weights_only=True, write it by safetensors.torch.save_file"
+        )
+        raise FormatError(str(path), reason, remedy)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118

@@ -95,7 +95,7 @@ def test_other_things_are_refused(adapter, tmp_path):
         load_adapter(tmp_path)
     torch.save({}, tmp_path / "weights.bin")
     for path in (tmp_path / "weights.bin", tmp_path):
-        with pytest.raises(FormatError, match=r"a pickle.*save_file\(torch.load\('weights.bin', weights_only=True"):
+        with pytest.raises(FormatError, match=r"weights.bin: a pickle.*weights_only=True.*save_file"):
             load_adapter(path)
     (tmp_path / "weights.bin").rename(tmp_path / "weights.safetensors")
     with pytest.raises(FormatError, match="pickle files .* are never opened"):
