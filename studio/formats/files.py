@@ -33,7 +33,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix in PICKLES:
         reason = "a pickle, which can run any program when it is opened, and never is here"
         remedy = (
-            "Where you trust it: read it by torch.load with weights_only=True, write it by safetensors.torch.save_file"
+            "If you trust it, read it by torch.load with weights_only=True, and write it by safetensors.torch.save_file"
         )
         raise FormatError(str(path), reason, remedy)
     try:

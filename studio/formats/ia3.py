@@ -28,7 +28,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     inside = []
     for site in Plan.from_list(adapter.card.sites):
         values, conv = adapter.tensors[f"{site.key}.l"], len(site.shape) == 4
-        if len(site.shape) not in (2, 4):
+        if len(site.shape) not in (2, 4) or site.kind == "mha":
             raise InputError(site.name, "peft has (IA)3 for linear layers and 2-d convolutions", "use native")
         if method.inside(site):
             inside.append(site.name)

@@ -81,7 +81,7 @@ def _read(path: Path) -> dict[str, LowRank]:
         if lacking := [name for name in pairs if f"{name}.weight" not in tensors]:
             reason = f"no factor, and without {lacking[0]}.weight this is no whole model: trained biases are not read"
             raise FormatError(f"{path}: {others[0]}", reason, "leave it out if it is the base's")
-        warnings.warn(f"{path}: {len(others)} tensors beside the factors are taken for the base's", stacklevel=4)
+        warnings.warn(f"{path}: {len(others)} tensors beside the factors are taken for the base's", stacklevel=5)
     return {name: _module(name, down, up, header, path) for name, (down, up) in pairs.items()}
 
 

@@ -57,14 +57,15 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     """Writes a folder that ``PeftModel.from_pretrained`` loads, or one for each component.
 
     Raises:
-        InputError: an output projection of torch's MultiheadAttention.
+        InputError: an output projection of torch's MultiheadAttention, or a DoRA of it.
     """
     modules = from_adapter(adapter)
     for name, module in modules.items():
         if module.kind == "mha" and f"{name}.out_proj" in modules:
-            raise InputError(
-                f"{name}.out_proj", "peft adds its change twice", "leave it out of the targets, or use native"
-            )
+            remedy = "leave it out of the targets, or use native"
+            raise InputError(f"{name}.out_proj", "peft adds its change twice", remedy)
+        if module.kind == "mha" and module.length is not None:
+            raise InputError(name, "peft has no DoRA of torch's MultiheadAttention", "use native")
     components: dict[str, dict[str, LowRank]] = {}
     for name, module in modules.items():
         first, _, rest = name.partition(".")
@@ -107,8 +108,8 @@ def _times_out(modules: dict[str, LowRank], settings: Mapping[str, Any], folder:
         modules[name] = replace(modules[name], up=times * modules[name].up)
     warnings.warn(
         f"{folder}: adapts torch's MultiheadAttention, whose out_proj peft up to {'.'.join(map(str, _TWICE))} changes"
-        f" twice; as it is of peft {version or 'of unknown version'}, its change is taken {times} times",
-        stacklevel=4,
+        f" twice; peft {version or 'of unknown version'} wrote it, so its change is taken {times} times",
+        stacklevel=5,
     )
     return times
 

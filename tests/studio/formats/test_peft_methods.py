@@ -1,5 +1,7 @@
 """What peft has beside LoRA on plain layers, each the same in peft itself, both ways."""
 
+import json
+
 import peft
 import pytest
 import timm
@@ -12,6 +14,8 @@ from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import FormatError, InputError
 from graft.studio.methods.adalora import AdaLoRA
+from graft.studio.methods.dora import DoRA
+from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.prefix_tuning import PrefixTuning
 from graft.studio.methods.prompt_tuning import PromptTuning
@@ -191,6 +195,11 @@ def test_an_attention_that_peft_trained_is_read_with_a_flag_and_a_warning(tmp_pa
     model = attention()
     with adapter.attached(model):
         torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "peft_version": "0.99.0"}))
+    with pytest.warns(UserWarning, match="peft 0.99.0 wrote it, so its change is taken 1 times"):
+        once = load_adapter(tmp_path)
+    assert torch.equal(2 * once.tensors["attn.out_proj.B"], adapter.tensors["attn.out_proj.B"])
 
 
 def test_an_attention_is_the_same_in_peft_without_its_output_projection(tmp_path):
@@ -203,3 +212,11 @@ def test_an_attention_is_the_same_in_peft_without_its_output_projection(tmp_path
     whole, _ = trained("lora", attention(), LoRA(rank=2), lambda model: model(x))
     with pytest.raises(InputError, match="attn.out_proj: peft adds its change twice"):
         whole.export(tmp_path / "whole", "peft")
+    for name, method in {
+        "dora": DoRA(rank=2, targets=("q", "k", "v")),
+        "adalora": AdaLoRA(targets="q"),
+        "ia3": IA3(inputs=()),
+    }.items():
+        other, _ = trained(name, attention(), method, lambda model: model(x))
+        with pytest.raises(InputError, match="attn: peft has"):
+            other.export(tmp_path / "whole", "peft")
