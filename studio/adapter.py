@@ -168,24 +168,17 @@ class Adapter:
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """Reads an adapter: a native folder or file, a peft folder, or a diffusers LoRA file.
+    """Reads an adapter: a native folder or file, or one of peft, diffusers, kohya, loralib or torchtune.
 
     Raises:
         FormatError: nothing of these, or damaged.
     """
-    from graft.studio.formats import diffusers, peft
+    from graft.studio.formats import reading
 
     path = Path(path)
-    if path.is_dir():
-        if (path / _TENSORS).is_file():
-            return Adapter.load(path)
-        if (path / peft.CONFIG).is_file():
-            return peft.read(path)
-        path = path / diffusers.FILE
-    if path.suffix != ".safetensors" or not path.is_file():
-        remedy = f"give a folder with {_TENSORS}, {peft.CONFIG} or {diffusers.FILE}, or a .safetensors file"
-        raise FormatError(str(path), "there is no adapter here", remedy)
-    return Adapter.load(path) if "graft" in read_tensors(path)[1] else diffusers.read(path)
+    file = path / _TENSORS if path.is_dir() else path
+    native = path.is_dir() and file.is_file() or path.is_file() and "graft" in read_tensors(path)[1]
+    return Adapter.load(file) if native else reading.read(path)
 
 
 def base_hash(modules: Mapping[str, nn.Module]) -> str:

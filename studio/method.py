@@ -8,6 +8,7 @@ training add `before_step`, `after_step` or `penalty`, which `Handle` passes on.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,7 +92,8 @@ class SiteMethod:
 
         method = from_dict(cls, card.config, "adapter.json")
         model = base if isinstance(base, nn.Module) else base.modules
-        handle = method.attach(model, plan=Plan.from_list(card.sites))
+        plan, tensors = _placed(method, model, tensors, card)
+        handle = method.attach(model, plan=plan)
         handle.bank.eval().requires_grad_(False)
         try:
             handle.load(tensors)
@@ -110,6 +112,31 @@ class SiteMethod:
             InputError: a format in which this method is not written.
         """
         raise InputError(f"format {format!r}", f"{cls.__name__} is not written in it", "use native")
+
+
+def _placed(
+    method: SiteMethod, model: Model, tensors: Mapping[str, Tensor], card: Card
+) -> tuple[Plan, Mapping[str, Tensor]]:
+    """The sites and tensors of an adapter by the names that the model has.
+
+    Files of other libraries may name no site, if there is only one; and they may say ``text_model``, which transformers
+    5.6 took out of CLIP's text encoder.
+    """
+    if not card.sites:
+        plan = method.plan(model)
+        if len(plan) != 1:
+            reason = f"its file names no place, and the model has {len(plan)}"
+            raise SiteError(f"a {card.method}", reason, "attach it to one part of the model")
+        return plan, {f"{plan.sites[0].key}.{name}": tensor for name, tensor in tensors.items()}
+    plan, modules = Plan.from_list(card.sites), named_modules(model)
+    missing = {site.name: site.name.replace("text_encoder.text_model.", "text_encoder.", 1) for site in plan}
+    short = {name: other for name, other in missing.items() if name not in modules and other in modules}
+    if not short:
+        return plan, tensors
+    sites = tuple(replace(site, name=short.get(site.name, site.name)) for site in plan)
+    keys = {old.key: new.key for old, new in zip(plan, sites, strict=True)}
+    parts = {name: name.rpartition(".") for name in tensors}
+    return Plan(sites), {f"{keys.get(key, key)}.{end}": tensors[name] for name, (key, _, end) in parts.items()}
 
 
 def _check_called(handle: Handle, base: Any) -> None:

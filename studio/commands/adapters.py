@@ -26,7 +26,8 @@ def add(commands: Any) -> None:
         if name in ("convert", "merge"):
             parser.add_argument("out", metavar="DIR", help="folder to write")
         if name == "convert":
-            parser.add_argument("--to", default="diffusers", metavar="FORMAT", help="diffusers, peft, timm or native")
+            formats = "diffusers, peft, kohya, loralib, torchtune, timm or native"
+            parser.add_argument("--to", default="diffusers", metavar="FORMAT", help=formats)
         if name in ("verify", "merge"):
             parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
         add_runs(parser)

@@ -12,6 +12,9 @@ from torch import Tensor
 from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError
 
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
+"""Ends of files that are never opened: reading a pickle can run any program."""
+
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """Writes a safetensors file atomically."""
@@ -23,13 +26,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors and the metadata of a safetensors file.
 
     Raises:
-        FormatError: no such file, or cut off, damaged, or of another format.
+        FormatError: no such file, or cut off, damaged, or of another format, such as a pickle.
     """
     if not path.is_file():
         raise FormatError(str(path), "there is no such file", "check the path")
+    if path.suffix in PICKLES:
+        reason = "a pickle, which can run any program when it is opened, and never is here"
+        remedy = (
+            "If you trust it, read it by torch.load with weights_only=True, and write it by safetensors.torch.save_file"
+        )
+        raise FormatError(str(path), reason, remedy)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        remedy = "download or export it again; pickle files (.bin, .pt, .ckpt) are never opened"
+        remedy = f"download or export it again; pickle files ({', '.join(PICKLES)}) are never opened"
         raise FormatError(str(path), f"not a whole safetensors file ({error})", remedy) from error

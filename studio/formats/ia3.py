@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict
-from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError, InputError
-from graft.studio.formats.files import read_tensors, write_tensors
+from graft.studio.formats.files import read_tensors
+from graft.studio.formats.peft_folder import FILE, PREFIX, refuse_options, write_folder
 from graft.studio.methods.ia3 import IA3
 from graft.studio.sites import Plan, Site
 
-_PREFIX, _END = "base_model.model.", ".ia3_l"
+_END = ".ia3_l"
 
 
 def export(adapter: Adapter, folder: Path) -> list[Path]:
@@ -29,7 +28,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     inside = []
     for site in Plan.from_list(adapter.card.sites):
         values, conv = adapter.tensors[f"{site.key}.l"], len(site.shape) == 4
-        if len(site.shape) not in (2, 4):
+        if len(site.shape) not in (2, 4) or site.kind == "mha":
             raise InputError(site.name, "peft has (IA)3 for linear layers and 2-d convolutions", "use native")
         if method.inside(site):
             inside.append(site.name)
@@ -47,25 +46,20 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         "inference_mode": True,
         "task_type": None,
     }
-    tensors = {f"{_PREFIX}{name}{_END}": vector for name, vector in vectors.items()}
-    return [
-        write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"}),
-        write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2).encode()),
-    ]
+    return write_folder(folder, config, {f"{PREFIX}{name}{_END}": vector for name, vector in vectors.items()})
 
 
-def read(file: Path, settings: Mapping[str, Any]) -> Adapter:
+def read(folder: Path, settings: Mapping[str, Any]) -> Adapter:
     """Reads what peft wrote. The file tells one of a layer's widths; the other stands as 0 in the plan.
 
     Raises:
         FormatError: other tensors, or options under which they are not the whole story.
     """
-    refused = [name for name in ("fan_in_fan_out", "modules_to_save") if settings.get(name)]
-    if refused:
-        raise FormatError(str(file), f"an (IA)3 with {', '.join(refused)}", "merge it with peft first")
+    file = folder / FILE
+    refuse_options(settings, ("fan_in_fan_out", "modules_to_save"), str(folder))
     tensors, sites, inside = {}, [], []
     for key, tensor in read_tensors(file)[0].items():
-        name = key.removeprefix(_PREFIX).removesuffix(_END)
+        name = key.removeprefix(PREFIX).removesuffix(_END)
         if not key.endswith(_END) or tensor.dim() not in (2, 4):
             raise FormatError(f"{file}: {key}", "not a vector of (IA)3 on a linear layer or convolution", "check it")
         before = _named(settings.get("feedforward_modules") or [], name)

@@ -3,8 +3,9 @@ weight, and for DoRA the length of the changed weight's rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class LowRank:
     """Factors of one module with their scale multiplied in."""
 
     kind: str
-    """linear, conv or embedding."""
+    """linear, conv, embedding, or mha: the packed projection of torch's MultiheadAttention."""
     down: Tensor
     """A: (r, i), (r, i, kernel...) or, for an embedding, (r, vocabulary)."""
     up: Tensor
@@ -48,57 +49,83 @@ class LowRank:
         delta = self.up.float() @ self.down.float().flatten(1)
         return (delta.T if self.kind == "embedding" else delta).reshape(self.shape)
 
+    def padded(self, rank: int) -> LowRank:
+        """Returns the same change with a larger rank, for libraries that have one rank for all modules."""
+        more = rank - self.rank
+        down = torch.cat([self.down, self.down.new_zeros(more, *self.down.shape[1:])])
+        return replace(self, down=down, up=torch.cat([self.up, self.up.new_zeros(len(self.up), more)], 1))
+
 
 def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
     """Returns the factors of each module; rows of a packed projection become one block-diagonal pair, which is
     exact."""
+    return {name: _whole(parts) for name, parts in by_module(adapter).items()}
+
+
+def by_module(adapter: Adapter) -> dict[str, list[tuple[Site, LowRank]]]:
+    """Returns for each module its site, or those on rows of its projection, with their factors."""
     scaling = _config(adapter).scaling
-    grouped: dict[str, list[Site]] = {}
+    modules: dict[str, list[tuple[Site, LowRank]]] = {}
     for site in Plan.from_list(adapter.card.sites):
-        grouped.setdefault(site.name, []).append(site)
-    modules = {}
-    for name, sites in grouped.items():
-        factors = [
-            (site, adapter.tensors[f"{site.key}.A"], adapter.tensors[f"{site.key}.B"] * scaling) for site in sites
-        ]
-        if sites[0].rows is None:
-            length = adapter.tensors.get(f"{sites[0].key}.m")
-            modules[name] = LowRank(sites[0].kind, factors[0][1], factors[0][2], length)
-            continue
-        up = torch.zeros(sites[0].shape[0], sum(down.shape[0] for _, down, _ in factors))
-        column = 0
-        for site, down, part in factors:
-            assert site.rows is not None
-            up[slice(*site.rows), column : column + down.shape[0]] = part
-            column += down.shape[0]
-        modules[name] = LowRank("linear", torch.cat([down for _, down, _ in factors]), up, _length(adapter, sites))
+        down, up, length = (adapter.tensors.get(f"{site.key}.{name}") for name in "ABm")
+        if down is None or up is None:
+            raise InputError(site.key, "the adapter has no factors for it", "export the adapter again")
+        kind = "linear" if site.kind == "packed" else site.kind
+        modules.setdefault(site.name, []).append((site, LowRank(kind, down, up * scaling, length)))
     return modules
 
 
-def _length(adapter: Adapter, sites: list[Site]) -> Tensor | None:
-    """The rows' lengths of a packed projection, whose sites must cover it: those of other rows are the base's."""
-    parts = {site.rows: adapter.tensors.get(f"{site.key}.m") for site in sites}
-    found = [part for _, part in sorted(parts.items(), key=lambda item: item[0] or (0, 0)) if part is not None]
-    if found and sum(map(len, found)) != sites[0].shape[0]:
+def _whole(parts: Sequence[tuple[Site, LowRank]]) -> LowRank:
+    """Factors of a whole module."""
+    site, part = parts[0]
+    if site.rows is None:
+        return part
+    whole = block_diagonal([(site.rows or (0, 0), part) for site, part in parts], site.shape[0])
+    found = [part.length for _, part in sorted(parts, key=lambda item: item[0].rows or (0, 0))]
+    lengths = [length for length in found if length is not None]
+    if lengths and sum(map(len, lengths)) != site.shape[0]:  # those of other rows are the base's
         reason = "a DoRA of some rows cannot be written for the whole projection"
-        raise InputError(sites[0].name, reason, "adapt q, k and v together, or use native")
-    return torch.cat(found) if found else None
+        raise InputError(site.name, reason, "adapt q, k and v together, or use native")
+    return replace(whole, length=torch.cat(lengths) if lengths else None)
 
 
-def to_adapter(modules: Mapping[str, LowRank], domain: str, source: str) -> Adapter:
+def block_diagonal(parts: Sequence[tuple[tuple[int, int], LowRank]], out: int) -> LowRank:
+    """Returns the factors for ``out`` rows that do to each range of rows what its own factors do."""
+    up = torch.zeros(out, sum(part.rank for _, part in parts))
+    column = 0
+    for (start, stop), part in parts:
+        up[start:stop, column : column + part.rank] = part.up
+        column += part.rank
+    return LowRank(parts[0][1].kind, torch.cat([part.down for _, part in parts]), up)
+
+
+def to_adapter(
+    modules: Mapping[str, LowRank], domain: str, source: str, details: Mapping[str, Any] | None = None
+) -> Adapter:
     """Returns factors read from another library's file as an adapter with scale 1; ranks may differ between modules."""
     if not modules:
         raise FormatError(source, "it holds no LoRA factors", "check that this is a LoRA file")
     tensors, sites = {}, []
     for name, module in modules.items():
-        tensors[f"{name}.A"], tensors[f"{name}.B"] = module.down.float(), module.up.float()
-        sites.append(Site(name, module.kind, module.shape))
+        for site, up in _sites(name, module):
+            tensors[f"{site.key}.A"], tensors[f"{site.key}.B"] = module.down.float(), up.float()
+            sites.append(site)
         if module.length is not None:
             tensors[f"{name}.m"] = module.length.float()
     rank = max(module.rank for module in modules.values())
-    config = {"rank": rank, "alpha": float(rank), "targets": [site.name for site in sites]}
+    config = {"rank": rank, "alpha": float(rank), "targets": list(modules)}
     method = "dora" if any(module.length is not None for module in modules.values()) else "lora"
-    return Adapter(tensors, Card(method, config, domain, sites=Plan(tuple(sites)).to_list()))
+    card = Card(method, config, domain, sites=Plan(tuple(sites)).to_list(), details=dict(details or {}))
+    return Adapter(tensors, card)
+
+
+def _sites(name: str, module: LowRank) -> list[tuple[Site, Tensor]]:
+    """The sites of a module, each with its rows of B: torch's MultiheadAttention has three, others one."""
+    if module.kind != "mha":
+        return [(Site(name, module.kind, module.shape), module.up)]
+    size = module.up.shape[0] // 3
+    rows = [(start, start + size) for start in range(0, 3 * size, size)]
+    return [(Site(name, "mha", module.shape, each), module.up[slice(*each)]) for each in rows]
 
 
 def check_written(adapter: Adapter, written: Mapping[str, LowRank], where: str) -> None:

@@ -1,14 +1,18 @@
-"""LoRA, DoRA and (IA)3 in peft's folders: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""LoRA and DoRA in peft's folders, and which method it is that a folder holds.
 
 The scale is multiplied into B, so alpha equals the rank in every module and a reader that ignores alpha is right too.
 An adapter of several components (``unet.``, ``text_encoder.``) becomes one folder for each, since peft loads one
 model.
+
+On torch's MultiheadAttention peft always has factors for both projections, and adds those of the output projection
+twice, at least up to 0.21.2: an adapter that it trained is read with twice their product, one that has them is not
+written.
 """
 
 from __future__ import annotations
 
-import json
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from math import sqrt
@@ -16,16 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from graft.studio.adapter import Adapter
-from graft.studio.disk import write_atomic
-from graft.studio.errors import FormatError
-from graft.studio.formats import ia3
-from graft.studio.formats.files import read_tensors, write_tensors
+from graft.studio.errors import FormatError, InputError
+from graft.studio.formats import adalora, ia3, prompts
+from graft.studio.formats.files import read_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.peft_folder import CONFIG, FILE, PREFIX, read_config, write_folder
 
-CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
-_PREFIX = "base_model.model."
+_READERS = {
+    "IA3": ia3.read,
+    "ADALORA": adalora.read,
+    "PROMPT_TUNING": prompts.read,
+    "PREFIX_TUNING": prompts.read,
+}
+_OUT = ".base_layer.out_proj"  # of a MultiheadAttention, in peft's keys
+_TWICE = (0, 21, 2)  # the last version known to add its change twice
 # Options under which the two factors are not the whole story.
 _REFUSED = (
     "fan_in_fan_out",
@@ -44,8 +54,18 @@ _REFUSED = (
 
 
 def export(adapter: Adapter, folder: Path) -> list[Path]:
-    """Writes a folder that ``PeftModel.from_pretrained`` loads, or one for each component."""
+    """Writes a folder that ``PeftModel.from_pretrained`` loads, or one for each component.
+
+    Raises:
+        InputError: an output projection of torch's MultiheadAttention, or a DoRA of it.
+    """
     modules = from_adapter(adapter)
+    for name, module in modules.items():
+        if module.kind == "mha" and f"{name}.out_proj" in modules:
+            remedy = "leave it out of the targets, or use native"
+            raise InputError(f"{name}.out_proj", "peft adds its change twice", remedy)
+        if module.kind == "mha" and module.length is not None:
+            raise InputError(name, "peft has no DoRA of torch's MultiheadAttention", "use native")
     components: dict[str, dict[str, LowRank]] = {}
     for name, module in modules.items():
         first, _, rest = name.partition(".")
@@ -54,25 +74,44 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     paths, back = [], {}
     for component, parts in components.items():
         target = folder / component
-        paths += [
-            write_tensors(target / FILE, _keys(parts), {"format": "pt"}),
-            write_atomic(target / CONFIG, json.dumps(config(parts, adapter.card.base), indent=2).encode()),
-        ]
-        back.update({f"{component}.{name}".lstrip("."): module for name, module in _read(target).items()})
+        paths += write_folder(target, config(parts, adapter.card.base), _keys(parts))
+        written = _read(target, read_config(target))
+        back.update({f"{component}.{name}".lstrip("."): module for name, module in written.items()})
     check_written(adapter, back, str(folder))
     return paths
 
 
 def read(folder: Path) -> Adapter:
-    """Reads a peft folder with a LoRA, a DoRA or an (IA)3.
+    """Reads a peft folder with a LoRA, DoRA, (IA)3, AdaLoRA, a prompt or a prefix.
 
     Raises:
         FormatError: another method, or one that changes more than its tensors say.
     """
-    settings = _settings(folder)
-    if settings.get("peft_type") == "IA3":
-        return ia3.read(folder / FILE, settings)
-    return to_adapter(_read(folder), "", str(folder))
+    settings = read_config(folder)
+    if reader := _READERS.get(str(settings.get("peft_type"))):
+        return reader(folder, settings)
+    modules = _read(folder, settings)
+    twice = _times_out(modules, settings, folder)
+    return to_adapter(modules, "", str(folder), {} if twice is None else {"peft_out_proj": twice})
+
+
+def _times_out(modules: dict[str, LowRank], settings: Mapping[str, Any], folder: Path) -> int | None:
+    """Makes the change of each MultiheadAttention's output projection what peft made of it, and says how often it was
+    added; None if there is none."""
+    found = [f"{name}.out_proj" for name, module in modules.items() if module.kind == "mha"]
+    found = [name for name in found if name in modules]
+    if not found:
+        return None
+    version = str(settings.get("peft_version") or "")
+    times = 1 if tuple(map(int, re.findall(r"\d+", version)[:3])) > _TWICE else 2
+    for name in found:
+        modules[name] = replace(modules[name], up=times * modules[name].up)
+    warnings.warn(
+        f"{folder}: adapts torch's MultiheadAttention, whose out_proj peft up to {'.'.join(map(str, _TWICE))} changes"
+        f" twice; peft {version or 'of unknown version'} wrote it, so its change is taken {times} times",
+        stacklevel=5,
+    )
+    return times
 
 
 def config(modules: Mapping[str, LowRank], base: str) -> dict[str, Any]:
@@ -131,25 +170,16 @@ def _keys(modules: Mapping[str, LowRank]) -> dict[str, Any]:
             ends["lora_magnitude_vector"] = module.length.view(
                 *([1, -1] if module.down.dim() > 2 else [-1]), *[1] * (module.down.dim() - 2)
             )
-        tensors.update({f"{_PREFIX}{name}.{end}": tensor for end, tensor in ends.items()})
+        if module.kind == "mha":  # peft has factors for it, too: such that change nothing
+            nothing = module.down.new_zeros(module.down.shape[1], module.rank)
+            ends |= {f"{_OUT[1:]}.lora_A.weight": nothing.T, f"{_OUT[1:]}.lora_B.weight": nothing}
+        tensors.update({f"{PREFIX}{name}.{end}": tensor for end, tensor in ends.items()})
     return tensors
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    where = str(folder / CONFIG)
-    try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(where, f"cannot be read ({error})", "export the adapter again") from error
-    if not isinstance(settings, dict):
-        raise FormatError(where, "not a JSON object", "export the adapter again")
-    return settings
-
-
-def _read(folder: Path) -> dict[str, LowRank]:
-    settings = _settings(folder)
+def _read(folder: Path, settings: Mapping[str, Any]) -> dict[str, LowRank]:
     check_config(settings, str(folder / CONFIG))
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in read_tensors(folder / FILE)[0].items()}
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(folder / FILE)[0].items()}
     tables = {key: tensor for key, tensor in tensors.items() if "lora_embedding_" in key}
     end = ".lora_magnitude_vector"
     lengths = {key.removesuffix(end): t.flatten() for key, t in tensors.items() if key.endswith(end)}
@@ -158,8 +188,17 @@ def _read(folder: Path) -> dict[str, LowRank]:
     for name, (down, up) in pair(tables, ".lora_embedding_A", ".lora_embedding_B", str(folder / FILE)).items():
         modules[name] = LowRank("embedding", down, up * scaling(settings, name, down.shape[0]))
     for name, (down, up) in pair(layers, ".lora_A.weight", ".lora_B.weight", str(folder / FILE)).items():
-        module = low_rank(down, up, scaling(settings, name, down.shape[0]))
+        module = low_rank(down, up, scaling(settings, name.removesuffix(_OUT), down.shape[0]))
         modules[name] = replace(module, length=lengths.get(name))
+    for name in [name for name in modules if name.endswith(_OUT)]:
+        attention, out = name.removesuffix(_OUT), modules.pop(name)
+        if attention not in modules:
+            raise FormatError(
+                f"{folder / FILE}: {name}", "the factors of its packed projection are missing", "export again"
+            )
+        modules[attention] = replace(modules[attention], kind="mha")
+        if out.up.any():
+            modules[f"{attention}.out_proj"] = out
     if lengths and set(lengths) != set(modules):
         (name, *_) = set(lengths) ^ set(modules)
         raise FormatError(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -117,6 +118,13 @@ class AdaLoRA(LoRA):
             values, key = tensors.pop(name), f"{name.removesuffix('E')}B"
             tensors[key] = tensors[key] * values
         return replace(adapter, tensors=tensors)
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the adapter for another library: for peft as it is, for others as a LoRA."""
+        from graft.studio.formats import adalora
+
+        return adalora.export(adapter, folder) if format == "peft" else super().export(adapter, folder, format)
 
 
 class SingularSlot(LowRankSlot):

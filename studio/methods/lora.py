@@ -109,10 +109,16 @@ class LoRA(SiteMethod):
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
-        """Writes the adapter for another library: peft or diffusers."""
-        from graft.studio.formats import diffusers, peft
+        """Writes the adapter for another library."""
+        from graft.studio.formats import diffusers, kohya, loralib, peft, torchtune
 
-        writers = {"peft": peft.export, "diffusers": diffusers.export}
+        writers = {
+            "peft": peft.export,
+            "diffusers": diffusers.export,
+            "kohya": kohya.export,
+            "loralib": loralib.export,
+            "torchtune": torchtune.export,
+        }
         if format not in writers:
             raise InputError(f"format {format!r}", "LoRA is not written in it", f"use native, {', '.join(writers)}")
         return writers[format](cls.as_lora(adapter), folder)

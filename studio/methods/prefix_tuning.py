@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ from graft.studio.method import SiteMethod, check
 from graft.studio.methods.prompt_tuning import by_name, cached, lengthen, plan_sequences
 from graft.studio.sites import Model, Plan, Site, named_modules
 from graft.studio.slot import Slot
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ class PrefixTuning(SiteMethod):
     def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
         """Returns the prefix of a decoder."""
         return PrefixSlot(site, slots, self)
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the adapter for peft."""
+        from graft.studio.formats import prompts
+
+        return prompts.export(adapter, folder) if format == "peft" else super().export(adapter, folder, format)
 
 
 def _shape(module: Any) -> tuple[int, ...]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,9 @@ from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Model, Plan, Site, named_modules
 from graft.studio.slot import Slot
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,13 @@ class PromptTuning(SiteMethod):
     def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
         """Returns the vectors of a sequence."""
         return (DecoderPrompt if site.role == "decoder" else BlocksPrompt)(site, slots, self.length, module)
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the adapter for peft."""
+        from graft.studio.formats import prompts
+
+        return prompts.export(adapter, folder) if format == "peft" else super().export(adapter, folder, format)
 
 
 class PromptSlot(Slot):

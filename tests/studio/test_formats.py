@@ -286,9 +286,9 @@ def test_keys_without_a_partner_or_a_component_are_refused(tmp_path):
     save_file({"base_model.model.a.b.lora_B.weight": torch.zeros(2, 3)}, file)
     with pytest.raises(FormatError, match="its partner is missing"):
         load_adapter(tmp_path)
-    save_file({"lora_unet_a.lora_down.weight": torch.zeros(2, 3)}, tmp_path / "kohya.safetensors")
+    save_file({"other.a.lora.down.weight": torch.zeros(2, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(FormatError, match="does not begin with a component"):
-        load_adapter(tmp_path / "kohya.safetensors")
+        load_adapter(tmp_path / "other.safetensors")
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(FormatError, match="cannot be read"):
         load_adapter(tmp_path)

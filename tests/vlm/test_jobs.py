@@ -68,7 +68,7 @@ def test_every_method_is_trained_saved_and_loaded(name: str, job: dict[str, Any]
         assert torch.equal(again.logits_of_pixels(pixels), first)
     assert task.origin()["data_digest"] == adapter.card.data_digest
     with pytest.raises(InputError, match="is not written in it"):
-        adapter.export(tmp_path / "other", "kohya")
+        adapter.export(tmp_path / "other", "onnx")
 
 
 def test_equal_seeds_are_equal_bits(job: dict[str, Any]):

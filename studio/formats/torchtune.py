@@ -1,0 +1,137 @@
+"""LoRA of a Llama as torchtune keeps it: ``layers.0.attn.q_proj.lora_a.weight``, ``adapter_config.json`` beside it.
+
+torchtune writes ``adapter_<epoch>.pt``, a pickle; the file here is the same as safetensors. In its Llama, Mistral and
+Gemma neighbouring numbers of a head turn together, in transformers those half a head apart, so the rows of B of q and k
+stand in another order (not so in its Qwen and Phi, which are not for this file):
+
+    B of transformers = B of torchtune as (heads, width / 2, 2, r), the middle two exchanged
+
+The width of a head is in neither of its files; it stands as ``head_dim`` in the config, and in the details of our card.
+The scale is multiplied into B, and as torchtune has one rank, smaller ones are filled with zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from graft.studio.adapter import Adapter
+from graft.studio.disk import write_atomic
+from graft.studio.errors import FormatError, InputError
+from graft.studio.formats.files import read_tensors, write_tensors
+from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.peft_folder import CONFIG, read_config
+
+FILE = "adapter_0.safetensors"
+_ENDS = (".lora_a.weight", ".lora_b.weight")
+_TURNED = ("attn.q_proj", "attn.k_proj")
+_HEAD = "torchtune orders the rows of q and k within heads"
+
+# transformers' name of a module in a layer -> torchtune's.
+_NAMES = {
+    "self_attn.q_proj": "attn.q_proj",
+    "self_attn.k_proj": "attn.k_proj",
+    "self_attn.v_proj": "attn.v_proj",
+    "self_attn.o_proj": "attn.output_proj",
+    "mlp.gate_proj": "mlp.w1",
+    "mlp.down_proj": "mlp.w2",
+    "mlp.up_proj": "mlp.w3",
+}
+_BACK = {theirs: ours for ours, theirs in _NAMES.items()}
+
+
+def recognises(keys: Iterable[str]) -> bool:
+    """Whether a file with these keys is torchtune's."""
+    return any(key.endswith(_ENDS) for key in keys)
+
+
+def export(adapter: Adapter, folder: Path) -> list[Path]:
+    """Writes both files.
+
+    Raises:
+        InputError: modules that a Llama of transformers does not have or torchtune does not adapt by themselves, or
+            q and k without the width of a head in the card's details.
+    """
+    modules = from_adapter(adapter)
+    names = {_name(name, module): name for name, module in modules.items()}
+    targets = _targets(names)
+    rank = max(module.rank for module in modules.values())
+    head = adapter.card.details.get("head_dim")
+    config: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    tensors: dict[str, Tensor] = {}
+    for name, ours in names.items():
+        module = modules[ours].padded(rank)
+        up = module.up
+        if name.endswith(_TURNED):
+            if not head:
+                remedy = 'set adapter.card.details["head_dim"], as the model\'s config has it'
+                raise InputError(ours, f"{_HEAD}, and the adapter does not say how wide one is", remedy)
+            config["head_dim"] = head
+            up = up.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
+        tensors |= {f"{name}{_ENDS[0]}": module.down, f"{name}{_ENDS[1]}": up}
+    path = write_tensors(folder / FILE, tensors, {"format": "pt"})
+    paths = [path, write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())]
+    check_written(adapter, _read(path)[0], str(path))
+    return paths
+
+
+def read(path: Path) -> Adapter:
+    """Reads a file with the ``adapter_config.json`` beside it.
+
+    Raises:
+        FormatError: names of another model, keys beside the factors, or a config that does not say enough.
+    """
+    modules, details = _read(path)
+    return to_adapter(modules, "", str(path), details)
+
+
+def _read(path: Path) -> tuple[dict[str, LowRank], dict[str, Any]]:
+    """Factors by transformers' names, and the details for the card."""
+    config, where = read_config(path.parent), str(path)
+    head = config.get("head_dim")
+    modules = {}
+    for name, (down, up) in pair(read_tensors(path)[0], *_ENDS, where).items():
+        if name.endswith(_TURNED):
+            if not isinstance(head, int):
+                remedy = 'add "head_dim", as the model\'s config has it'
+                raise FormatError(str(path.with_name(CONFIG)), f"{_HEAD}, and does not say how wide one is", remedy)
+            up = up.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+        found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if name != "output" and (found is None or found[2] not in _BACK):
+            raise FormatError(f"{where}: {name}", "no module of torchtune's Llama", "only Llama's names are read")
+        ours = "lm_head" if found is None else f"model.layers.{found[1]}.{_BACK[found[2]]}"
+        if "lora_alpha" not in config:
+            raise FormatError(str(path.with_name(CONFIG)), "it does not say lora_alpha", "write it again")
+        modules[ours] = low_rank(down, up, config["lora_alpha"] / down.shape[0])
+    return modules, {"head_dim": head} if head else {}
+
+
+def _name(path: str, module: LowRank) -> str:
+    """torchtune's name of a module of transformers' Llama."""
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", path)
+    if module.kind != "linear" or (path != "lm_head" and (found is None or found[2] not in _NAMES)):
+        remedy = "attach to linear layers of transformers' Llama, or use native or peft"
+        raise InputError(path, "torchtune has no LoRA of it", remedy)
+    return "output" if found is None else f"layers.{found[1]}.{_NAMES[found[2]]}"
+
+
+def _targets(names: Iterable[str]) -> list[str]:
+    """The kinds of modules, which torchtune adapts in every layer and, in the feed-forward part, together."""
+    layers: dict[str, set[int]] = {}
+    for name in names:
+        if name != "output":
+            layers.setdefault(name.split(".", 2)[2], set()).add(int(name.split(".")[1]))
+    count = 1 + max((layer for found in layers.values() for layer in found), default=-1)
+    for kind, found in layers.items():
+        if lacking := set(range(count)) - found:
+            where = f"layers.{min(lacking)}.{kind}"
+            raise InputError(where, "torchtune adapts it in every layer", "use native or peft")
+    mlp = {kind for kind in layers if kind.startswith("mlp.")}
+    if len(mlp) in (1, 2):
+        raise InputError(", ".join(sorted(mlp)), "torchtune adapts gate, down and up together", "use native or peft")
+    return [kind.rpartition(".")[2] for kind in layers] + ["output"] * ("output" in names)
