@@ -226,6 +226,21 @@ def plan_biases(model: Model, targets: str | Sequence[str], towers: Iterable[str
     return Plan(tuple(kept))
 
 
+def plan_parameters(
+    model: Model, targets: str | Sequence[str], kinds: Iterable[str], towers: Iterable[str] | None = None
+) -> Plan:
+    """Returns the weights that the targets name, and behind them the biases of these layers, if there are any.
+
+    Raises:
+        SiteError: as `plan_sites`.
+    """
+    weights = plan_sites(model, targets, kinds, towers=towers).sites
+    try:
+        return Plan((*weights, *plan_biases(model, targets, towers)))
+    except SiteError:  # a model without biases
+        return Plan(weights)
+
+
 def plan_blocks(
     model: Model, targets: str | Sequence[str] = ("attention", "mlp"), towers: Iterable[str] | None = None
 ) -> Plan:

@@ -208,8 +208,13 @@ class Handle:
             for site, group in zip(self.plan, own, strict=True)
         }
         flat = [p for group in parameters.values() for p in group]
+        training = self.bank.training
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            out = run()
+            self.bank.eval()  # a gate that is drawn shut is not dead
+            try:
+                out = run()
+            finally:
+                self.bank.train(training)
             loss = out if out.dim() == 0 else out.float().square().mean()
             if not loss.requires_grad:
                 raise SiteError(f"{len(self.plan)} sites", "none takes part in the output", _REMEDY)
