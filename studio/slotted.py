@@ -122,6 +122,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, placed: list[_Placed
     where = {rows for _, rows, _ in placed}
     alone = len(where) == len(placed) and (len(placed) == 1 or None not in where)
     ready = [term._replace(rows=rows) for term, (_, rows, _) in zip(terms, placed, strict=True) if term is not None]
+    if torch.compiler.is_compiling() and any(term.dropout for term in ready):  # its masks come from a seed
+        ready = []
     if ready and len(ready) == len(placed) and (alone or all(term.gain is None for term in ready)):
         return lora_linear(x, weight, bias, tuple(ready))
     return _through(x, lambda x: F.linear(x, weight, bias), placed)
