@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graft.studio.attention import is_plain_attention
 from graft.studio.errors import FormatError, InputError, SiteError
-from graft.studio.sites import Model, Plan, Site, named_modules, nearest, weight_names
+from graft.studio.sites import Model, Plan, Site, is_dense, named_modules, nearest, weight_names, weight_shape
 from graft.studio.slot import OUTER, Slot
 from graft.studio.slotted import PACKED, enter_module, leave_module, refresh
 
@@ -264,8 +264,8 @@ class Handle:
                 reason = f"its weight is that of {self._tied[name]} too, which a merge would change"
                 raise SiteError(name, reason, "leave the adapter attached, or untie them")
             weight: Any = self._modules[name]._parameters[weight_names(self._modules[name])[0]]
-            if not weight.is_floating_point():
-                reason = f"its weight is quantised ({weight.dtype})"
+            if not is_dense(weight):
+                reason = f"its weight is quantised ({type(weight).__name__}, {weight.dtype}): rounding would change it"
                 raise SiteError(name, reason, "merge into the base as it was before quantisation")
         self._set_merged(slot)
 
@@ -340,11 +340,14 @@ def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site],
     module = modules[site.name]
     names = weight_names(module)
     covered = getattr(module, names[site.kind == "bias"], None)
-    found = None if covered is None else tuple(covered.shape)
+    found = None if covered is None else tuple(covered.shape) if site.kind == "bias" else weight_shape(module)
     if site.kind not in OUTER and not (found and _same(site.shape, found)):
         raise SiteError(site.name, f"planned for a weight {site.shape}, the model has {found}", "use its own base")
     anything = covered if covered is not None else next(module.parameters(), torch.empty(0))
     slot = build(site).to(anything.device)
+    if slot.weight_mode and not is_dense(anything):
+        reason = f"its weight is quantised ({type(anything).__name__}) and cannot be changed itself"
+        raise SiteError(site.key, reason, "use a method that acts beside it, such as lora")
     if site.kind == "mha" and slot.weight_mode:
         raise SiteError(site.name, "needs no weight mode: its products are computed with the slots", "leave it out")
     return slot
