@@ -200,7 +200,8 @@ def base_hash(modules: Mapping[str, nn.Module]) -> str:
 
 
 def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
-    """A tensor, or those that a quantised one consists of."""
+    """A tensor, whole if it is shared out over processes, or those that a quantised one consists of."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     if not hasattr(tensor, "__tensor_flatten__"):
         yield name, tensor
         return

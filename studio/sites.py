@@ -309,6 +309,12 @@ def is_dense(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
 
 
+def told(weight: Tensor) -> str:
+    """Returns what a weight is that is not dense, for a message."""
+    how = "shared out over processes" if hasattr(weight, "full_tensor") else "quantised"
+    return f"its weight is {how} ({type(weight).__name__}, {weight.dtype})"
+
+
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Returns the shape of a module's weight; packed integers of a linear layer have that of what they stand for."""
     # A parameter, or what a parametrisation or a slot makes of it.

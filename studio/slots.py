@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graft.studio.attention import is_plain_attention
 from graft.studio.errors import FormatError, InputError, SiteError
-from graft.studio.sites import Model, Plan, Site, is_dense, named_modules, nearest, weight_names, weight_shape
+from graft.studio.sites import Model, Plan, Site, is_dense, named_modules, nearest, told, weight_names, weight_shape
 from graft.studio.slot import OUTER, Slot
 from graft.studio.slotted import PACKED, enter_module, leave_module, refresh
 
@@ -251,7 +251,7 @@ class Handle:
         """Adds a slot into the base weights, whose exact originals are kept for `unmerge`.
 
         Raises:
-            SiteError: a weight that another module uses too, that is quantised, or that is no longer attached.
+            SiteError: a weight that another module uses too, that is quantised or sharded, or no longer attached.
         """
         if not self._modules:
             raise SiteError("the adapter", "it was detached", "attach it again")
@@ -265,8 +265,7 @@ class Handle:
                 raise SiteError(name, reason, "leave the adapter attached, or untie them")
             weight: Any = self._modules[name]._parameters[weight_names(self._modules[name])[0]]
             if not is_dense(weight):
-                reason = f"its weight is quantised ({type(weight).__name__}, {weight.dtype}): rounding would change it"
-                raise SiteError(name, reason, "merge into the base as it was before quantisation")
+                raise SiteError(name, told(weight), "merge into the base as it was before")
         self._set_merged(slot)
 
     def unmerge(self) -> None:
@@ -346,7 +345,7 @@ def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site],
     anything = covered if covered is not None else next(module.parameters(), torch.empty(0))
     slot = build(site).to(anything.device)
     if slot.weight_mode and not is_dense(anything):
-        reason = f"its weight is quantised ({type(anything).__name__}) and cannot be changed itself"
+        reason = f"{told(anything)} and cannot be changed itself"
         raise SiteError(site.key, reason, "use a method that acts beside it, such as lora")
     if site.kind == "mha" and slot.weight_mode:
         raise SiteError(site.name, "needs no weight mode: its products are computed with the slots", "leave it out")

@@ -175,12 +175,13 @@ def _through(x: Tensor, call: Callable[[Tensor], Tensor], placed: list[_Placed])
 
 
 @torch.no_grad()
-def dense_weight(layer: nn.Linear) -> Tensor:
-    """Returns a linear layer's own weight, (o, i); a quantised one as what the layer makes of the identity."""
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    if is_dense(weight):
-        return weight.detach()
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Returns a layer's own weight, (o, i, ...), whole; a quantised one as what the layer makes of the identity."""
+    weight: Any = layer._parameters[weight_names(layer)[0]]
+    if hasattr(weight, "full_tensor"):  # shared out over processes, which all ask
+        weight = weight.full_tensor()
+    if is_dense(weight) or not isinstance(layer, nn.Linear):
+        return weight.detach()  # type: ignore[no-any-return]
     bare: Any = copy(layer)  # the first call may settle the type that a layer computes in
     bare._parameters = {**layer._parameters, "bias": None}
     if isinstance(layer, Slotted):

@@ -73,10 +73,9 @@ class DirectedSlot(LowRankSlot):
         self.factor, self.scaling = method.scaling, 1.0
         self.scale.fill_(1.0)
         self.dim = channel_dim(module)
-        weight: Any = module._parameters.get(weight_names(module)[0])
-        if weight is None:
+        if module._parameters.get(weight_names(module)[0]) is None:
             raise SiteError(self.site.key, "its weight is computed, not a parameter", "use lora here")
-        weight = dense_weight(module) if isinstance(module, nn.Linear) else weight.detach()
+        weight = dense_weight(module)
         rows = weight if self.site.rows is None else weight[slice(*self.site.rows)]
         self.register_buffer("square", wide(rows).flatten(1).square().sum(1), persistent=False)
         self.m = nn.Parameter(torch.empty(self.slots, self.site.covered[0]))

@@ -23,7 +23,17 @@ from torch.nn import functional as F
 
 from graft.studio.errors import InputError, SiteError
 from graft.studio.method import SiteMethod, check
-from graft.studio.sites import Model, Plan, Site, channel_dim, is_dense, named_modules, plan_parameters, weight_names
+from graft.studio.sites import (
+    Model,
+    Plan,
+    Site,
+    channel_dim,
+    is_dense,
+    named_modules,
+    plan_parameters,
+    told,
+    weight_names,
+)
 from graft.studio.slot import Base, Slot, spread
 from graft.studio.slots import Handle, attach
 
@@ -63,16 +73,14 @@ class FishMask(SiteMethod):
 
         Raises:
             InputError: no losses, or losses that were computed before.
-            SiteError: a weight that is quantised.
+            SiteError: a weight that is quantised or sharded.
         """
         plan, modules = self.sites(model), named_modules(model)
         names = {site.key: weight_names(modules[site.name])[site.kind == "bias"] for site in plan}
         whole: dict[str, Any] = {site.key: modules[site.name]._parameters[names[site.key]] for site in plan}
         for key, parameter in whole.items():
             if not is_dense(parameter):
-                raise SiteError(
-                    key, f"its weight is quantised ({type(parameter).__name__})", "use lora, or other targets"
-                )
+                raise SiteError(key, told(parameter), "use lora, or other targets")
         flags = {key: parameter.requires_grad for key, parameter in whole.items()}
         sums, samples = [torch.zeros(site.covered) for site in plan], 0
         try:

@@ -1,10 +1,13 @@
 """Adapters on quantised bases: torchao's tensors, bitsandbytes' layers, and a layer of neither."""
 
+import re
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -258,3 +261,20 @@ def test_it_compiles_whole_and_once(kind, method):
     with torch.compiler.set_stance("fail_on_recompile"):
         handle.route(torch.tensor([1, -1, 0, 0]))
         torch.testing.assert_close(compiled(X), model(X))
+
+
+def test_the_recipe_of_the_docs_trains(tmp_path, monkeypatch):
+    """QLoRA: NF4 with quantised scales, bfloat16, every linear layer."""
+    text = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text()
+    (recipe,) = re.findall(r"```python\n(import torch\nfrom transformers.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **size)).save_pretrained(tmp_path)
+    losses: list[float] = []
+    made: dict[str, Any] = {}
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: losses.append(made["loss"].item()))
+    exec(compile(recipe.replace("path/to/a/model", str(tmp_path)).replace("2e-4", "1e-2"), "recipe", "exec"), made)
+    layers = [m for m in made["model"].modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == len(made["handle"].plan) == 14
+    assert all(m.weight.quant_state.nested and m.weight.quant_state.quant_type == "nf4" for m in layers)
+    assert losses[-1] < losses[0] - 0.1
