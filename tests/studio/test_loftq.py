@@ -1,3 +1,5 @@
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,7 @@ from graft.studio.errors import InputError, SiteError
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.loftq import loftq
 from graft.studio.methods.lora import LoRA
+from graft.studio.sites import is_dense
 from graft.studio.slotted import dense_weight
 
 
@@ -106,6 +109,16 @@ def test_the_error_falls_with_the_start_and_with_the_steps(name, most):
         errors.append(torch.linalg.matrix_norm(lost - handle._slots[0].delta(0)))
     assert errors[1] < 0.9 * errors[0]
     assert errors[2] < errors[1]
+
+
+def test_the_example_of_the_docs_runs():
+    pytest.importorskip("torchao.quantization")
+    text = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text()
+    (example,) = re.findall(r"```python\n(import torch\nfrom torchao.*?)```", text, re.DOTALL)
+    made: dict[str, Any] = {"model": nn.Sequential(nn.Linear(64, 32)).requires_grad_(False)}
+    exec(compile(example, "example", "exec"), made)
+    assert made["handle"].plan.sites[0].name == "0"
+    assert not is_dense(made["model"][0].weight)
 
 
 def test_it_trains_from_there_and_saves_as_a_lora():
