@@ -77,10 +77,22 @@ def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tu
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), _to(weight, dtype), _to(bias, dtype)
-    plan = tuple((term.rows, term.dropout, term.seed) for term in terms)
-    tensors = [tensor for term in terms for tensor in (*term[:4], term.gain)]
-    y: Tensor = _LoRALinear.apply(x, weight, bias, plan, *tensors)
+    routes: list[Tensor] = []  # each once: terms share theirs, and the compiler takes no tensor twice
+    plan = tuple((term.rows, term.dropout, term.seed, _place(term.route, routes)) for term in terms)
+    tensors = [tensor for term in terms for tensor in (term.down, term.up, term.scale, term.gain)]
+    y: Tensor = _LoRALinear.apply(x, weight, bias, plan, *tensors, *routes)
     return y
+
+
+def _place(route: Tensor | None, routes: list[Tensor]) -> int | None:
+    """Where a route is among the routes; it is put there if need be."""
+    if route is None:
+        return None
+    for place, other in enumerate(routes):
+        if other is route:
+            return place
+    routes.append(route)
+    return len(routes) - 1
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -93,13 +105,13 @@ class _LoRALinear(torch.autograd.Function):
         width = tensors[1].shape[1] if weight is None else weight.shape[0]
         y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
         hiddens = []
-        for (rows, _, _), (_, _, _, route, gain) in zip(plan, _fives(tensors), strict=True):
+        for (rows, *_), (_, _, _, route, gain) in zip(plan, _unpacked(plan, tensors), strict=True):
             if gain is not None:
                 part, gain = _columns(_grouped(y, route), rows), _gains(gain, route)
                 part.mul_(gain)
                 if bias is not None:  # the gain is not for the bias; so written, a gain of 1 changes no bit
                     part.add_((bias if rows is None else bias[slice(*rows)]) * (1 - gain))
-        for (rows, dropout, seed), (down, up, scale, route, _) in zip(plan, _fives(tensors), strict=True):
+        for (rows, dropout, seed, _), (down, up, scale, route, _) in zip(plan, _unpacked(plan, tensors), strict=True):
             down, up, scale = _pick(down, up, scale, route, x.dtype, dropout)
             x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
             hidden = _through(x3, down, dropout, seed)
@@ -107,7 +119,7 @@ class _LoRALinear(torch.autograd.Function):
             hiddens.append(hidden)
         ctx.plan = plan
         # x is the only tensor of its size that is kept, and only for the gradients that need it.
-        keep_x = any(ctx.needs_input_grad[4::5]) or any(ctx.needs_input_grad[8::5]) or ctx.needs_input_grad[1]
+        keep_x = any(ctx.needs_input_grad[4::4]) or any(ctx.needs_input_grad[7::4]) or ctx.needs_input_grad[1]
         ctx.shape = x.shape
         ctx.save_for_backward(x if keep_x else None, weight, *hiddens, *tensors)
         return y
@@ -126,8 +138,8 @@ class _LoRALinear(torch.autograd.Function):
         grad_weight = through.reshape(flat.shape).T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
         grad_bias = flat.sum(0) if needs[2] else None
         grads: list[Tensor | None] = []
-        for (rows, dropout, seed), hidden, (down, up, scale, route, _), grad_gain in zip(
-            ctx.plan, hiddens, _fives(tensors), grad_gains, strict=True
+        for (rows, dropout, seed, _), hidden, (down, up, scale, route, _), grad_gain in zip(
+            ctx.plan, hiddens, _unpacked(ctx.plan, tensors), grad_gains, strict=True
         ):
             part_down, part_up, factor = _pick(down, up, scale, route, grad.dtype, dropout)
             part = _columns(_grouped(grad, route), rows)
@@ -137,8 +149,8 @@ class _LoRALinear(torch.autograd.Function):
             x3 = None if x is None else _grouped(x, route)
             into = None if grad_x is None else _grouped(grad_x, route)
             _into_input(grad_hidden, x3, part_down, grad_down, into, dropout, seed)
-            grads += [_spread(grad_down, down, route), _spread(grad_up, up, route), None, None, grad_gain]
-        return grad_x, grad_weight, grad_bias, None, *grads
+            grads += [_spread(grad_down, down, route), _spread(grad_up, up, route), None, grad_gain]
+        return grad_x, grad_weight, grad_bias, None, *grads, *[None] * (len(tensors) - len(grads))
 
 
 def _through_gains(
@@ -147,14 +159,14 @@ def _through_gains(
     """The gradient of the base's product, and those of the gains, for which the product is computed again."""
     grads: list[Tensor | None] = []
     through = grad
-    for k, ((rows, _, _), (_, _, _, route, gain)) in enumerate(zip(plan, _fives(tensors), strict=True)):
+    for k, ((rows, *_), (_, _, _, route, gain)) in enumerate(zip(plan, _unpacked(plan, tensors), strict=True)):
         grads.append(None)
         if gain is None:
             continue
         assert weight is not None
         through = grad.clone(memory_format=torch.contiguous_format) if through is grad else through
         _columns(_grouped(through, route), rows).mul_(_gains(gain, route))
-        if needs[8 + 5 * k] and x is not None:
+        if needs[7 + 4 * k] and x is not None:
             product = _grouped(F.linear(x, weight if rows is None else weight[slice(*rows)]), route)
             part = _columns(_grouped(grad, route), rows)
             sums = (part * product).sum(1, dtype=gain.dtype)
@@ -200,8 +212,12 @@ def _into_input(
             grad_down[at[0]].baddbmm_(part, x[at] if mask is None else mask.mul_(x[at]))
 
 
-def _fives(tensors: Any) -> Iterator[Any]:
-    return (tensors[k : k + 5] for k in range(0, len(tensors), 5))
+def _unpacked(plan: tuple, tensors: Any) -> Iterator[tuple[Any, ...]]:
+    """Down, up, scale, route and gain of each term."""
+    routes = tensors[4 * len(plan) :]
+    for k, (*_, place) in enumerate(plan):
+        down, up, scale, gain = tensors[4 * k : 4 * k + 4]
+        yield down, up, scale, None if place is None else routes[place], gain
 
 
 def _grouped(x: Tensor, route: Tensor | None) -> Tensor:

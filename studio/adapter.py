@@ -185,10 +185,21 @@ def base_hash(modules: Mapping[str, nn.Module]) -> str:
     """Returns the sha256 over names, types, shapes and bytes of all parameters and saved buffers."""
     digest = hashlib.sha256()
     for component in sorted(modules):
-        for name, tensor in sorted(modules[component].state_dict().items()):
-            digest.update(f"{component}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for key, whole in sorted(modules[component].state_dict().items()):
+            for name, tensor in _plain(key, whole):
+                digest.update(f"{component}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain(name: str, tensor: Any) -> Iterator[tuple[str, Tensor]]:
+    """A tensor, whole if it is shared out over processes, or those that a quantised one consists of."""
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{part}", getattr(tensor, part))
 
 
 def _method(card: Card) -> Any:

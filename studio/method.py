@@ -68,6 +68,10 @@ class SiteMethod:
         handle.rule = self
         return handle
 
+    def attach_trained(self, model: Model, plan: Plan, tensors: Mapping[str, Tensor]) -> Handle:
+        """Attaches what a trained adapter's tensors will be loaded into; a method may look at their shapes."""
+        return self.attach(model, plan=plan)
+
     def before_step(self, handle: Handle, step: int, steps: int) -> None:
         """Prepares a step of training, counted from 0."""
 
@@ -93,7 +97,7 @@ class SiteMethod:
         method = from_dict(cls, card.config, "adapter.json")
         model = base if isinstance(base, nn.Module) else base.modules
         plan, tensors = _placed(method, model, tensors, card)
-        handle = method.attach(model, plan=plan)
+        handle = method.attach_trained(model, plan, tensors)
         handle.bank.eval().requires_grad_(False)
         try:
             handle.load(tensors)

@@ -65,6 +65,7 @@ SITE_METHODS: dict[str, str] = {
     "ssf": "graft.studio.methods.ssf:SSF",
     "bitfit": "graft.studio.methods.bitfit:BitFit",
     "fish_mask": "graft.studio.methods.fish_mask:FishMask",
+    "diff_pruning": "graft.studio.methods.diff_pruning:DiffPruning",
     "prompt_tuning": "graft.studio.methods.prompt_tuning:PromptTuning",
     "prefix_tuning": "graft.studio.methods.prefix_tuning:PrefixTuning",
 }

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from graft.studio.attention import is_plain_attention
 from graft.studio.errors import SiteError
@@ -226,6 +226,21 @@ def plan_biases(model: Model, targets: str | Sequence[str], towers: Iterable[str
     return Plan(tuple(kept))
 
 
+def plan_parameters(
+    model: Model, targets: str | Sequence[str], kinds: Iterable[str], towers: Iterable[str] | None = None
+) -> Plan:
+    """Returns the weights that the targets name, and behind them the biases of these layers, if there are any.
+
+    Raises:
+        SiteError: as `plan_sites`.
+    """
+    weights = plan_sites(model, targets, kinds, towers=towers).sites
+    try:
+        return Plan((*weights, *plan_biases(model, targets, towers)))
+    except SiteError:  # a model without biases
+        return Plan(weights)
+
+
 def plan_blocks(
     model: Model, targets: str | Sequence[str] = ("attention", "mlp"), towers: Iterable[str] | None = None
 ) -> Plan:
@@ -289,6 +304,26 @@ def weight_names(module: nn.Module) -> tuple[str, str]:
     return ("in_proj_weight", "in_proj_bias") if packed else ("weight", "bias")
 
 
+def is_dense(weight: Tensor) -> bool:
+    """Whether a weight is a plain tensor of floats: not packed integers, and no subclass that computes by itself."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
+def told(weight: Tensor) -> str:
+    """Returns what a weight is that is not dense, for a message."""
+    how = "shared out over processes" if hasattr(weight, "full_tensor") else "quantised"
+    return f"its weight is {how} ({type(weight).__name__}, {weight.dtype})"
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Returns the shape of a module's weight; packed integers of a linear layer have that of what they stand for."""
+    # A parameter, or what a parametrisation or a slot makes of it.
+    weight: Any = getattr(module, weight_names(module)[0], None)
+    if isinstance(module, nn.Linear) and weight is not None and not weight.is_floating_point():
+        return (module.out_features, module.in_features)
+    return () if weight is None else tuple(weight.shape)
+
+
 def channel_dim(module: nn.Module) -> int:
     """Returns the dimension of a layer's output that its weight's first one belongs to."""
     name = type(module).__name__
@@ -309,9 +344,7 @@ def _all_sites(model: Model) -> list[Site]:
         kind = _kind(module)
         if kind is None:
             continue
-        # A parameter, or what a parametrisation or a slot makes of it.
-        weight: Any = getattr(module, weight_names(module)[0])
-        site = Site(name, kind, tuple(weight.shape), None, _tower(name, modules), _role(name))
+        site = Site(name, kind, weight_shape(module), None, _tower(name, modules), _role(name))
         if kind == "mha":
             sites += _split(site, ("q", "k", "v"), "mha")
             continue

@@ -20,15 +20,26 @@ class Base(NamedTuple):
     """The frozen parameters that a site covers, as they were before anything was merged."""
 
     weight: Tensor | None
-    """(o, i, ...), or None where the site has none."""
+    """(o, i, ...), or None where the site has none or a quantised one."""
     bias: Tensor | None
     """(o,), or None."""
+    product: Callable[[Tensor], Tensor] | None = None
+    """What a quantised layer makes of (m, i): its product (m, o), without the bias."""
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Base:
+        """Returns what a function makes of weight and bias."""
+        return self._replace(
+            weight=None if self.weight is None else change(self.weight),
+            bias=None if self.bias is None else change(self.bias),
+        )
 
     def part(self, rows: tuple[int, int] | None) -> Base:
         """Returns those of some output rows."""
         if rows is None:
             return self
-        return Base(*(None if each is None else each[slice(*rows)] for each in self))
+        whole = self.product
+        product = None if whole is None else lambda x: whole(x)[:, slice(*rows)]
+        return self.each(lambda parameter: parameter[slice(*rows)])._replace(product=product)
 
 
 class Slot(nn.Module):

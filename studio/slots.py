@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graft.studio.attention import is_plain_attention
 from graft.studio.errors import FormatError, InputError, SiteError
-from graft.studio.sites import Model, Plan, Site, named_modules, nearest, weight_names
+from graft.studio.sites import Model, Plan, Site, is_dense, named_modules, nearest, told, weight_names, weight_shape
 from graft.studio.slot import OUTER, Slot
 from graft.studio.slotted import PACKED, enter_module, leave_module, refresh
 
@@ -208,8 +208,13 @@ class Handle:
             for site, group in zip(self.plan, own, strict=True)
         }
         flat = [p for group in parameters.values() for p in group]
+        training = self.bank.training
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            out = run()
+            self.bank.eval()  # a gate that is drawn shut is not dead
+            try:
+                out = run()
+            finally:
+                self.bank.train(training)
             loss = out if out.dim() == 0 else out.float().square().mean()
             if not loss.requires_grad:
                 raise SiteError(f"{len(self.plan)} sites", "none takes part in the output", _REMEDY)
@@ -246,7 +251,7 @@ class Handle:
         """Adds a slot into the base weights, whose exact originals are kept for `unmerge`.
 
         Raises:
-            SiteError: a weight that another module uses too, that is quantised, or that is no longer attached.
+            SiteError: a weight that another module uses too, that is quantised or sharded, or no longer attached.
         """
         if not self._modules:
             raise SiteError("the adapter", "it was detached", "attach it again")
@@ -259,9 +264,8 @@ class Handle:
                 reason = f"its weight is that of {self._tied[name]} too, which a merge would change"
                 raise SiteError(name, reason, "leave the adapter attached, or untie them")
             weight: Any = self._modules[name]._parameters[weight_names(self._modules[name])[0]]
-            if not weight.is_floating_point():
-                reason = f"its weight is quantised ({weight.dtype})"
-                raise SiteError(name, reason, "merge into the base as it was before quantisation")
+            if not is_dense(weight):
+                raise SiteError(name, told(weight), "merge into the base as it was before")
         self._set_merged(slot)
 
     def unmerge(self) -> None:
@@ -335,11 +339,14 @@ def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site],
     module = modules[site.name]
     names = weight_names(module)
     covered = getattr(module, names[site.kind == "bias"], None)
-    found = None if covered is None else tuple(covered.shape)
+    found = None if covered is None else tuple(covered.shape) if site.kind == "bias" else weight_shape(module)
     if site.kind not in OUTER and not (found and _same(site.shape, found)):
         raise SiteError(site.name, f"planned for a weight {site.shape}, the model has {found}", "use its own base")
     anything = covered if covered is not None else next(module.parameters(), torch.empty(0))
     slot = build(site).to(anything.device)
+    if slot.weight_mode and not is_dense(anything):
+        reason = f"{told(anything)} and cannot be changed itself"
+        raise SiteError(site.key, reason, "use a method that acts beside it, such as lora")
     if site.kind == "mha" and slot.weight_mode:
         raise SiteError(site.name, "needs no weight mode: its products are computed with the slots", "leave it out")
     return slot

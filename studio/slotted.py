@@ -7,6 +7,7 @@ slots. So the base keeps its state-dict keys, ``isinstance``, deepcopy and plain
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from graft.kernels.lora_linear import lora_linear
 from graft.studio.attention import attend
-from graft.studio.sites import weight_names
+from graft.studio.errors import SiteError
+from graft.studio.sites import is_dense, weight_names
 from graft.studio.slot import OUTER, Base, Slot, first_tensor, wide
 
 
@@ -30,8 +32,18 @@ class Slotted(nn.Module):
     def graft_base(self, slot: Slot) -> Base:
         """The original parameters that a slot's site covers."""
         whole: Base | None = self.__dict__.get("graft_original")
-        whole = whole or Base(*map(self._parameters.get, weight_names(self)))
+        if whole is None:
+            weight, bias = map(self._parameters.get, weight_names(self))
+            packed = weight is not None and not is_dense(weight)
+            whole = Base(None, bias, self.graft_product) if packed else Base(weight, bias)
         return whole.part(slot.site.rows)
+
+    def graft_product(self, x: Tensor) -> Tensor:
+        """What the original, a linear layer, makes of (m, i) without its bias."""
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        y: Tensor = super().forward(x.to(weight.dtype) if weight.is_floating_point() else x)
+        return y if bias is None else y - bias
 
     def graft_live(self, outer: bool) -> list[Slot]:
         """The slots that act in forward, around the module or within."""
@@ -45,6 +57,8 @@ class Slotted(nn.Module):
         weight = self._parameters.get("weight")
         if weight is None:
             raise AttributeError("weight")
+        if not direct:
+            return weight
         now = Base(weight, None)
         for slot in direct:
             now = _fold(now, slot, 0, self.graft_base(slot))
@@ -62,8 +76,20 @@ class Slotted(nn.Module):
         return call(*args, **kwargs)
 
     def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        """A layer of one tensor with its slots."""
-        return _through(input, call, [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots])
+        """A layer of one tensor with its slots.
+
+        Raises:
+            SiteError: a quantised product without a gradient: slots before this layer would learn from wrong ones.
+        """
+
+        def checked(x: Tensor) -> Tensor:
+            y = call(x)
+            if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+                name, reason = slots[0].site.key, "the quantised layer passes no gradient to its input"
+                raise SiteError(name, reason, "quantise the weight only, not the activations")
+            return y
+
+        return _through(input, checked, [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots])
 
 
 class _SlottedLinear(Slotted):
@@ -72,8 +98,10 @@ class _SlottedLinear(Slotted):
     bias: Tensor | None
 
     def graft_layer(self, slots: list[Slot], call: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
-        placed = [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots]
-        return _linear(input, self.weight, self.bias, placed)
+        weight = self.weight
+        if not is_dense(weight):  # a quantised tensor, which knows its own product
+            return super().graft_layer(slots, call, input)
+        return _linear(input, weight, self.bias, [(slot, slot.site.rows, self.graft_base(slot)) for slot in slots])
 
 
 class _SlottedAttention(Slotted):
@@ -122,6 +150,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, placed: list[_Placed
     where = {rows for _, rows, _ in placed}
     alone = len(where) == len(placed) and (len(placed) == 1 or None not in where)
     ready = [term._replace(rows=rows) for term, (_, rows, _) in zip(terms, placed, strict=True) if term is not None]
+    if torch.compiler.is_compiling() and any(term.dropout for term in ready):  # its masks come from a seed
+        ready = []
     if ready and len(ready) == len(placed) and (alone or all(term.gain is None for term in ready)):
         return lora_linear(x, weight, bias, tuple(ready))
     return _through(x, lambda x: F.linear(x, weight, bias), placed)
@@ -142,6 +172,23 @@ def _through(x: Tensor, call: Callable[[Tensor], Tensor], placed: list[_Placed])
             a, b = rows
             y = torch.cat([y[..., :a], slot(x, y[..., a:b], base), y[..., b:]], -1)
     return y
+
+
+@torch.no_grad()
+def dense_weight(layer: nn.Module) -> Tensor:
+    """Returns a layer's own weight, (o, i, ...), whole; a quantised one as what the layer makes of the identity."""
+    weight: Any = layer._parameters[weight_names(layer)[0]]
+    if hasattr(weight, "full_tensor"):  # shared out over processes, which all ask
+        weight = weight.full_tensor()
+    if is_dense(weight) or not isinstance(layer, nn.Linear):
+        return weight.detach()  # type: ignore[no-any-return]
+    bare: Any = copy(layer)  # the first call may settle the type that a layer computes in
+    bare._parameters = {**layer._parameters, "bias": None}
+    if isinstance(layer, Slotted):
+        bare.graft_slots = []
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    found: Tensor = bare(torch.eye(layer.in_features, dtype=dtype, device=weight.device)).T
+    return found
 
 
 @cache
@@ -177,14 +224,14 @@ def refresh(module: Any) -> None:
     names = weight_names(module)
     original: Base | None = module.__dict__.get("graft_original")
     if original is None and merged:
-        kept = (module._parameters.get(name) for name in names)
-        original = module.graft_original = Base(*(None if each is None else each.detach().clone() for each in kept))
+        now = Base(*map(module._parameters.get, names))
+        original = module.graft_original = now.each(lambda parameter: parameter.detach().clone())
     if original is None:
         return
     now = original
     for slot in merged:
         now = _fold(now, slot, slot.merged, module.graft_base(slot))
-    for name, value in zip(names, now, strict=True):
+    for name, value in zip(names, now[:2], strict=True):
         parameter = module._parameters.get(name)
         if parameter is not None and value is not None:
             parameter.copy_(value)
@@ -198,14 +245,14 @@ def refresh(module: Any) -> None:
 def _fold(now: Base, slot: Slot, index: int, base: Base) -> Base:
     """Whole parameters with a slot's change in its rows, at least float32."""
     rows = slot.site.rows
-    whole = Base(*(None if each is None else wide(each) for each in now))
+    whole = now.each(wide)
     part = slot.folded(index, whole.part(rows), base)
     if rows is None:
         return part
     a, b = rows
     joined = []
-    for old, new in zip(whole, part, strict=True):
+    for old, new in zip(whole[:2], part[:2], strict=True):
         if old is None and new is not None:
             old = new.new_zeros(slot.site.shape[0])
         joined.append(None if old is None or new is None else torch.cat([old[:a], new, old[b:]]))
-    return Base(*joined)
+    return Base(joined[0], joined[1])

@@ -11,7 +11,8 @@ As the paper proposes (section 4.3), no gradient flows through n. B A is never f
     n^2 = || W ||^2 + 2 s rowsum((W A') * B) + s^2 rowsum((B A A') * B)
 
 and for the backward pass nothing is kept that LoRA does not keep: the base's product is computed again for m's
-gradient. Differs from the authors' code: dropout acts on the low-rank path only.
+gradient. On a quantised base W is the weight that the layer stands for. Differs from the authors' code: dropout acts on
+the low-rank path only.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from torch import Tensor, nn
 from graft.kernels.lora_linear import Term
 from graft.studio.errors import InputError, SiteError
 from graft.studio.methods.lora import ConvSlot, LoRA, LowRankSlot
-from graft.studio.sites import Site, channel_dim
+from graft.studio.sites import Site, channel_dim, weight_names
 from graft.studio.slot import Base, Slot, spread, wide
+from graft.studio.slotted import dense_weight
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter
@@ -72,10 +74,10 @@ class DirectedSlot(LowRankSlot):
         self.factor, self.scaling = method.scaling, 1.0
         self.scale.fill_(1.0)
         self.dim = channel_dim(module)
-        weight: Any = module.in_proj_weight if self.site.kind == "mha" else module._parameters.get("weight")
-        if weight is None or not weight.is_floating_point():
-            raise SiteError(self.site.key, "DoRA needs the weight in floating point", "use lora on a quantised base")
-        rows = weight.detach() if self.site.rows is None else weight.detach()[slice(*self.site.rows)]
+        if module._parameters.get(weight_names(module)[0]) is None:
+            raise SiteError(self.site.key, "its weight is computed, not a parameter", "use lora here")
+        weight = dense_weight(module)
+        rows = weight if self.site.rows is None else weight[slice(*self.site.rows)]
         self.register_buffer("square", wide(rows).flatten(1).square().sum(1), persistent=False)
         self.m = nn.Parameter(torch.empty(self.slots, self.site.covered[0]))
 
@@ -87,14 +89,20 @@ class DirectedSlot(LowRankSlot):
 
     def c(self, base: Base) -> Tensor:
         """Returns m / n of all slots, (k, o)."""
-        assert base.weight is not None
         with torch.no_grad():
-            down, weight = self.A.flatten(2), base.weight.flatten(1).to(self.A.dtype)
-            cross = ((weight @ down.mT) * self.B).sum(-1)
+            down = self.A.flatten(2)
+            cross = (self.across(base, down) * self.B).sum(-1)
             own = ((self.B @ (down @ down.mT)) * self.B).sum(-1)
             square = self.square + 2 * self.factor * cross + self.factor**2 * own
             norm = square.clamp(min=torch.finfo(square.dtype).tiny).sqrt()
         return self.m / norm
+
+    def across(self, base: Base, down: Tensor) -> Tensor:
+        """Returns W A' of all slots, (k, o, r)."""
+        if base.weight is not None:
+            return base.weight.flatten(1).to(down.dtype) @ down.mT
+        assert base.product is not None
+        return base.product(down.flatten(0, 1)).to(down.dtype).unflatten(0, down.shape[:2]).mT
 
     def term(self, base: Base) -> Term | None:
         """Returns the low-rank part, and c as the gain of the base's product."""

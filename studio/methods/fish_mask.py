@@ -15,29 +15,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graft.studio.errors import InputError
+from graft.studio.errors import InputError, SiteError
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import (
     Model,
     Plan,
     Site,
     channel_dim,
+    is_dense,
     named_modules,
-    plan_biases,
-    plan_sites,
+    plan_parameters,
+    told,
     weight_names,
 )
 from graft.studio.slot import Base, Slot, spread
 from graft.studio.slots import Handle, attach
-
-if TYPE_CHECKING:
-    from graft.studio.adapter import Card
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,7 @@ class FishMask(SiteMethod):
 
     def sites(self, model: Model) -> Plan:
         """Returns the weights and biases to choose from."""
-        weights = plan_sites(model, self.targets, self.kinds, towers=self.towers).sites
-        try:
-            biases = plan_biases(model, self.targets, self.towers).sites
-        except InputError:  # a model without biases
-            biases = ()
-        return Plan((*weights, *biases))
+        return plan_parameters(model, self.targets, self.kinds, self.towers)
 
     def count(self, site: Site) -> int:
         """Returns the share of a site if all were alike; what is chosen differs."""
@@ -80,10 +73,14 @@ class FishMask(SiteMethod):
 
         Raises:
             InputError: no losses, or losses that were computed before.
+            SiteError: a weight that is quantised or sharded.
         """
         plan, modules = self.sites(model), named_modules(model)
         names = {site.key: weight_names(modules[site.name])[site.kind == "bias"] for site in plan}
         whole: dict[str, Any] = {site.key: modules[site.name]._parameters[names[site.key]] for site in plan}
+        for key, parameter in whole.items():
+            if not is_dense(parameter):
+                raise SiteError(key, told(parameter), "use lora, or other targets")
         flags = {key: parameter.requires_grad for key, parameter in whole.items()}
         sums, samples = [torch.zeros(site.covered) for site in plan], 0
         try:
@@ -98,12 +95,7 @@ class FishMask(SiteMethod):
                 parameter.requires_grad_(flags[key])
         if not samples:
             raise InputError("the losses", "there are none", "give at least one")
-        scores = torch.cat([total.flatten() for total in sums])
-        best = scores.topk(max(1, round(self.density * len(scores)))).indices.sort().values
-        ends = torch.tensor([total.numel() for total in sums]).cumsum(0)
-        parts = torch.tensor_split(best, torch.searchsorted(best, ends)[:-1])
-        starts = [0, *ends.tolist()]
-        return {site.key: part - start for site, part, start in zip(plan, parts, starts, strict=False) if len(part)}
+        return largest({site.key: total for site, total in zip(plan, sums, strict=True)}, self.density)
 
     def attach(
         self,
@@ -119,28 +111,36 @@ class FishMask(SiteMethod):
         """
         if not places:
             raise InputError("FishMask without places", "it trains what choose() found", "give places = choose(...)")
-        modules, given = named_modules(model), places
-        sites = tuple(site for site in plan or self.sites(model) if site.key in given)
-        chosen = Plan(sites, tuple(len(given[site.key]) for site in sites))
-        return attach(
-            model, chosen, lambda site: MaskedSlot(site, slots, given[site.key], channel_dim(modules[site.name]))
-        )
+        return attach_at(model, plan or self.sites(model), places, slots)
 
-    @classmethod
-    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Handle:
-        """Attaches a trained adapter to its base, ready for inference."""
-        from graft.studio.config import from_dict
+    def attach_trained(self, model: Model, plan: Plan, tensors: Mapping[str, Tensor]) -> Handle:
+        """Attaches at the places that the adapter brings."""
+        return attach_at(model, plan, places_in(tensors))
 
-        places = {name.removesuffix(".places"): t for name, t in tensors.items() if name.endswith(".places")}
-        model = base if isinstance(base, nn.Module) else base.modules
-        handle = from_dict(cls, card.config, "adapter.json").attach(model, 1, Plan.from_list(card.sites), places)
-        handle.bank.eval().requires_grad_(False)
-        try:
-            handle.load(tensors)
-        except BaseException:
-            handle.detach()
-            raise
-        return handle
+
+def largest(scores: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Returns where the largest scores of all sites together are, as flat indices in each site that has some."""
+    flat = torch.cat([each.flatten() for each in scores.values()])
+    best = flat.topk(max(1, round(density * len(flat)))).indices.sort().values
+    ends = torch.tensor([each.numel() for each in scores.values()], device=best.device).cumsum(0)
+    parts = torch.tensor_split(best, torch.searchsorted(best, ends)[:-1].cpu())
+    starts = [0, *ends.tolist()]
+    return {key: part - start for key, part, start in zip(scores, parts, starts, strict=False) if len(part)}
+
+
+def places_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the places that a trained adapter changes, by site."""
+    return {name.removesuffix(".places"): each for name, each in tensors.items() if name.endswith(".places")}
+
+
+def attach_at(model: Model, plan: Plan, places: Mapping[str, Tensor], slots: int = 1) -> Handle:
+    """Attaches trainable changes at some places of the planned sites; sites without places are left out."""
+    modules = named_modules(model)
+    sites = tuple(site for site in plan if site.key in places)
+    chosen = Plan(sites, tuple(len(places[site.key]) for site in sites))
+    return attach(
+        model, chosen, lambda site: MaskedSlot(site, slots, places[site.key], channel_dim(modules[site.name]))
+    )
 
 
 def _add_squares(sums: list[Tensor], plan: Plan, loss: Tensor, parameters: list[Tensor]) -> None:
@@ -153,16 +153,37 @@ def _add_squares(sums: list[Tensor], plan: Plan, loss: Tensor, parameters: list[
             total += grad[slice(*(site.rows or (None,)))].cpu().float().square()
 
 
-class MaskedSlot(Slot):
+class ChangeSlot(Slot):
+    """A change of a parameter itself, whatever `delta` makes it of."""
+
+    def __init__(self, site: Site, slots: int, dim: int):
+        """Makes an empty slot; torch's attention and biases take the change as an addition, all else in the weight."""
+        super().__init__(site, slots, weight_mode=site.kind not in ("mha", "bias"))
+        self.dim = dim
+
+    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
+        """Returns y with the changed bias, or with the change's product."""
+        if self.site.kind == "bias":
+            return y + spread(self.delta(0)[None], y, self.dim)
+        return y + F.linear(x, self.delta(0).to(x.dtype))
+
+    def folded(self, slot: int, now: Base, base: Base) -> Base:
+        """Returns the weight or the bias with its change."""
+        if self.site.kind != "bias":
+            return super().folded(slot, now, base)
+        assert now.bias is not None
+        return now._replace(bias=now.bias + self.delta(slot))
+
+
+class MaskedSlot(ChangeSlot):
     """Changes of a parameter at fixed places."""
 
     saved: ClassVar[tuple[str, ...]] = ("places",)
     places: Tensor
 
     def __init__(self, site: Site, slots: int, places: Tensor, dim: int):
-        """Makes changes of zero; torch's attention and biases take them as an addition, all else in the weight."""
-        super().__init__(site, slots, weight_mode=site.kind not in ("mha", "bias"))
-        self.dim = dim
+        """Makes changes of zero at the places, flat indices."""
+        super().__init__(site, slots, dim)
         self.D = nn.Parameter(torch.zeros(slots, len(places)))
         self.register_buffer("places", places.repeat(slots, 1))
 
@@ -175,16 +196,3 @@ class MaskedSlot(Slot):
         """Returns the changes among zeros."""
         whole = self.D.new_zeros(prod(self.site.covered))
         return self.scale[slot] * whole.scatter(0, self.places[slot], self.D[slot]).view(self.site.covered)
-
-    def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
-        """Returns y with the changed bias, or with the change's product."""
-        if self.site.kind == "bias":
-            return y + spread(self.delta(0)[None], y, self.dim)
-        return y + F.linear(x, self.delta(0).to(x.dtype))
-
-    def folded(self, slot: int, now: Base, base: Base) -> Base:
-        """Returns the weight or the bias with its changes."""
-        if self.site.kind != "bias":
-            return super().folded(slot, now, base)
-        assert now.bias is not None
-        return now._replace(bias=now.bias + self.delta(slot))

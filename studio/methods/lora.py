@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from graft.kernels.lora_linear import Term, lora_linear
@@ -172,12 +173,15 @@ class LowRankSlot(Slot):
     def fused(self, up: Tensor) -> Term:
         """Returns A with another B as a term, with a mask of its own for dropout."""
         dropout = self.dropout if self.training else 0.0
-        seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
+        seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout and not is_compiling() else 0
         return Term(self.A, up, self.scale, self.route, None, dropout, seed)
 
     def low_rank(self, x: Tensor, y: Tensor, up: Tensor) -> Tensor:
         """Returns s B A drop(x) alone, in the shape of y."""
-        return lora_linear(x, None, None, (self.fused(up),))
+        term = self.fused(up)
+        if term.dropout and is_compiling():  # which cannot draw a seed, and recomputes masks by itself
+            x, term = F.dropout(x, term.dropout), term._replace(dropout=0.0)
+        return lora_linear(x, None, None, (term,))
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """Returns y + s B A drop(x), where the product with the base is not to be had in one function."""

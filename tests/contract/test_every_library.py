@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaForCausalLM
 
 from graft.studio.errors import SiteError
+from graft.studio.methods.lora import LoRA
 from graft.studio.registry import SITE_METHODS, site_method
 
 SIZE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
@@ -91,3 +92,18 @@ def test_it_acts_at_every_site_and_leaves_no_trace(name, make):
     handle.detach()
     assert torch.equal(run(model), before)
     assert {key: type(module) for key, module in model.named_modules()} == classes
+
+
+def test_projections_that_diffusers_replaces_are_found_dead_and_those_instead_of_them_alive():
+    """After `fuse_qkv_projections` the old layers are still there, and nobody calls them."""
+    torch.manual_seed(0)
+    model: Any
+    model, run = unet()
+    model.requires_grad_(False).eval()
+    handle = LoRA(rank=2, targets="attn1.to_q").attach(model)
+    handle.probe(lambda: run(model))
+    model.fuse_qkv_projections()
+    with pytest.raises(SiteError, match=r"attn1\.to_q: .* sites get no gradient"):
+        handle.probe(lambda: run(model))
+    handle.detach()
+    LoRA(rank=2, targets=("attn1.to_qkv", "attn2.to_kv")).attach(model).probe(lambda: run(model))

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from graft.studio.methods.adalora import AdaLoRA
 from graft.studio.methods.bitfit import BitFit
 from graft.studio.methods.bottleneck import Houlsby, Parallel, Pfeiffer
 from graft.studio.methods.compacter import Compacter
+from graft.studio.methods.diff_pruning import DiffPruning
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.dylora import DyLoRA
 from graft.studio.methods.fish_mask import FishMask
@@ -157,6 +158,12 @@ CASES = {
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
 }
+# Gates that are hardly ever exactly open or closed, so that each has a gradient.
+SOFT = DiffPruning(alpha=0.5, lower=-1e-3, upper=1 + 1e-3)
+CASES |= {
+    "diff_pruning": Case(SOFT, mixed=False),
+    "diff_pruning, packed attention": Case(replace(SOFT, structured=False), Packed, mixed=False),
+}
 every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 
@@ -253,7 +260,7 @@ def test_merged_equals_attached(case):
             handle.merge()
         return
     handle.merge()
-    assert (model(x) - attached).abs().max() <= 1e-5 * attached.abs().max()
+    assert (model(x) - attached).norm() <= 1e-5 * attached.norm()
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.mixed])

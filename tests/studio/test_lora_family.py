@@ -137,10 +137,9 @@ def test_dora_beside_another_adapter_scales_what_it_finds_and_merges_to_the_same
 
 def test_dora_says_no_where_it_cannot_work(tmp_path):
     model, _ = layer()
-    quantised = nn.Sequential(nn.Linear(5, 7))
-    quantised[0].weight = nn.Parameter(torch.zeros(7, 5, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(SiteError, match="floating point"):
-        DoRA(targets="0").attach(quantised)
+    made = nn.utils.parametrizations.weight_norm(nn.Linear(5, 7))
+    with pytest.raises(SiteError, match="its weight is computed, not a parameter"):
+        DoRA(targets="0").attach(nn.Sequential(made))
     handle = randomised(DoRA(rank=2, targets="0"), model)
     card = Card("dora", to_dict(DoRA(rank=2, targets="0")), sites=handle.plan.to_list())
     with pytest.raises(InputError, match="no plain LoRA"):

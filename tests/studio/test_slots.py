@@ -5,15 +5,9 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from graft.studio.errors import FormatError, InputError, SiteError
-from graft.studio.methods.bottleneck import Houlsby
-from graft.studio.methods.dora import DoRA
-from graft.studio.methods.ia3 import IA3
-from graft.studio.methods.krona import KronA
 from graft.studio.methods.lora import LoRA
-from graft.studio.methods.ssf import SSF
 from graft.studio.sites import Plan, Site
 
 
@@ -237,18 +231,6 @@ def test_a_subclass_with_its_own_forward_keeps_it():
     torch.testing.assert_close(model(x), base + x @ handle._slots[0].delta(0).T)
 
 
-def test_compiled_once_whatever_the_slot_or_strength(x):
-    model = vit(depth=1)
-    handle = attach(model, slots=3)
-    counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for route in ([0, 1, 2, 0], [-1, 2, 1, 1]):
-        handle.route(torch.tensor(route))
-        handle.scale(1, float(len(route)))
-        torch.testing.assert_close(compiled(x), model(x))
-    assert counter.frame_count == 1
-
-
 def test_tensors_load_into_another_slot_and_smaller_ranks_are_padded(x):
     model = vit()
     small = attach(model, targets="attention")
@@ -365,19 +347,3 @@ def test_bypassed_names_the_sites_whose_module_is_not_called(x):
     handle.detach()
     LoRA(targets=("attn.qkv", "attn.proj"), weight_mode=("attn.qkv",)).attach(beit)
     assert LoRA(targets="attn.proj").attach(beit).bypassed(lambda: beit(x[:1])) == []
-
-
-@pytest.mark.parametrize(
-    "method", [DoRA(rank=2), IA3(), SSF(), Houlsby(width=4), KronA()], ids=lambda m: type(m).__name__
-)
-def test_methods_compile_whole_and_once(x, method):
-    model = vit(depth=1)
-    handle = method.attach(model, slots=3)
-    handle.bank.eval()
-    counter = CompileCounter()
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    with torch.no_grad():
-        for route in ([0, 1, 2, 0], [2, 2, 1, 1]):
-            handle.route(torch.tensor(route))
-            torch.testing.assert_close(compiled(x), model(x))
-    assert counter.frame_count == 1
