@@ -8,17 +8,23 @@ Layout: every product puts the rank first, ``A @ x'`` -> (g, r, m). On CPU this 
 ``x @ A'``, where the thin dimension is innermost. ``g`` is 1 when all rows share a slot, and the batch when rows choose
 (``route``), so one adapter and a mixed batch run the same lines.
 
+On a GPU the file beside this one has a faster path for frozen bases without dropout; `supports` says for what, and
+`graft.kernels.dispatch` measures for which shapes.
+
 Letters: b batch rows, n tokens, i input width, o output width, r rank, k slots in a stack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from graft.kernels.dispatch import LIBRARY, fastest, refusals
 
 _CHUNK = 2**17
 """Elements of a dropout mask drawn at once on CPU: temporaries stay in cache (twice as fast as one large mask)."""
@@ -62,7 +68,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term,
     return y
 
 
-def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...], path: str | None = None
+) -> Tensor:
     """Returns the linear layer's output with its low-rank terms added.
 
     Args:
@@ -70,6 +78,7 @@ def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tu
         weight: (o, i) base weight; None gives the sum of the terms alone (for bases that are not dense).
         bias: (o,) or None.
         terms: at least one.
+        path: one of `paths`; None takes the fastest.
 
     Returns:
         (b, ..., o).
@@ -77,10 +86,119 @@ def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tu
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), _to(weight, dtype), _to(bias, dtype)
+    path = path or _fastest(x, weight, bias, terms)
+    if path != LIBRARY:
+        return _fused(x, weight, bias, terms, path)
     plan = tuple((term.rows, term.dropout, term.seed) for term in terms)
     tensors = [tensor for term in terms for tensor in (*term[:4], term.gain)]
     y: Tensor = _LoRALinear.apply(x, weight, bias, plan, *tensors)
     return y
+
+
+def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> list[str]:
+    """Returns why the Triton path cannot do this; nothing if it can."""
+    reasons = refusals(x, weight, bias, *(tensor for term in terms for tensor in (term.down, term.up, term.route)))
+    first = terms[0]
+    if weight is None or not weight.is_floating_point():
+        return [*reasons, "no dense base weight"]
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        reasons.append("the base is trained")
+    if weight.dtype != x.dtype:
+        reasons.append(f"base of {weight.dtype} under {x.dtype}")
+    if any(term.gain is not None for term in terms):
+        reasons.append("gains")
+    if any(_threshold(term.dropout) for term in terms):
+        reasons.append("dropout")
+    if first.down.shape[1] > 128:
+        reasons.append(f"rank {first.down.shape[1]} above 128")
+    if x.dtype == torch.float32 and first.down.shape[1] > 32:
+        reasons.append("float32 above rank 32")  # would not fit into the registers
+    if any(term.route is not first.route or term.down.shape != first.down.shape for term in terms):
+        reasons.append("terms of different routes or shapes")
+    if len(terms) > 1 and first.down.shape[1] > 64:
+        reasons.append("several terms above rank 64")  # likewise
+    if _bands(terms, weight.shape[0]) is None:
+        reasons.append("terms on overlapping or unequal rows")
+    return reasons
+
+
+def paths(x: Tensor, out: int, rank: int, bands: int) -> list[str]:
+    """Returns the names of the paths worth measuring; what is left out would not fit into the registers."""
+    if x.dtype == torch.float32 or x.numel() // x.shape[-1] < 64:
+        tiles = [2]
+    else:
+        tiles = [0, 1] if out >= 256 and rank <= 64 and bands == 1 else [0]
+    return [LIBRARY, *(f"{mode} {tile}" for tile in tiles for mode in ("split", "inline"))]
+
+
+def _fastest(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> str:
+    """The path that was fastest for this shape, measured with its backward if there will be one."""
+    if not x.is_cuda or supports(x, weight, bias, terms):
+        return LIBRARY
+    assert weight is not None
+    factors = [factor for term in terms for factor in (term.down, term.up)]
+    wanted = [tensor for tensor in (x, *factors) if tensor.requires_grad and torch.is_grad_enabled()]
+
+    def run(path: str) -> None:
+        with torch.set_grad_enabled(bool(wanted)):
+            y = lora_linear(x, weight, bias, terms, path)
+            if wanted:
+                torch.autograd.grad(y, wanted, y.detach())
+
+    tokens, groups = x.numel() // x.shape[-1], 1 if terms[0].route is None else x.shape[0]
+    # Row counts within an eighth of a power of two share a choice: batches of text never have the same length.
+    shape = (_rounded(tokens), groups, *weight.shape[::-1], len(terms), terms[0].up.shape[-1])
+    names = paths(x, weight.shape[0], terms[0].up.shape[-1], len(terms))
+    key = ("lora_linear", x.dtype, *shape, x.requires_grad and bool(wanted), len(wanted) > x.requires_grad)
+    return fastest(key, {path: partial(run, path) for path in names}, x.device)
+
+
+def _rounded(count: int) -> int:
+    step = max(1, 1 << (count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def _bands(terms: tuple[Term, ...], width: int) -> int | None:
+    """Into how many equal bands the features fall, each with one term or none; None if they do not."""
+    if len(terms) == 1 and terms[0].rows in (None, (0, width)):
+        return 1
+    rows = [term.rows or (0, width) for term in terms]
+    size = rows[0][1] - rows[0][0]
+    fits = width % size == 0 and all(b - a == size and a % size == 0 for a, b in rows)
+    return width // size if fits and len(set(rows)) == len(rows) else None
+
+
+def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...], path: str) -> Tensor:
+    """The Triton path: factors of all bands side by side, then one product."""
+    from graft.kernels.lora_linear_triton import fused
+
+    assert weight is not None
+    mode, tile = path.split()
+    bands, size = _bands(terms, weight.shape[0]), terms[0].up.shape[1]
+    first = terms[0]
+    down, up, scale, route = first.down, first.up, first.scale[None], first.route
+    if bands != 1:
+        placed = {(term.rows or (0, 0))[0] // size: term for term in terms}
+        blank = Term(torch.zeros_like(down), torch.zeros_like(up), torch.zeros_like(first.scale))
+        ordered = [placed.get(band, blank) for band in range(bands or 0)]
+        down, up = torch.cat([term.down for term in ordered], 1), torch.cat([term.up for term in ordered], 1)
+        scale = torch.stack([term.scale for term in ordered])
+    if route is not None and len(down) > 2 * len(route):  # a large table: better not cast all of it
+        slot = route.clamp(min=0)
+        down, up, scale = down[slot], up[slot], scale[:, slot]
+        route = torch.where(route >= 0, torch.arange(len(route), device=route.device), -1)
+    y: Tensor
+    y, _ = fused(
+        _grouped(x, route).contiguous(),
+        weight.contiguous(),
+        bias,
+        down.contiguous(),
+        up.contiguous(),
+        scale.float(),
+        route,
+        2 * int(tile) + (mode == "inline"),
+    )
+    return y.view(*x.shape[:-1], -1)
 
 
 def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -233,6 +351,9 @@ def _spread(grad: Tensor | None, stack: Tensor, route: Tensor | None) -> Tensor 
         return None
     if route is None and stack.shape[0] == 1:
         return grad.to(stack.dtype)
+    if route is not None and grad.is_cuda:  # where index_add_ has no fixed order
+        chosen = route == torch.arange(len(stack), device=route.device)[:, None]
+        return (chosen.to(stack.dtype) @ grad.flatten(1).to(stack.dtype)).view(stack.shape)
     slot = grad.new_zeros(1, dtype=torch.long) if route is None else route.clamp(min=0)
     return torch.zeros_like(stack).index_add_(0, slot, grad.to(stack.dtype))
 
