@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ LIBRARY = "library"
 """Name of the path in plain torch."""
 MARGIN = 0.97
 """What another path's time may be at most, as a share of the library's."""
+
+
+def autocast(*tensors: Tensor | None) -> Iterator[Any]:
+    """Yields tensors as torch's own products would see them: under autocast in its type."""
+    for tensor in tensors:
+        if tensor is not None and torch.is_autocast_enabled(tensor.device.type):
+            tensor = tensor.to(torch.get_autocast_dtype(tensor.device.type))
+        yield tensor
 
 
 def interpreted() -> bool:

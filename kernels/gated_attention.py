@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.kernels.dispatch import LIBRARY, fastest, refusals
+from graft.kernels.dispatch import LIBRARY, autocast, fastest, refusals
 
 TRITON = "triton"
 
@@ -59,6 +59,8 @@ def gated_attention(
     Returns:
         (b, h, n, d).
     """
+    query, main = autocast(query, main)
+    groups = tuple(Group(*autocast(group.key, group.value), group.gate) for group in groups)
     path = path or _fastest(query, groups, main)
     if path == LIBRARY:
         return _library(query, groups, main)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.kernels.dispatch import LIBRARY, fastest, refusals
+from graft.kernels.dispatch import LIBRARY, autocast, fastest, refusals
 
 _CHUNK = 2**17
 """Elements of a dropout mask drawn at once on CPU: temporaries stay in cache (twice as fast as one large mask)."""
@@ -83,9 +83,7 @@ def lora_linear(
     Returns:
         (b, ..., o).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), _to(weight, dtype), _to(bias, dtype)
+    x, weight, bias = autocast(x, weight, bias)
     path = path or _fastest(x, weight, bias, terms)
     if path != LIBRARY:
         return _fused(x, weight, bias, terms, path)
@@ -199,10 +197,6 @@ def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[T
         2 * int(tile) + (mode == "inline"),
     )
     return y.view(*x.shape[:-1], -1)
-
-
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -96,7 +96,20 @@ def gated_attention(every: bool) -> None:
             fused_backward(q, q, keys, keys, gates)
 
 
-OPERATIONS: tuple[Callable[[bool], None], ...] = (lora_linear, gated_attention)
+def bottleneck(every: bool) -> None:
+    from graft.kernels.bottleneck_triton import fused, fused_backward
+
+    for h, norm in [(8, False), (64, True), (64, False), (128, True)] if every else [(64, True)]:
+        for dtype in (HALF, torch.float32) if every and not norm and h < 64 else (HALF,):
+            x, route = torch.empty(2, 64, 768, dtype=dtype), torch.zeros(2, dtype=torch.long)
+            down, up = torch.empty(3, h, 768), torch.empty(3, 768, h)
+            affine = (x[0, 0], x[0, 0], 1e-5) if norm else (None, None, 0.0)
+            fused(x, None, down, down[..., 0], up, up[..., 0], torch.ones(3), route, *affine, 1, True)
+            if every:
+                fused_backward(x, x, down, down[..., 0], up, torch.ones(3), route, *affine, 1, True)
+
+
+OPERATIONS: tuple[Callable[[bool], None], ...] = (lora_linear, gated_attention, bottleneck)
 
 if __name__ == "__main__":
     JITFunction.run = compile_call  # type: ignore[method-assign]
