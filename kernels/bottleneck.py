@@ -3,7 +3,7 @@
     y = onto + s (U f(D norm(x) + d) + e)
 
 The library path is torch's. The Triton path reads x once for all of it: the norm is folded into the first product,
-``D norm(x) = r (x (g D)' - m (g D) 1) + D b`` with mean m and inverse deviation r from sums taken on the way, so neither
+``D norm(x) = r (x (g D)' - m (g D) 1) + D b`` with mean m and inverse deviation r from sums taken on the way; neither
 norm(x) nor what is inside is written in forward.
 
 Letters: b batch rows, n tokens, i input width, o output width, h inside, k slots in a stack.

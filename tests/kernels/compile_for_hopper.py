@@ -109,7 +109,22 @@ def bottleneck(every: bool) -> None:
                 fused_backward(x, x, down, down[..., 0], up, torch.ones(3), route, *affine, 1, True)
 
 
-OPERATIONS: tuple[Callable[[bool], None], ...] = (lora_linear, gated_attention, bottleneck)
+def class_votes(every: bool) -> None:
+    from graft.kernels.class_votes_triton import fused
+
+    for dtype, widest in [(HALF, 1), (HALF, 16), (HALF, 128), (torch.float32, 16)] if every else [(HALF, 16)]:
+        features, index = torch.empty(256, 512, dtype=dtype), torch.zeros(1001, dtype=torch.long)
+        fused(features, features, index, index, index, 5.5, 1000, widest)
+
+
+def flat_adamw(every: bool) -> None:
+    from graft.kernels.flat_adamw_triton import fused
+
+    flat, table, each = torch.empty(4096), torch.zeros(4, 3, dtype=torch.long), torch.empty(2)
+    fused(flat, flat, flat.clone(), flat.clone(), each, table, table[0], each, each, each, 0.9, 0.999, 1e-8)
+
+
+OPERATIONS: tuple[Callable[[bool], None], ...] = (lora_linear, gated_attention, bottleneck, class_votes, flat_adamw)
 
 if __name__ == "__main__":
     JITFunction.run = compile_call  # type: ignore[method-assign]
