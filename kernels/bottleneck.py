@@ -91,7 +91,7 @@ def bottleneck(
     """
     (cast,) = autocast(x)
     x, onto = cast, cast if onto is x and cast.dtype == x.dtype else onto
-    path = path or _fastest(x, layers, activation, norm, onto)
+    path = path or choose(x, layers, activation, norm, onto)
     if path == LIBRARY:
         return _library(x, layers, activation, norm, onto)
     from graft.kernels.bottleneck_triton import fused
@@ -150,7 +150,8 @@ def _grouped(x: Tensor, route: Tensor | None) -> Tensor:
     return x.reshape(1 if route is None else x.shape[0], -1, x.shape[-1])
 
 
-def _fastest(x: Tensor, layers: Layers, activation: str, norm: Norm | None, onto: Tensor | None) -> str:
+def choose(x: Tensor, layers: Layers, activation: str, norm: Norm | None, onto: Tensor | None) -> str:
+    """Returns the path that was fastest for this shape, measured with its backward if there will be one."""
     if not x.is_cuda or supports(x, layers, norm, onto):
         return LIBRARY
     wanted = [each for each in (x, *layers[:4]) if each.requires_grad and torch.is_grad_enabled()]

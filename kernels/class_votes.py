@@ -27,8 +27,8 @@ class Classes(NamedTuple):
 
     labels: Tensor
     """(n,) long."""
-    count: int
-    """Number of classes, c."""
+    number: int
+    """Of classes, c."""
     order: Tensor
     """(n,) long, the keys by class."""
     starts: Tensor
@@ -37,17 +37,17 @@ class Classes(NamedTuple):
     """Keys of the largest class."""
 
 
-def by_class(labels: Tensor, count: int) -> Classes:
-    """Returns the keys' classes, for labels (n,) from 0 to below ``count``."""
-    sizes = torch.bincount(labels, minlength=count)
+def by_class(labels: Tensor, number: int) -> Classes:
+    """Returns the keys' classes, for labels (n,) from 0 to below ``number``."""
+    sizes = torch.bincount(labels, minlength=number)
     starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-    return Classes(labels, count, labels.argsort(stable=True), starts, int(sizes.max()))
+    return Classes(labels, number, labels.argsort(stable=True), starts, int(sizes.max()))
 
 
 def reference(features: Tensor, keys: Tensor, classes: Classes, beta: float) -> Tensor:
     """Returns the paper's formula; the yardstick of `class_votes`, with its shapes."""
     affinity = torch.exp(-beta * (1 - features @ keys.T))
-    return affinity @ F.one_hot(classes.labels, classes.count).to(affinity.dtype)
+    return affinity @ F.one_hot(classes.labels, classes.number).to(affinity.dtype)
 
 
 def class_votes(features: Tensor, keys: Tensor, classes: Classes, beta: float, path: str | None = None) -> Tensor:
@@ -60,14 +60,14 @@ def class_votes(features: Tensor, keys: Tensor, classes: Classes, beta: float, p
         beta: how fast a vote falls with the distance.
         path: "library" or "triton"; None takes the fastest.
     """
-    path = path or _fastest(features, keys, classes, beta)
+    path = path or choose(features, keys, classes, beta)
     if path == LIBRARY:
         near = keys @ features.T  # keys first: a sum over a class adds whole rows
         return class_sums(near.to(torch.promote_types(near.dtype, torch.float32)), classes, beta).T
     from graft.kernels.class_votes_triton import fused
 
-    labels, count, order, starts, widest = classes
-    y: Tensor = fused(features.contiguous(), keys.contiguous(), labels, order, starts, beta, count, widest)
+    labels, number, order, starts, widest = classes
+    y: Tensor = fused(features.contiguous(), keys.contiguous(), labels, order, starts, beta, number, widest)
     return y
 
 
@@ -78,8 +78,8 @@ def class_sums(near: Tensor, classes: Classes, beta: float, room: Tensor | None 
     else:
         votes = torch.sub(near, 1, out=room).mul_(beta).exp_()
     if near.is_cuda:  # where index_add has no fixed order
-        return F.one_hot(classes.labels, classes.count).to(votes.dtype).T @ votes
-    return votes.new_zeros(classes.count, near.shape[1]).index_add(0, classes.labels, votes)
+        return F.one_hot(classes.labels, classes.number).to(votes.dtype).T @ votes
+    return votes.new_zeros(classes.number, near.shape[1]).index_add(0, classes.labels, votes)
 
 
 def supports(features: Tensor, keys: Tensor, classes: Classes) -> list[str]:
@@ -92,7 +92,8 @@ def supports(features: Tensor, keys: Tensor, classes: Classes) -> list[str]:
     return reasons
 
 
-def _fastest(features: Tensor, keys: Tensor, classes: Classes, beta: float) -> str:
+def choose(features: Tensor, keys: Tensor, classes: Classes, beta: float) -> str:
+    """Returns the path that was fastest for this shape, measured with its backward if there will be one."""
     if not features.is_cuda or supports(features, keys, classes):
         return LIBRARY
     wanted = [each for each in (features, keys) if each.requires_grad and torch.is_grad_enabled()]
@@ -103,6 +104,6 @@ def _fastest(features: Tensor, keys: Tensor, classes: Classes, beta: float) -> s
             if wanted:
                 torch.autograd.grad(y, wanted, y.detach())
 
-    shape = (len(features), len(keys), features.shape[1], classes.count, classes.widest)
+    shape = (len(features), len(keys), features.shape[1], classes.number, classes.widest)
     key = ("class_votes", features.dtype, *shape, len(wanted))
     return fastest(key, {path: partial(run, path) for path in (LIBRARY, TRITON)}, features.device)

@@ -1,6 +1,6 @@
 """AdamW for many adapters at once: all their parameters in one flat buffer, each adapter with its own settings.
 
-Ilya Loshchilov, Frank Hutter: Decoupled Weight Decay Regularization, 2017, arXiv:1711.05101. For adapter k, at its step t:
+Ilya Loshchilov, Frank Hutter: Decoupled Weight Decay Regularization, 2017, arXiv:1711.05101. For adapter k at step t:
 
     g <- g min(1, limit_k / |g|_k),   p <- p - rate_k (decay_k p + (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps))
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,6 +77,29 @@ def state(parameters: Tensor, settings: Settings) -> State:
     return State(torch.zeros_like(parameters), torch.zeros_like(parameters), torch.zeros_like(settings.rate))
 
 
+def reference(
+    parameters: Tensor,
+    gradients: Tensor,
+    past: State,
+    where: Layout,
+    settings: Settings,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> Tensor:
+    """Returns the parameters after a step, by the formula; the yardstick of `step`, which see."""
+    moved = parameters.clone()
+    for owner, (rate, decay, limit) in enumerate(zip(*settings, strict=True)):
+        mine = [torch.arange(start, stop) for start, stop, other in where.pieces if other == owner]
+        index, t = torch.cat([torch.arange(0), *mine]).to(parameters.device), past.steps[owner] + 1
+        p, g = parameters[index], gradients[index]
+        g = g * (limit / (g.norm() + 1e-6)).clamp(max=1)
+        m = betas[0] * past.first[index] + (1 - betas[0]) * g
+        v = betas[1] * past.second[index] + (1 - betas[1]) * g * g
+        change = (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+        moved[index] = p - rate * (decay * p + change)
+    return moved
+
+
 @torch.no_grad()
 def step(
     parameters: Tensor,
@@ -100,7 +123,7 @@ def step(
         eps: added to the root.
         path: "library" or "triton"; None takes the fastest.
     """
-    path = path or _fastest(parameters, gradients, past, where, settings, betas, eps)
+    path = path or choose(parameters, gradients, past, where, settings, betas, eps)
     if path == LIBRARY:
         _library(parameters, gradients, past, where, settings, betas, eps)
         return
@@ -139,23 +162,21 @@ def _library(
         torch._foreach_mul_(slopes, (limit / (norm + 1e-6)).clamp(max=1.0))
         torch._foreach_mul_(mine, 1 - rate * decay)
         steps = [past.steps[owner].clone() for _ in pieces]  # each is counted up
-        adamw(
-            *(mine, slopes, first, second, [], steps),
-            **{"fused": True, "amsgrad": False, "beta1": betas[0], "beta2": betas[1]},
-            **{"lr": rate, "weight_decay": 0.0, "eps": eps, "maximize": False},
-        )
+        options: dict[str, Any] = {"fused": True, "amsgrad": False, "maximize": False, "weight_decay": 0.0, "eps": eps}
+        adamw(mine, slopes, first, second, [], steps, beta1=betas[0], beta2=betas[1], lr=rate, **options)
         past.steps[owner] += 1
 
 
-def _fastest(
+def choose(
     parameters: Tensor,
     gradients: Tensor,
     past: State,
     where: Layout,
     settings: Settings,
-    betas: tuple[float, float],
-    eps: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> str:
+    """Returns the path that was fastest for this layout."""
     if not parameters.is_cuda or supports(parameters, gradients, past, where, settings):
         return LIBRARY
 

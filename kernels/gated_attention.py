@@ -60,8 +60,8 @@ def gated_attention(
         (b, h, n, d).
     """
     query, main = autocast(query, main)
-    groups = tuple(Group(*autocast(group.key, group.value), group.gate) for group in groups)
-    path = path or _fastest(query, groups, main)
+    groups = tuple(Group(next(autocast(key)), next(autocast(value)), gate) for key, value, gate in groups)
+    path = path or choose(query, groups, main)
     if path == LIBRARY:
         return _library(query, groups, main)
     from graft.kernels.gated_attention_triton import fused
@@ -111,7 +111,8 @@ def _library(query: Tensor, groups: tuple[Group, ...], main: Tensor | None) -> T
     return y
 
 
-def _fastest(query: Tensor, groups: tuple[Group, ...], main: Tensor | None) -> str:
+def choose(query: Tensor, groups: tuple[Group, ...], main: Tensor | None) -> str:
+    """Returns the path that was fastest for this shape, measured with its backward if there will be one."""
     if not query.is_cuda or supports(query, groups, main):
         return LIBRARY
     tensors = [query, *(tensor for group in groups for tensor in group if tensor is not None)]

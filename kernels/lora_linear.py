@@ -84,7 +84,7 @@ def lora_linear(
         (b, ..., o).
     """
     x, weight, bias = autocast(x, weight, bias)
-    path = path or _fastest(x, weight, bias, terms)
+    path = path or choose(x, weight, bias, terms)
     if path != LIBRARY:
         return _fused(x, weight, bias, terms, path)
     plan = tuple((term.rows, term.dropout, term.seed) for term in terms)
@@ -129,8 +129,8 @@ def paths(x: Tensor, out: int, rank: int, bands: int) -> list[str]:
     return [LIBRARY, *(f"{mode} {tile}" for tile in tiles for mode in ("split", "inline"))]
 
 
-def _fastest(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> str:
-    """The path that was fastest for this shape, measured with its backward if there will be one."""
+def choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> str:
+    """Returns the path that was fastest for this shape, measured with its backward if there will be one."""
     if not x.is_cuda or supports(x, weight, bias, terms):
         return LIBRARY
     assert weight is not None

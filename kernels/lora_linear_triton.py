@@ -205,8 +205,10 @@ def _thin(
     x: Tensor, down: Tensor, up: Tensor, scale: Tensor, route: Tensor | None, bands: int, backward: bool
 ) -> Tensor:
     """The scaled thin product, (g, n, c r), by the library."""
-    slot = None if route is None else route.clamp(min=0)
-    picked = scale[:, :1] if slot is None else torch.where(route >= 0, scale[:, slot], 0.0)  # type: ignore[operator]
+    slot, picked = None, scale[:, :1]
+    if route is not None:
+        slot = route.clamp(min=0)
+        picked = torch.where(route >= 0, scale[:, slot], 0.0)
     rank = up.shape[2]
     factor = picked.T.repeat_interleave(rank, 1)[:, None].to(x.dtype)  # (g, 1, c r)
     if not backward:

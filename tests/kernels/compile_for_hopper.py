@@ -78,8 +78,8 @@ def lora_linear(every: bool) -> None:
     for r, bands in [(16, 1), (32, 1), (64, 1), (128, 1), (16, 3), (64, 3)]:
         for tokens in (1024, 32):
             for path in paths(torch.empty(tokens, 768, dtype=HALF), 768, r, bands)[1:]:
-                mode, tile = path.split()
-                run(2 * int(tile) + (mode == "inline"), r, bands, HALF)
+                name, tile = path.split()
+                run(2 * int(tile) + (name == "inline"), r, bands, HALF)
     for mode in (4, 5):
         run(mode, 32, 1, torch.float32)
     return None

@@ -1,5 +1,8 @@
 """The bottleneck adapter: both paths against the formula in float64."""
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,13 +19,14 @@ def case(dtype=torch.float16, size=(3, 37, 40, 40), inside=5, activation="gelu",
     x = (torch.randn(b, n, i) + (2 if norm else 0)).to(dtype).requires_grad_()
     down, up = torch.randn(3, inside, i) / i**0.5, torch.randn(3, o, inside) / inside**0.5
     stacks = [stack.requires_grad_() for stack in (down, torch.randn(3, inside), up, torch.randn(3, o))]
-    layers = Layers(*stacks, torch.rand(3), MIXED if mixed else None)
+    route = MIXED if mixed else None
+    layers = Layers(stacks[0], stacks[1], stacks[2], stacks[3], torch.rand(3), route)
     affine = Norm(torch.randn(i).to(dtype), torch.randn(i).to(dtype)) if norm else None
     other = torch.randn(b, n, o).to(dtype).requires_grad_() if onto == "other" else None
     return x, layers, activation, affine, x if onto == "x" else other
 
 
-def results(call, x, layers, activation, norm, onto, upstream):
+def results(call, upstream, x, layers, activation, norm, onto):
     y = call(x, layers, activation, norm, onto)
     wanted = [x, *layers[:4], *([] if onto is None or onto is x else [onto])]
     return [y, *torch.autograd.grad(y, wanted, upstream)]
@@ -48,9 +52,9 @@ def test_no_worse_than_the_library_path(options, no_worse, exact):
     wide, wide_layers = exact(x), exact(tuple(layers))
     given = (wide, Layers(*wide_layers), activation, exact(norm), wide if onto is x else exact(onto))
     no_worse(
-        results(lambda *given: bottleneck(*given, path="triton"), x, layers, activation, norm, onto, upstream),
-        results(lambda *given: bottleneck(*given, path="library"), x, layers, activation, norm, onto, upstream),
-        results(reference, *given, upstream.double()),
+        results(partial(bottleneck, path="triton"), upstream, x, layers, activation, norm, onto),
+        results(partial(bottleneck, path="library"), upstream, x, layers, activation, norm, onto),
+        results(reference, upstream.double(), *given),
     )
 
 
@@ -84,9 +88,9 @@ def test_rows_and_slots_without_each_other(path):
 
 def test_the_same_bits_every_time():
     pytest.importorskip("triton")
-    given = case(norm=True, onto="x")
+    given: tuple[Any, ...] = case(norm=True, onto="x")
     upstream = torch.randn(3, 37, 40).half()
-    first, second = (results(lambda *g: bottleneck(*g, path="triton"), *given, upstream) for _ in range(2))
+    first, second = (results(partial(bottleneck, path="triton"), upstream, *given) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -1,5 +1,7 @@
 """Votes by class: both paths against the paper's product with one-hot labels in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -37,10 +39,10 @@ def test_no_worse_than_the_library_path(options, no_worse, exact):
     pytest.importorskip("triton")
     features, keys, classes, beta = case(**options)
     assert not supports(features, keys, classes)
-    upstream = torch.randn(len(features), classes.count)
+    upstream = torch.randn(len(features), classes.number)
     no_worse(
-        results(lambda *given: class_votes(*given, path="triton"), features, keys, classes, beta, upstream),
-        results(lambda *given: class_votes(*given, path="library"), features, keys, classes, beta, upstream),
+        results(partial(class_votes, path="triton"), features, keys, classes, beta, upstream),
+        results(partial(class_votes, path="library"), features, keys, classes, beta, upstream),
         results(reference, exact(features), exact(keys), classes, beta, upstream.double()),
     )
 
@@ -62,8 +64,8 @@ def test_cosines_that_are_kept_serve_every_beta():
 
 def test_the_same_bits_every_time_and_a_class_without_keys_gets_nothing():
     pytest.importorskip("triton")
-    given = case()
-    first, second = (class_votes(*given, path="triton") for _ in range(2))
+    features, keys, classes, beta = case()
+    first, second = (class_votes(features, keys, classes, beta, "triton") for _ in range(2))
     assert torch.equal(first, second)
     assert not first[:, 1].any()
 
@@ -73,7 +75,7 @@ def test_the_operator_is_what_torch_expects():
     from graft.kernels.class_votes_triton import fused
 
     features, keys, classes, beta = case(m=3, width=8)
-    given = (features, keys, classes.labels, classes.order, classes.starts, beta, classes.count, classes.widest)
+    given = (features, keys, classes.labels, classes.order, classes.starts, beta, classes.number, classes.widest)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(fused, given, test_utils=tests)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graft.kernels.flat_adamw import Settings, layout, state, step, supports
+from graft.kernels.flat_adamw import Settings, layout, reference, state, step, supports
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -51,6 +51,14 @@ def test_each_adapter_moves_as_with_its_own_optimiser(path, no_worse):
     if path == "triton":
         pytest.importorskip("triton")
     no_worse(taken(path)[:1], [apart(torch.float32)], [apart(torch.float64)])
+
+
+def test_the_formula_is_the_optimiser_s(exact):
+    parameters, slopes, where, settings = case()
+    wide = exact((parameters, slopes[0], state(parameters, settings), where, settings))
+    moved = parameters.clone()
+    step(moved, slopes[0], state(parameters, settings), where, settings)
+    torch.testing.assert_close(reference(*wide).float(), moved)
 
 
 def test_both_paths_keep_the_same_state():
