@@ -221,7 +221,12 @@ def backward_kernel(
         tl.store(grad_x + where, part.to(grad_x.dtype.element_ty), inner)
 
 
-@torch.library.custom_op("graft::bottleneck", mutates_args=())
+@torch.library.custom_op(
+    "graft::bottleneck",
+    mutates_args=(),
+    schema="(Tensor x, Tensor? onto, Tensor down, Tensor start, Tensor up, Tensor end, Tensor scale, Tensor? "
+    "route, Tensor? weight, Tensor? bias, float eps, int kind, bool residual) -> Tensor",
+)
 def fused(
     x: Tensor,
     onto: Tensor | None,
@@ -264,7 +269,12 @@ def _(x: Tensor, onto: Any, down: Any, start: Any, up: Tensor, *rest: Any) -> Te
     return x.new_empty(*x.shape[:-1], up.shape[1])
 
 
-@torch.library.custom_op("graft::bottleneck_backward", mutates_args=())
+@torch.library.custom_op(
+    "graft::bottleneck_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor down, Tensor start, Tensor up, Tensor scale, Tensor? route, Tensor? "
+    "weight, Tensor? bias, float eps, int kind, bool residual) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def fused_backward(
     grad: Tensor,
     x: Tensor,

@@ -56,7 +56,12 @@ def votes_kernel(
     tl.store(y + m[:, None].to(tl.int64) * classes + c[None, :], total, (m < count)[:, None] & (c < classes)[None, :])
 
 
-@torch.library.custom_op("graft::class_votes", mutates_args=())
+@torch.library.custom_op(
+    "graft::class_votes",
+    mutates_args=(),
+    schema="(Tensor features, Tensor keys, Tensor labels, Tensor order, Tensor starts, float beta, int count, "
+    "int widest) -> Tensor",
+)
 def fused(
     features: Tensor,
     keys: Tensor,

@@ -26,6 +26,11 @@ LIBRARY = "library"
 """Name of the path in plain torch."""
 MARGIN = 0.97
 """What another path's time may be at most, as a share of the library's."""
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run on the CPU, one numpy operation at a time: for tests."""
+_known: dict[tuple[object, ...], str] = {}
+"""Choices of this process, where compiled code finds them."""
 
 
 def autocast(*tensors: Tensor | None) -> Iterator[Any]:
@@ -36,21 +41,18 @@ def autocast(*tensors: Tensor | None) -> Iterator[Any]:
         yield tensor
 
 
-def interpreted() -> bool:
-    """Returns whether Triton's kernels run on the CPU, one numpy operation at a time: for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def refusals(*tensors: Tensor | None) -> list[str]:
     """Returns why no Triton kernel can run on these tensors: nothing if one can."""
     given = [tensor for tensor in tensors if tensor is not None]
     reasons = []
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         reasons.append("triton is not installed")
     if len(devices := {tensor.device for tensor in given}) > 1:
         reasons.append(f"tensors on {', '.join(sorted(map(str, devices)))}")
-    if not (given[0].is_cuda or interpreted()):
+    if not (given[0].is_cuda or INTERPRETED):
         reasons.append(f"device {given[0].device.type} has no Triton")
+    elif given[0].is_cuda and given[0].device.index != torch.cuda.current_device():
+        reasons.append("not the current device")  # where Triton would launch
     if given[0].dtype not in (torch.float16, torch.bfloat16, torch.float32):
         reasons.append(f"{given[0].dtype} is not float16, bfloat16 or float32")
     if given[0].numel() == 0:
@@ -66,18 +68,18 @@ def fastest(key: tuple[object, ...], paths: Mapping[str, Callable[[], object]], 
         paths: what to run, by name; one of them is `LIBRARY`. Each must give the same result.
         device: a CUDA device; any other has the library only.
     """
-    if device.type != "cuda" or len(paths) == 1:
+    if device.type != "cuda":
         return LIBRARY
+    if key in _known or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return _known.get(key, LIBRARY)
     table, name = _table(_file(device)), "/".join(map(str, key))
-    if table.get(name) in paths:
-        return table[name]
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-        return LIBRARY
-    times = {path: _milliseconds(run, path) for path, run in paths.items()}
-    best = min(times, key=lambda path: times[path])
-    table[name] = best if times[best] <= MARGIN * times[LIBRARY] else LIBRARY
-    _write(_file(device), table)
-    log.debug("%s: %s", name, ", ".join(f"{path} {time:.3f} ms" for path, time in times.items()))
+    if table.get(name) not in paths:
+        times = {path: _milliseconds(run, path) for path, run in paths.items()}
+        best = min(times, key=lambda path: times[path])
+        table[name] = best if times[best] <= MARGIN * times[LIBRARY] else LIBRARY
+        _write(_file(device), table)
+        log.debug("%s: %s", name, ", ".join(f"{path} {time:.3f} ms" for path, time in times.items()))
+    _known[key] = table[name]
     return table[name]
 
 

@@ -79,7 +79,13 @@ def update_kernel(
     tl.store(second + at, square, inside)
 
 
-@torch.library.custom_op("graft::flat_adamw", mutates_args=("parameters", "first", "second", "steps"))
+@torch.library.custom_op(
+    "graft::flat_adamw",
+    mutates_args=("parameters", "first", "second", "steps"),
+    schema="(Tensor(a!) parameters, Tensor gradients, Tensor(b!) first, Tensor(c!) second, Tensor(d!) steps, "
+    "Tensor blocks, Tensor firsts, Tensor rate, Tensor decay, Tensor limit, float beta1, float beta2, "
+    "float eps) -> ()",
+)
 def fused(
     parameters: Tensor,
     gradients: Tensor,

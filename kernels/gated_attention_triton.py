@@ -230,7 +230,11 @@ def key_gradient_kernel(
     tl.store(place + half, grad_value * strength, inside)
 
 
-@torch.library.custom_op("graft::gated_attention", mutates_args=())
+@torch.library.custom_op(
+    "graft::gated_attention",
+    mutates_args=(),
+    schema="(Tensor query, Tensor? main, Tensor[] keys, Tensor[] values, Tensor[] gates) -> Tensor",
+)
 def fused(query: Tensor, main: Tensor | None, keys: list[Tensor], values: list[Tensor], gates: list[Tensor]) -> Tensor:
     """Returns (b, h, n, d); keys and values (b, h, m, d), gates (b, h) float32."""
     b, h, n, d = query.shape
@@ -254,7 +258,11 @@ def _(query: Tensor, main: Any, keys: Any, values: Any, gates: Any) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("graft::gated_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "graft::gated_attention_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor query, Tensor[] keys, Tensor[] values, Tensor[] gates) -> Tensor[]",
+)
 def fused_backward(
     grad: Tensor, query: Tensor, keys: list[Tensor], values: list[Tensor], gates: list[Tensor]
 ) -> list[Tensor]:

@@ -218,7 +218,12 @@ def _thin(
     return torch.cat([parts[:, :, c] @ factors[..., c, :, :] for c in range(bands)], -1) * factor
 
 
-@torch.library.custom_op("graft::lora_linear", mutates_args=())
+@torch.library.custom_op(
+    "graft::lora_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, Tensor scale, Tensor? route, int "
+    "mode) -> (Tensor, Tensor)",
+)
 def fused(
     x: Tensor,
     weight: Tensor,
@@ -238,7 +243,12 @@ def _(x: Tensor, weight: Any, bias: Any, down: Tensor, up: Any, scale: Any, rout
     return x.new_empty(*x.shape[:-1], weight.shape[0]), x.new_empty(*x.shape[:-1], down.shape[1])
 
 
-@torch.library.custom_op("graft::lora_linear_backward", mutates_args=())
+@torch.library.custom_op(
+    "graft::lora_linear_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor weight, Tensor down, Tensor up, Tensor scale, Tensor? route, int mode) -> "
+    "(Tensor, Tensor)",
+)
 def fused_backward(
     grad: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: Tensor, route: Tensor | None, mode: int
 ) -> tuple[Tensor, Tensor]:

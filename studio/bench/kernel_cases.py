@@ -166,7 +166,7 @@ def linear(
     draw, b = drawer(device), rows(device, b)
     x, weight, bias = draw(b, n, i), draw(o, i, scale=i**-0.5, grad=False), draw(o, grad=False)
     route = torch.arange(b, device=device) % slots if routed else None
-    chosen = list(range(slots)) if route is None else route.tolist()
+    members = [torch.arange(slot, b, slots, device=device) for slot in range(min(slots, b))]
     terms = []
     for band in range(bands):
         down = draw(slots, rank, i, scale=i**-0.5, dtype=torch.float32)
@@ -181,11 +181,9 @@ def linear(
             if route is None:
                 parts[band] = parts[band] + x @ down[0].T @ up[0].T * scale[0].to(x.dtype)
                 continue
-            y = parts[band].clone()
-            for slot in sorted(set(chosen)):
-                mine = [row for row, other in enumerate(chosen) if other == slot]
-                y[mine] = y[mine] + x[mine] @ down[slot].T @ up[slot].T * scale[slot].to(x.dtype)
-            parts[band] = y
+            for slot, mine in enumerate(members):
+                delta = x.index_select(0, mine) @ down[slot].T @ up[slot].T * scale[slot].to(x.dtype)
+                parts[band] = parts[band].index_add(0, mine, delta)
         return torch.cat(parts, -1) if bands > 1 else parts[0]
 
     inputs = (x, weight, bias, tuple(terms))
@@ -280,7 +278,7 @@ def adapt(device: torch.device, model: str, b: int, n: int, d: int, h: int, norm
 
 def vote(device: torch.device, m: int, n: int, width: int, count: int) -> Case:
     """Votes of a cache; on small batches with the gradient of the keys."""
-    draw, m, n, count = drawer(device), rows(device, m), rows(device, n), rows(device, count)
+    draw, m = drawer(device), rows(device, rows(device, m))
     labels = torch.arange(count, device=device).repeat_interleave(n // count)
     features, keys = (F.normalize(draw(size, width, grad=False).float(), dim=-1) for size in (m, len(labels)))
     trained = m <= 256
@@ -328,13 +326,13 @@ def optimise(device: torch.device, model: str, layers: int, width: int, rank: in
             taken = [past.steps[owner].clone() for _ in mine]
             options: dict[str, Any] = {"foreach": True, "capturable": device.type == "cuda", "amsgrad": False}
             options |= {"beta1": 0.9, "beta2": 0.999, "lr": 1e-3, "weight_decay": 0.01, "eps": 1e-8, "maximize": False}
-            adamw(*lists, [], taken, **options)
+            adamw(lists[0], lists[1], lists[2], lists[3], [], taken, **options)
             past.steps[owner] += 1
         return parameters
 
-    def ours(path: str, parameters: Tensor, *rest: Any) -> Tensor:
-        optimiser.step(parameters, *rest, path=path)
-        return parameters
+    def ours(path: str, *given: Any) -> Tensor:
+        optimiser.step(*given[:5], path=path)  # type: ignore[misc]
+        return given[0]
 
     inputs = (parameters, slopes, optimiser.state(parameters, settings), where, settings)
     paths: dict[str, Callable[..., Tensor]] = {"eager": eager, LIBRARY: partial(ours, LIBRARY)}

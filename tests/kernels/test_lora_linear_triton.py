@@ -143,3 +143,13 @@ def test_a_large_input_has_more_paths_than_a_small_one():
 def test_on_the_cpu_the_library_path_is_taken(monkeypatch):
     monkeypatch.setattr(module, "_fused", None)
     lora_linear(*case())
+
+
+def test_what_it_can_do_is_asked_within_compiled_code_too():
+    x, weight, bias, terms = case(route=MIXED, shape=(3, 4, 8, 6))
+
+    def step(x):
+        return x if supports(x, weight, bias, terms) else lora_linear(x, weight, bias, terms, "inline 2")
+
+    compiled = torch.compile(step, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), step(x))
