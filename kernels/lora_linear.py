@@ -85,8 +85,10 @@ def lora_linear(
     """
     x, weight, bias = autocast(x, weight, bias)
     path = path or choose(x, weight, bias, terms)
-    if path != LIBRARY:
-        return _fused(x, weight, bias, terms, path)
+    if path != LIBRARY and weight is not None:
+        from graft.kernels.lora_linear_triton import packed
+
+        return packed(x, weight, bias, terms, bands(terms, weight.shape[0]), path)
     plan = tuple((term.rows, term.dropout, term.seed) for term in terms)
     tensors = [tensor for term in terms for tensor in (*term[:4], term.gain)]
     y: Tensor = _LoRALinear.apply(x, weight, bias, plan, *tensors)
@@ -113,19 +115,20 @@ def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple
         reasons.append("float32 above rank 32")  # would not fit into the registers
     if any(term.route is not first.route or term.down.shape != first.down.shape for term in terms):
         reasons.append("terms of different routes or shapes")
-    if len(terms) > 1 and first.down.shape[1] > 64:
-        reasons.append("several terms above rank 64")  # likewise
-    if _bands(terms, weight.shape[0]) is None:
+    count = bands(terms, weight.shape[0])
+    if count == 0:
         reasons.append("terms on overlapping or unequal rows")
+    if count > 1 and first.down.shape[1] > 64:
+        reasons.append("several bands above rank 64")  # likewise
     return reasons
 
 
-def paths(x: Tensor, out: int, rank: int, bands: int) -> list[str]:
+def paths(x: Tensor, out: int, rank: int, count: int) -> list[str]:
     """Returns the names of the paths worth measuring; what is left out would not fit into the registers."""
     if x.dtype == torch.float32 or x.numel() // x.shape[-1] < 64:
         tiles = [2]
     else:
-        tiles = [0, 1] if out >= 256 and rank <= 64 and bands == 1 else [0]
+        tiles = [0, 1] if out >= 256 and rank <= 64 and count == 1 else [0]
     return [LIBRARY, *(f"{mode} {tile}" for tile in tiles for mode in ("split", "inline"))]
 
 
@@ -145,10 +148,10 @@ def choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[T
 
     tokens, groups = x.numel() // x.shape[-1], 1 if terms[0].route is None else x.shape[0]
     # Row counts within an eighth of a power of two share a choice: batches of text never have the same length.
-    shape = (_rounded(tokens), groups, *weight.shape[::-1], len(terms), terms[0].up.shape[-1])
-    names = paths(x, weight.shape[0], terms[0].up.shape[-1], len(terms))
+    (out, width), rank, count = weight.shape, terms[0].up.shape[-1], bands(terms, weight.shape[0])
+    shape = (_rounded(tokens), groups, width, out, count, rank)
     key = ("lora_linear", x.dtype, *shape, x.requires_grad and bool(wanted), len(wanted) > x.requires_grad)
-    return fastest(key, {path: partial(run, path) for path in names}, x.device)
+    return fastest(key, {path: partial(run, path) for path in paths(x, out, rank, count)}, x.device)
 
 
 def _rounded(count: int) -> int:
@@ -156,47 +159,14 @@ def _rounded(count: int) -> int:
     return -(-count // step) * step
 
 
-def _bands(terms: tuple[Term, ...], width: int) -> int | None:
-    """Into how many equal bands the features fall, each with one term or none; None if they do not."""
+def bands(terms: tuple[Term, ...], width: int) -> int:
+    """Returns into how many equal bands, at most 4, the features fall, each with one term or none; 0 if they do not."""
     if len(terms) == 1 and terms[0].rows in (None, (0, width)):
         return 1
     rows = [term.rows or (0, width) for term in terms]
     size = rows[0][1] - rows[0][0]
-    fits = width % size == 0 and all(b - a == size and a % size == 0 for a, b in rows)
-    return width // size if fits and len(set(rows)) == len(rows) else None
-
-
-def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...], path: str) -> Tensor:
-    """The Triton path: factors of all bands side by side, then one product."""
-    from graft.kernels.lora_linear_triton import fused
-
-    assert weight is not None
-    mode, tile = path.split()
-    bands, size = _bands(terms, weight.shape[0]), terms[0].up.shape[1]
-    first = terms[0]
-    down, up, scale, route = first.down, first.up, first.scale[None], first.route
-    if bands != 1:
-        placed = {(term.rows or (0, 0))[0] // size: term for term in terms}
-        blank = Term(torch.zeros_like(down), torch.zeros_like(up), torch.zeros_like(first.scale))
-        ordered = [placed.get(band, blank) for band in range(bands or 0)]
-        down, up = torch.cat([term.down for term in ordered], 1), torch.cat([term.up for term in ordered], 1)
-        scale = torch.stack([term.scale for term in ordered])
-    if route is not None and len(down) > 2 * len(route):  # a large table: better not cast all of it
-        slot = route.clamp(min=0)
-        down, up, scale = down[slot], up[slot], scale[:, slot]
-        route = torch.where(route >= 0, torch.arange(len(route), device=route.device), -1)
-    y: Tensor
-    y, _ = fused(
-        _grouped(x, route).contiguous(),
-        weight.contiguous(),
-        bias,
-        down.contiguous(),
-        up.contiguous(),
-        scale.float(),
-        route,
-        2 * int(tile) + (mode == "inline"),
-    )
-    return y.view(*x.shape[:-1], -1)
+    fits = width % size == 0 and width <= 4 * size and all(b - a == size and a % size == 0 for a, b in rows)
+    return width // size if fits and len(set(rows)) == len(rows) else 0
 
 
 class _LoRALinear(torch.autograd.Function):

@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from graft.kernels.lora_linear import Term
+
 TILES: tuple[tuple[int, int, int, int, int], ...] = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 64, 32, 4, 3))
 """Rows, features and depth of a tile, warps, stages. The last is for float32 and for few rows."""
 
@@ -216,6 +218,28 @@ def _thin(
     factors = (up[0] if slot is None else up[slot]).unflatten(-2, (bands, -1))  # (..., c, o / c, r)
     parts = x.unflatten(-1, (bands, -1))
     return torch.cat([parts[:, :, c] @ factors[..., c, :, :] for c in range(bands)], -1) * factor
+
+
+def packed(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...], bands: int, path: str) -> Tensor:
+    """Returns what `lora_linear` does: the factors of all bands side by side, then one product."""
+    mode, tile = path.split()
+    first, size = terms[0], terms[0].up.shape[1]
+    down, up, scale, route = first.down, first.up, first.scale[None], first.route
+    if bands > 1:
+        placed = {(term.rows or (0, 0))[0] // size: term for term in terms}
+        blank = Term(torch.zeros_like(down), torch.zeros_like(up), torch.zeros_like(first.scale))
+        ordered = [placed.get(band, blank) for band in range(bands)]
+        down, up = torch.cat([term.down for term in ordered], 1), torch.cat([term.up for term in ordered], 1)
+        scale = torch.stack([term.scale for term in ordered])
+    if route is not None and len(down) > 2 * len(route):  # a large table: better not cast all of it
+        slot = route.clamp(min=0)
+        down, up, scale = down[slot], up[slot], scale[:, slot]
+        route = torch.where(route >= 0, torch.arange(len(route), device=route.device), -1)
+    x3 = x.reshape(1 if route is None else x.shape[0], -1, x.shape[-1]).contiguous()
+    factors = (down.contiguous(), up.contiguous(), scale.float())
+    y: Tensor
+    y, _ = fused(x3, weight.contiguous(), bias, *factors, route, 2 * int(tile) + (mode == "inline"))
+    return y.view(*x.shape[:-1], -1)
 
 
 @torch.library.custom_op(

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from graft.kernels import lora_linear as module
-from graft.kernels.lora_linear import Term, lora_linear, paths, reference, supports
+from graft.kernels.lora_linear import Term, bands, choose, lora_linear, paths, reference, supports
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -132,7 +131,7 @@ def test_what_it_cannot_do_is_said():
     ]
     assert supports(x, weight, bias, (term, term)) == ["terms on overlapping or unequal rows"]
     assert supports(*case(rank=129)) == ["rank 129 above 128", "float32 above rank 32"]
-    assert supports(*case(torch.float16, rows=THIRDS, rank=65)) == ["several terms above rank 64"]
+    assert supports(*case(torch.float16, rows=THIRDS, rank=65)) == ["several bands above rank 64"]
 
 
 def test_a_large_input_has_more_paths_than_a_small_one():
@@ -140,9 +139,17 @@ def test_a_large_input_has_more_paths_than_a_small_one():
     assert len(paths(torch.empty(2, 64, 16, dtype=torch.float16), 512, 4, 1)) == 5
 
 
-def test_on_the_cpu_the_library_path_is_taken(monkeypatch):
-    monkeypatch.setattr(module, "_fused", None)
-    lora_linear(*case())
+def test_on_the_cpu_the_library_path_is_taken():
+    assert choose(*case()) == "library"
+
+
+def test_features_fall_into_few_equal_bands():
+    *_, (term,) = case()
+    assert bands((term,), 60) == 1
+    assert bands((term._replace(rows=(20, 40)),), 60) == 3
+    assert bands(tuple(term._replace(rows=rows) for rows in THIRDS), 60) == 3
+    for rows in [((0, 20), (20, 30)), ((10, 30),), ((0, 20), (0, 20)), ((0, 10),)]:
+        assert bands(tuple(term._replace(rows=each) for each in rows), 60) == 0
 
 
 def test_what_it_can_do_is_asked_within_compiled_code_too():
