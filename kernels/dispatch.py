@@ -113,6 +113,10 @@ def _file(device: torch.device) -> Path:
 
 @cache
 def _table(file: Path) -> dict[str, str]:
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, str]:
     try:
         found = json.loads(file.read_text())
         return {str(key): str(value) for key, value in found.items()}
@@ -121,11 +125,11 @@ def _table(file: Path) -> dict[str, str]:
 
 
 def _write(file: Path, table: Mapping[str, str]) -> None:
-    """Keeps the table, if it can: another process may write its own at the same time, the last whole one stays."""
+    """Keeps the table, with what other processes wrote in the meantime."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(f".{os.getpid()}")
-        draft.write_text(json.dumps(dict(table), indent=1, sort_keys=True))
+        draft.write_text(json.dumps({**_read(file), **table}, indent=1, sort_keys=True))
         draft.replace(file)
     except OSError as error:
         log.debug("the choice of kernels is not kept: %s", error)

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,3 +52,33 @@ def test_a_path_that_fails_is_one_less(tiny):
     rows = list(kernels._measured(case, torch.device("cpu"), 1))
     assert rows[0]["failures"] == {"triton": "RuntimeError: out of registers"}
     assert "triton" not in case.paths
+
+
+def test_replays_see_the_other_adapters(tiny, monkeypatch):
+    """With a stand-in for a CUDA graph, which does the captured work again where its results lie."""
+
+    class Graph:
+        def __init__(self, work):
+            self.work, self.results = work, work()
+
+        def replay(self):
+            for old, new in zip(self.results, self.work(), strict=True):
+                old.copy_(new)
+
+    def captured(work):
+        graph = Graph(work)
+        return graph, graph.results
+
+    monkeypatch.setattr(kernels, "_captured", captured)
+    monkeypatch.setattr(kernels, "_milliseconds", lambda work, place, rounds: 2.0 - bool(work()))
+    case = next(kernel_cases.cases(torch.device("cpu"), {"grouped"}))()
+    assert case.route is not None
+    before = case.route.clone()
+    replays = list(kernels._replayed(case))
+    assert [replay["path"] for replay in replays] == ["library", "split 2", "inline 2"]
+    assert all(replay["same bits"] for replay in replays)
+    assert torch.equal(case.route, before)
+    row = next(kernels._measured(case, SimpleNamespace(type="cuda"), 1))  # type: ignore[arg-type]
+    assert row["eager"] == row["triton"] == 1.0  # calls return what they made, replays do not
+    assert row["eager*"] == row["library*"] == row["triton*"] == 2.0
+    assert row["gain*"] == 1.0
