@@ -8,17 +8,23 @@ Layout: every product puts the rank first, ``A @ x'`` -> (g, r, m). On CPU this 
 ``x @ A'``, where the thin dimension is innermost. ``g`` is 1 when all rows share a slot, and the batch when rows choose
 (``route``), so one adapter and a mixed batch run the same lines.
 
+On a GPU the file beside this one has a faster path for frozen bases without dropout; `supports` says for what, and
+`graft.kernels.dispatch` measures for which shapes.
+
 Letters: b batch rows, n tokens, i input width, o output width, r rank, k slots in a stack.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from graft.kernels.dispatch import LIBRARY, autocast, fastest, refusals
 
 _CHUNK = 2**17
 """Elements of a dropout mask drawn at once on CPU: temporaries stay in cache (twice as fast as one large mask)."""
@@ -62,7 +68,9 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term,
     return y
 
 
-def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
+def lora_linear(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...], path: str | None = None
+) -> Tensor:
     """Returns the linear layer's output with its low-rank terms added.
 
     Args:
@@ -70,13 +78,17 @@ def lora_linear(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tu
         weight: (o, i) base weight; None gives the sum of the terms alone (for bases that are not dense).
         bias: (o,) or None.
         terms: at least one.
+        path: one of `paths`; None takes the fastest.
 
     Returns:
         (b, ..., o).
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), _to(weight, dtype), _to(bias, dtype)
+    x, weight, bias = autocast(x, weight, bias)
+    path = path or choose(x, weight, bias, terms)
+    if path != LIBRARY and weight is not None:
+        from graft.kernels.lora_linear_triton import packed
+
+        return packed(x, weight, bias, terms, bands(terms, weight.shape[0]), path)
     routes: list[Tensor] = []  # each once: terms share theirs, and the compiler takes no tensor twice
     plan = tuple((term.rows, term.dropout, term.seed, _place(term.route, routes)) for term in terms)
     tensors = [tensor for term in terms for tensor in (term.down, term.up, term.scale, term.gain)]
@@ -95,8 +107,78 @@ def _place(route: Tensor | None, routes: list[Tensor]) -> int | None:
     return len(routes) - 1
 
 
-def _to(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def supports(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> list[str]:
+    """Returns why the Triton path cannot do this; nothing if it can."""
+    reasons = refusals(x, weight, bias, *(tensor for term in terms for tensor in (term.down, term.up, term.route)))
+    first = terms[0]
+    if weight is None or not weight.is_floating_point():
+        return [*reasons, "no dense base weight"]
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        reasons.append("the base is trained")
+    if weight.dtype != x.dtype:
+        reasons.append(f"base of {weight.dtype} under {x.dtype}")
+    if any(term.gain is not None for term in terms):
+        reasons.append("gains")
+    if any(_threshold(term.dropout) for term in terms):
+        reasons.append("dropout")
+    if first.down.shape[1] > 128:
+        reasons.append(f"rank {first.down.shape[1]} above 128")
+    if x.dtype == torch.float32 and first.down.shape[1] > 32:
+        reasons.append("float32 above rank 32")  # would not fit into the registers
+    if any(term.route is not first.route or term.down.shape != first.down.shape for term in terms):
+        reasons.append("terms of different routes or shapes")
+    count = bands(terms, weight.shape[0])
+    if count == 0:
+        reasons.append("terms on overlapping or unequal rows")
+    if count > 1 and first.down.shape[1] > 64:
+        reasons.append("several bands above rank 64")  # likewise
+    return reasons
+
+
+def paths(x: Tensor, out: int, rank: int, count: int) -> list[str]:
+    """Returns the names of the paths worth measuring; what is left out would not fit into the registers."""
+    if x.dtype == torch.float32 or x.numel() // x.shape[-1] < 64:
+        tiles = [2]
+    else:
+        tiles = [0, 1] if out >= 256 and rank <= 64 and count == 1 else [0]
+    return [LIBRARY, *(f"{mode} {tile}" for tile in tiles for mode in ("split", "inline"))]
+
+
+def choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[Term, ...]) -> str:
+    """Returns the path that was fastest for this shape, measured with its backward if there will be one."""
+    if not x.is_cuda or supports(x, weight, bias, terms):
+        return LIBRARY
+    assert weight is not None
+    factors = [factor for term in terms for factor in (term.down, term.up)]
+    wanted = [tensor for tensor in (x, *factors) if tensor.requires_grad and torch.is_grad_enabled()]
+
+    def run(path: str) -> None:
+        with torch.set_grad_enabled(bool(wanted)):
+            y = lora_linear(x, weight, bias, terms, path)
+            if wanted:
+                torch.autograd.grad(y, wanted, y.detach())
+
+    tokens, groups = x.numel() // x.shape[-1], 1 if terms[0].route is None else x.shape[0]
+    # Row counts within an eighth of a power of two share a choice: batches of text never have the same length.
+    (out, width), rank, count = weight.shape, terms[0].up.shape[-1], bands(terms, weight.shape[0])
+    shape = (_rounded(tokens), groups, width, out, count, rank)
+    key = ("lora_linear", x.dtype, *shape, x.requires_grad and bool(wanted), len(wanted) > x.requires_grad)
+    return fastest(key, {path: partial(run, path) for path in paths(x, out, rank, count)}, x.device)
+
+
+def _rounded(count: int) -> int:
+    step = max(1, 1 << (count.bit_length() - 4))
+    return -(-count // step) * step
+
+
+def bands(terms: tuple[Term, ...], width: int) -> int:
+    """Returns into how many equal bands, at most 4, the features fall, each with one term or none; 0 if they do not."""
+    if len(terms) == 1 and terms[0].rows in (None, (0, width)):
+        return 1
+    rows = [term.rows or (0, width) for term in terms]
+    size = rows[0][1] - rows[0][0]
+    fits = width % size == 0 and width <= 4 * size and all(b - a == size and a % size == 0 for a, b in rows)
+    return width // size if fits and len(set(rows)) == len(rows) else 0
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -249,6 +331,9 @@ def _spread(grad: Tensor | None, stack: Tensor, route: Tensor | None) -> Tensor 
         return None
     if route is None and stack.shape[0] == 1:
         return grad.to(stack.dtype)
+    if route is not None and grad.is_cuda:  # where index_add_ has no fixed order
+        chosen = route == torch.arange(len(stack), device=route.device)[:, None]
+        return (chosen.to(stack.dtype) @ grad.flatten(1).to(stack.dtype)).view(stack.shape)
     slot = grad.new_zeros(1, dtype=torch.long) if route is None else route.clamp(min=0)
     return torch.zeros_like(stack).index_add_(0, slot, grad.to(stack.dtype))
 

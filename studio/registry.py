@@ -75,6 +75,7 @@ BENCHMARKS: dict[str, str] = {
     "clip-speed": "graft.vlm.bench:speed",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
+    "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
     "personalization": "graft.diffusion.bench:personalization",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",

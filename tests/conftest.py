@@ -7,6 +7,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Triton reads it when it is imported: its kernels run on the CPU, in numpy.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 

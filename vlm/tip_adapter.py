@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graft.kernels.class_votes import by_class, class_sums, class_votes
 from graft.vlm.head import Head, HeadMethod, Setting, Shots
 
 
@@ -145,11 +146,10 @@ class Cache(Head):
 
     def forward(self, features: Tensor) -> Tensor:
         """Zero-shot logits and the vote: (b, e) -> (b, c)."""
-        alpha, beta = self.strengths
-        near = (F.normalize(features, dim=-1) @ self.keys.T).float()  # half would overflow
-        votes = torch.exp(beta * (near - 1))
-        summed = torch.zeros(len(features), len(self.shares), device=votes.device).index_add(1, self.labels, votes)
-        return self.setting.zero_shot(features) + alpha * self._unit * summed * self.shares
+        alpha, beta = self.strengths.tolist()
+        classes = by_class(self.labels, len(self.shares))
+        votes = class_votes(F.normalize(features, dim=-1), self.keys, classes, beta)
+        return self.setting.zero_shot(features) + alpha * self._unit * votes * self.shares
 
 
 def class_shares(labels: Tensor, classes: int) -> Tensor:
@@ -184,12 +184,12 @@ def search(
     Returns:
         (b, a), shares of right answers.
     """
-    distance, votes = affinity.T.contiguous() - 1, torch.empty_like(affinity.T.contiguous())
+    near, classes = affinity.T.contiguous(), by_class(labels, len(shares))
+    room = torch.empty_like(near)
     plain, rows = zero_shot.T.contiguous(), torch.arange(len(wanted))  # classes first: one row operation per key
     table, logits = torch.empty(len(betas), len(alphas)), torch.empty_like(plain)
     for b, beta in enumerate(betas.tolist()):
-        torch.exp(torch.mul(distance, beta, out=votes), out=votes)
-        vote = torch.zeros_like(plain).index_add_(0, labels, votes) * shares[:, None]
+        vote = class_sums(near, classes, beta, room) * shares[:, None]
         if bonus is not None:
             vote[wanted, rows] *= bonus
         for a, alpha in enumerate(alphas.tolist()):

@@ -25,14 +25,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from graft.kernels.bottleneck import Layers, bottleneck
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Model, Plan, Site, plan_blocks
 from graft.studio.slot import Base, Slot, first_tensor
 
 Activation = Literal["relu", "gelu", "silu"]
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class BottleneckSlot(Slot):
     ):
         """Makes layers (in -> width -> out) for shape (out, in)."""
         super().__init__(site, slots, scaling)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
         out, inside = shape
         self.d, self.e = nn.Parameter(torch.empty(slots, width)), nn.Parameter(torch.empty(slots, out))
         self.extend(slots, width, out, inside)
@@ -136,14 +135,9 @@ class BottleneckSlot(Slot):
         """Returns the stacks D, d, U, e."""
         return self.D, self.d, self.U, self.e
 
-    def added(self, x: Tensor) -> Tensor:
-        """Returns s (U f(D x + d) + e) for x (b, ..., i)."""
-        down, start, up, end, strength = self.pick(*self.layers())
-        flat = x.reshape(down.shape[0], -1, x.shape[-1])  # (g, m, i)
-        hidden = self.activation(flat @ down.mT.to(x.dtype) + start[:, None].to(x.dtype))  # (g, m, h)
-        factor = strength.view(-1, 1, 1)
-        y = hidden @ (factor * up).mT.to(x.dtype) + (factor * end[:, None]).to(x.dtype)
-        return y.reshape(*x.shape[:-1], -1)
+    def added(self, x: Tensor, onto: Tensor) -> Tensor:
+        """Returns onto + s (U f(D x + d) + e) for x (b, ..., i) and onto (b, ..., o)."""
+        return bottleneck(x, Layers(*self.layers(), self.scale, self.route), self.activation, onto=onto)
 
 
 class SerialSlot(BottleneckSlot):
@@ -159,7 +153,7 @@ class SerialSlot(BottleneckSlot):
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """Returns y + U f(D y + d) + e."""
-        return y + self.added(y)
+        return self.added(y, onto=y)
 
 
 class ParallelSlot(BottleneckSlot):
@@ -174,6 +168,5 @@ class ParallelSlot(BottleneckSlot):
 
     def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Returns the sublayer's output, or its tuple, with the addition."""
-        added = self.added(first_tensor(args, kwargs))
-        out = call(*args, **kwargs)
-        return (out[0] + added, *out[1:]) if isinstance(out, tuple) else out + added
+        x, out = first_tensor(args, kwargs), call(*args, **kwargs)
+        return (self.added(x, out[0]), *out[1:]) if isinstance(out, tuple) else self.added(x, out)

@@ -117,4 +117,4 @@ class CompactSlot(BottleneckSlot):
 
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """Returns y + U f(D y + d) + e."""
-        return y + self.added(y)
+        return self.added(y, onto=y)

@@ -18,10 +18,10 @@ import pytest
 import torch
 
 from graft.studio import loop
+from graft.studio.batches import step_seed
 from graft.studio.disk import write_atomic
 from graft.studio.errors import DiskFullError, GraftError, InputError, RunError
 from graft.studio.job import Job, TrainConfig
-from graft.studio.batches import step_seed
 from graft.studio.loop import learning_rate
 from graft.studio.runs import Run, RunLock, list_runs
 from graft.studio.runs.checkpoints import latest_checkpoint

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from graft.studio.batches import step_seed
 from graft.studio.config import to_dict
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
 from graft.studio.job import Job, TrainConfig
-from graft.studio.batches import step_seed
 from graft.studio.loop import learning_rate
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import render, sample_scene
