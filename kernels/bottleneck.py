@@ -156,11 +156,10 @@ def choose(x: Tensor, layers: Layers, activation: str, norm: Norm | None, onto: 
         return LIBRARY
     wanted = [each for each in (x, *layers[:4]) if each.requires_grad and torch.is_grad_enabled()]
 
-    def run(path: str) -> None:
+    def run(path: str) -> list[Tensor]:
         with torch.set_grad_enabled(bool(wanted)):
             y = bottleneck(x, layers, activation, norm, onto, path)
-            if wanted:
-                torch.autograd.grad(y, wanted, y.detach())
+            return [y, *torch.autograd.grad(y, wanted, y.detach())] if wanted else [y]
 
     groups = 1 if layers.route is None else len(x)
     shape = (x.numel() // x.shape[-1], groups, x.shape[-1], *layers.up.shape[1:])

@@ -98,11 +98,10 @@ def choose(features: Tensor, keys: Tensor, classes: Classes, beta: float) -> str
         return LIBRARY
     wanted = [each for each in (features, keys) if each.requires_grad and torch.is_grad_enabled()]
 
-    def run(path: str) -> None:
+    def run(path: str) -> list[Tensor]:
         with torch.set_grad_enabled(bool(wanted)):
             y = class_votes(features, keys, classes, beta, path)
-            if wanted:
-                torch.autograd.grad(y, wanted, y.detach())
+            return [y, *torch.autograd.grad(y, wanted, y.detach())] if wanted else [y]
 
     shape = (len(features), len(keys), features.shape[1], classes.number, classes.widest)
     key = ("class_votes", features.dtype, *shape, len(wanted))

@@ -1,7 +1,8 @@
 """Which of an operation's paths runs: the one that was fastest on this device for this shape.
 
 A path is measured once, on the inputs at hand, and the choice is kept in a file: a run that goes on in another process
-takes the same path and gets the same bits. The library path is the floor: another one must be faster by `MARGIN`.
+takes the same path and gets the same bits. The library path is the floor: another one must give its results on these
+inputs, gradients included, and be faster by `MARGIN`.
 Where nothing can be measured (under torch.compile, while a CUDA graph is captured) an unknown shape takes the library.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,6 +27,8 @@ LIBRARY = "library"
 """Name of the path in plain torch."""
 MARGIN = 0.97
 """What another path's time may be at most, as a share of the library's."""
+DISTANCES = {torch.float32: 3e-3, torch.float16: 3e-2, torch.bfloat16: 3e-2}
+"""How far another path's result may be from the library's, relative to its norm."""
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run on the CPU, one numpy operation at a time: for tests."""
@@ -60,12 +63,12 @@ def refusals(*tensors: Tensor | None) -> list[str]:
     return reasons
 
 
-def fastest(key: tuple[object, ...], paths: Mapping[str, Callable[[], object]], device: torch.device) -> str:
+def fastest(key: tuple[object, ...], paths: Mapping[str, Callable[[], Sequence[Tensor]]], device: torch.device) -> str:
     """Returns the name of the path to take.
 
     Args:
         key: what the time depends on: operation, shapes, types.
-        paths: what to run, by name; one of them is `LIBRARY`. Each must give the same result.
+        paths: what to run, by name; one of them is `LIBRARY`. Each returns its results.
         device: a CUDA device; any other has the library only.
     """
     if device.type != "cuda":
@@ -74,7 +77,8 @@ def fastest(key: tuple[object, ...], paths: Mapping[str, Callable[[], object]], 
         return _known.get(key, LIBRARY)
     table, name = _table(_file(device)), "/".join(map(str, key))
     if table.get(name) not in paths:
-        times = {path: _milliseconds(run, path) for path, run in paths.items()}
+        expected = paths[LIBRARY]()
+        times = {path: _milliseconds(run, path, expected) for path, run in paths.items()}
         best = min(times, key=lambda path: times[path])
         table[name] = best if times[best] <= MARGIN * times[LIBRARY] else LIBRARY
         _write(_file(device), table)
@@ -83,9 +87,20 @@ def fastest(key: tuple[object, ...], paths: Mapping[str, Callable[[], object]], 
     return table[name]
 
 
-def _milliseconds(run: Callable[[], object], name: str) -> float:
-    """Median time of a path; one that fails counts as endless, so that the library takes its place."""
+def agree(results: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    """Returns whether results are those of the library, but for rounding; what is not finite never is."""
+    for result, wanted in zip(results, expected, strict=True):
+        distance = (result.double() - wanted.double()).norm()
+        if not distance <= DISTANCES[wanted.dtype] * wanted.double().norm():
+            return False
+    return True
+
+
+def _milliseconds(run: Callable[[], Sequence[Tensor]], name: str, expected: Sequence[Tensor]) -> float:
+    """Median time of a path; one that fails or errs counts as endless, so that the library takes its place."""
     try:
+        if not agree(run(), expected):
+            raise ArithmeticError("its results are not the library's")
         for _ in range(3):
             run()
         times = []

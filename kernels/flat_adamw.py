@@ -180,9 +180,10 @@ def choose(
     if not parameters.is_cuda or supports(parameters, gradients, past, where, settings):
         return LIBRARY
 
-    def run(path: str) -> None:
-        copies = State(*(tensor.clone() for tensor in past))
-        step(parameters.clone(), gradients.clone(), copies, where, settings, betas, eps, path)
+    def run(path: str) -> list[Tensor]:
+        moved, copies = parameters.clone(), State(*(tensor.clone() for tensor in past))
+        step(moved, gradients.clone(), copies, where, settings, betas, eps, path)
+        return [moved, *copies]
 
     key = ("flat_adamw", len(parameters), len(where.pieces), len(settings.rate))
     return fastest(key, {path: partial(run, path) for path in (LIBRARY, TRITON)}, parameters.device)

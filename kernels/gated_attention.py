@@ -118,11 +118,10 @@ def choose(query: Tensor, groups: tuple[Group, ...], main: Tensor | None) -> str
     tensors = [query, *(tensor for group in groups for tensor in group if tensor is not None)]
     wanted = [tensor for tensor in tensors if tensor.requires_grad and torch.is_grad_enabled()]
 
-    def run(path: str) -> None:
+    def run(path: str) -> list[Tensor]:
         with torch.set_grad_enabled(bool(wanted)):
             y = gated_attention(query, groups, main, path)
-            if wanted:
-                torch.autograd.grad(y, wanted, y.detach())
+            return [y, *torch.autograd.grad(y, wanted, y.detach())] if wanted else [y]
 
     lengths = "+".join(str(group.key.shape[2]) for group in groups)
     key = ("gated_attention", query.dtype, *query.shape, lengths, main is not None, len(wanted))

@@ -152,11 +152,10 @@ def choose(x: Tensor, weight: Tensor | None, bias: Tensor | None, terms: tuple[T
     factors = [factor for term in terms for factor in (term.down, term.up)]
     wanted = [tensor for tensor in (x, *factors) if tensor.requires_grad and torch.is_grad_enabled()]
 
-    def run(path: str) -> None:
+    def run(path: str) -> list[Tensor]:
         with torch.set_grad_enabled(bool(wanted)):
             y = lora_linear(x, weight, bias, terms, path)
-            if wanted:
-                torch.autograd.grad(y, wanted, y.detach())
+            return [y, *torch.autograd.grad(y, wanted, y.detach())] if wanted else [y]
 
     tokens, groups = x.numel() // x.shape[-1], 1 if terms[0].route is None else x.shape[0]
     # Row counts within an eighth of a power of two share a choice: batches of text never have the same length.

@@ -152,7 +152,8 @@ def _forward(name: str) -> tuple[float, float]:
 def _resident(which: str, anew: bool = False) -> float:
     """Return this process's memory now (VmRSS) or at its highest (VmHWM, counted anew from now on), in MB; Linux."""
     if anew:
-        ctypes.CDLL(None).malloc_trim(0)  # else the forward pass takes what loading left, and seems to need nothing
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # else the forward pass takes what loading left, and seems to need nothing
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith(which))

@@ -19,14 +19,14 @@ def card(monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "_known", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(dispatch, "_file", lambda device: tmp_path / "kernels" / "card.json")
-    monkeypatch.setattr(dispatch, "_milliseconds", lambda run, path: times[path])
+    monkeypatch.setattr(dispatch, "_milliseconds", lambda run, path, expected: times[path])
     dispatch._table.cache_clear()
     yield times
     dispatch._table.cache_clear()
 
 
 def choose(paths=("library", "split", "inline")):
-    return fastest(KEY, dict.fromkeys(paths, lambda: None), CUDA)
+    return fastest(KEY, dict.fromkeys(paths, list), CUDA)
 
 
 @pytest.mark.parametrize(
@@ -58,22 +58,33 @@ def test_a_torn_table_is_measured_again(card, tmp_path):
 
 
 def test_a_cpu_has_the_library_only(card):
-    assert fastest(KEY, {"library": lambda: None, "split": lambda: None}, torch.device("cpu")) == "library"
+    assert fastest(KEY, {"library": list, "split": list}, torch.device("cpu")) == "library"
 
 
 def test_a_path_that_fails_is_left_out(caplog):
     def broken():
         raise RuntimeError("out of resources")
 
-    assert dispatch._milliseconds(broken, "split") == float("inf")
+    assert dispatch._milliseconds(broken, "split", []) == float("inf")
     assert "split is left out: out of resources" in caplog.text
     with pytest.raises(RuntimeError, match="out of resources"):
-        dispatch._milliseconds(broken, "library")
+        dispatch._milliseconds(broken, "library", [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_path_with_other_results_is_left_out(caplog, dtype):
+    right = torch.linspace(-1, 1, 64).to(dtype)
+    rounded, wrong, poisoned = right * (1 + torch.finfo(dtype).eps), right.roll(1), right.clone()
+    poisoned[3] = float("nan")
+    assert dispatch.agree([right, rounded], [right, right])
+    assert not dispatch.agree([right, wrong], [right, right])
+    assert dispatch._milliseconds(lambda: [poisoned], "split", [right]) == float("inf")
+    assert "split is left out: its results are not the library's" in caplog.text
 
 
 def test_compiled_code_takes_what_is_known(card):
     def run(x):
-        return x + 1 if fastest(KEY, {"library": lambda: None}, CUDA) == "library" else x + 2
+        return x + 1 if fastest(KEY, {"library": list}, CUDA) == "library" else x + 2
 
     assert torch.compile(run, backend="eager", fullgraph=True)(torch.zeros(1)).item() == 1
     dispatch._known[KEY] = "split"

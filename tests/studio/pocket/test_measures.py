@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize, one_hot
 
-from graft.studio.pocket import measures, report
+from graft.studio.pocket import measures, models, report
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain.draw import pictures
 from graft.studio.pocket.scenes import COLOURS, centred
@@ -65,15 +65,32 @@ def test_new_sprites_are_no_part_of_the_choice_of_known_ones():
 
 def test_page_shows_mean_and_spread(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(report, "_parts", lambda: "| parts |")
-    page = report._page({"pocket-vit": {"top-1, %": [90.0, 94.0]}}, 2, [{"name": "ant", "found": [("bee", 0.5)]}])
+    talks = [{"lines": [("what is this ?", "ant", "ant"), ("count the things", "two", "one")]}]
+    found = [{"name": "ant", "found": [("bee", 0.5)]}]
+    page = report._page({"pocket-vit": {"top-1, %": [90.0, 94.0]}}, 2, found, talks)
     assert "| pocket-vit | top-1, % | 92.00 | 90.00 to 94.00 |" in page
     assert "- ant: bee (0.50)" in page
+    assert "- what is this ? **ant**\n- count the things **one** (wrong: two)" in page
 
 
 def test_forward_costs_are_positive():
     seconds, memory = report._forward("clip")
     assert 0 < seconds < 10
     assert 0 < memory < 1000
+
+
+def test_names_are_drawn_so_that_the_classifier_tells_them():
+    known = Atlas.load().known[::110]
+    pipe = models.stable_diffusion()
+    drawn = measures.generate(pipe, [Atlas.load().names[s] for s in known])
+    assert measures.share(measures.class_hits(models.vit(), drawn, known)) > 75
+    assert measures.share(measures.class_hits(models.vit(), drawn.roll(1, 0), known)) < 25
+
+
+def test_answers_come_from_the_picture():
+    figures = measures.measure_llava(seed=5, count=8)
+    right, blind = list(figures.values())[:2]
+    assert right > 70 and blind < 45
 
 
 def test_single_scenes_are_of_their_sprites():
