@@ -204,9 +204,9 @@ guidance {measures.GUIDANCE}. Known sprites are those of pretraining; new ones n
 
 {_parts()}
 
-Weights are Apache-2.0; the sprites are drawn from Noto Color Emoji (OFL 1.1). To train on from these weights, on a
-GPU if there is one: `graft pocket train NETWORK --set method.go_on=true`, NETWORK one of autoencoder, clip, vit, unet,
-llava. The unet needs the autoencoder and the text tower of clip, llava the image tower of clip.
+Weights are Apache-2.0; the sprites are drawn from Noto Color Emoji (OFL 1.1). `graft pocket train NETWORK`, NETWORK one
+of autoencoder, clip, vit, unet, llava, trains one anew, on a GPU if there is one; with `--set method.go_on=true` it
+goes on from these weights. The unet needs the autoencoder and the text tower of clip, llava the image tower of clip.
 
 ## Known names, one picture each
 
@@ -246,20 +246,21 @@ Random scenes above, what the autoencoder makes of them below: known sprites, th
 
 
 def _parts() -> str:
-    lines = [
-        "| network | parameters | file, MB | forward of a row, ms | memory for it, MB | trained on | seconds | date |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = ["| network | parameters | file, MB | forward of a row, ms | memory for it, MB |", "|---|---|---|---|---|"]
+    trained = ["| network | trained on | date | steps | seconds |", "|---|---|---|---|---|"]
     context = multiprocessing.get_context("spawn")
     for name in ("autoencoder", "unet", "clip", "vit", "llava"):
         facts = models.facts(name)
-        trainings = facts["trainings"]
-        hardware = ", then ".join(dict.fromkeys(one["hardware"] for one in trainings))
         size = (models.WEIGHTS / f"{name}.safetensors").stat().st_size / 1e6
         with context.Pool(1) as pool:
             seconds, memory = pool.apply(_forward, (name,))
         lines.append(
-            f"| {name} | {facts['parameters'] / 1e6:.2f} M | {size:.1f} | {1e3 * seconds:.1f} | {memory:.0f} "
-            f"| {hardware} | {sum(one['seconds'] for one in trainings):.0f} | {trainings[-1]['date']} |"
+            f"| {name} | {facts['parameters'] / 1e6:.2f} M | {size:.1f} | {1e3 * seconds:.1f} | {memory:.0f} |"
         )
-    return "\n".join(lines)
+        trained += [
+            f"| {name} | {one['hardware']} | {one['date']} | {one['steps']:,} | {one['seconds']:,.0f} |"
+            for one in facts["trainings"]
+        ]
+    return "\n".join(
+        [*lines, "", "Each training in turn; one that follows another went on from its weights:", "", *trained]
+    )

@@ -58,6 +58,24 @@ def test_the_loop_is_plain_adamw(make_job: Make, toy: Any, tmp_path: Path) -> No
         torch.testing.assert_close(tensor, task.nets[0].state_dict()[name], rtol=1e-6, atol=1e-7)
 
 
+def test_batches_drawn_ahead_by_other_processes_change_no_bit(make_job: Make, tmp_path: Path) -> None:
+    settings = {"gradient_accumulation": 2, "checkpoint_every": 2}
+    alone = train(make_job({"dropout": 0.2}, **settings), tmp_path / "alone")
+    ahead = train(make_job({"dropout": 0.2}, **settings, workers=2), tmp_path / "ahead")
+    assert weights(ahead) == weights(alone)
+    assert [row["loss"] for row in ahead.metrics()] == [row["loss"] for row in alone.metrics()]
+
+
+def test_a_batch_that_fails_in_another_process_says_why(make_job: Make, toy: Any, tmp_path: Path, monkeypatch) -> None:
+    def broken(self: Any, step: int, generator: torch.Generator) -> None:
+        raise InputError("row 3", "it is empty", "take it out")
+
+    monkeypatch.setattr(toy.Task, "batch", broken)
+    with pytest.raises(Exception, match="row 3: it is empty"):
+        train(make_job(workers=1), tmp_path / "run")
+    assert Run(tmp_path / "run").status == "failed"
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_schedules(schedule: Any) -> None:
     config = TrainConfig(steps=110, warmup_steps=10, schedule=schedule)

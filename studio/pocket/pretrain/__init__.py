@@ -1,7 +1,7 @@
 """How the embedded models were trained: one file each, as jobs of a domain of their own.
 
     graft pocket train autoencoder        # then clip, then unet: each needs the one before; llava needs clip
-    graft pocket train unet --steps 20000 --set train.device=cuda
+    graft pocket train unet --steps 20000 --set train.device=cuda --set train.workers=14
     graft pocket train unet --set method.go_on=true        # better weights from the committed ones
     graft pocket train autoencoder --set method.decoder_only=true
     graft pocket train clip --set method.freeze_text=true --set method.bank=900

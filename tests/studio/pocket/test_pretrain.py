@@ -11,7 +11,7 @@ import torch
 from graft.studio.job import Job, TrainConfig
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.pocket.commands import RECIPES
+from graft.studio.pocket.commands import ON_GPU, RECIPES, recipe
 from graft.studio.pocket.pretrain.autoencoder import Autoencoder
 from graft.studio.pocket.pretrain.clip import Clip
 from graft.studio.pocket.pretrain.draw import pictures, worn
@@ -118,10 +118,13 @@ def test_worn_pictures_are_half_of_them_and_stay_in_range():
     assert other.abs().max() <= 1
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("network", RECIPES)
-def test_recipes_are_jobs(network: str):
-    job = {"base": "", "domain": "pocket", "method": {"name": network}, "data": {}, "train": RECIPES[network]}
-    assert Job.load(job).train.steps == RECIPES[network]["steps"]
+def test_recipes_are_jobs(network: str, device: str):
+    usual, changed = Job.load(recipe(network, device)), Job.load(recipe(network, device, 7))
+    assert usual.train.steps == {"cpu": RECIPES[network], "cuda": ON_GPU[network]["train"]}[device]["steps"]
+    assert changed.train.steps == 7
+    assert (usual.train.workers > 0) == (device == "cuda")
 
 
 @pytest.mark.parametrize("network", ["autoencoder", "clip", "vit"])
