@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -35,6 +38,22 @@ def on_device(batch: Any, task: nn.Module) -> Any:
     from accelerate.utils import send_to_device
 
     return send_to_device(batch, next(task.parameters()).device, non_blocking=True)
+
+
+def kept(folder: Path, name: str, of: Sequence[Any], make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return what `make` computes from networks and values `of`; computed once and kept in `folder`."""
+    digest = hashlib.sha256()
+    for part in of:
+        tensors = part.state_dict().values() if isinstance(part, nn.Module) else ()
+        for weight in tensors:
+            digest.update(weight.float().cpu().numpy().tobytes())
+        digest.update(b"" if isinstance(part, nn.Module) else repr(part).encode())
+    path = folder / f"{name}-{digest.hexdigest()[:16]}.safetensors"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({key: tensor.contiguous() for key, tensor in make().items()}, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+    return load_file(path)
 
 
 def pictures(scenes: Sequence[Scene]) -> Tensor:

@@ -10,12 +10,12 @@ with the cosine schedule: it ends in pure noise, so the colour of a whole backgr
 of its steps there than Stable Diffusion's own, whose latents have 64 times as many pixels. One caption in ten is empty,
 for classifier-free guidance. A share `plain` of each batch shows one sprite in the middle, which is what a bare name
 stands for: to learn 900 pictures well is much quicker than to learn 900 at every size and place. The rest is varied.
-Latents are computed once; captions are drawn anew at every step.
+Latents are computed once; captions are drawn anew at every step. A last, short training with `variant_share` loosens
+what has been learnt by heart: see `variants`.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
-from graft.studio.pocket.pretrain.draw import on_device, pictures, rng_of
+from graft.studio.pocket.pretrain.draw import kept, on_device, pictures, rng_of
+from graft.studio.pocket.pretrain.variants import MARK, PseudoWords, Variants, cached_variants
 from graft.studio.pocket.scenes import COLOURS, Scene, caption, centred, portrait, sample_scene
 
 if TYPE_CHECKING:
@@ -58,12 +59,13 @@ SCHEDULER: dict[str, Any] = {
 
 
 class Batch(NamedTuple):
-    """Clean latents (b, 16, 8, 8), token ids (b, n), noise like the latents and timesteps (b,)."""
+    """Clean latents (b, 16, 8, 8), token ids (b, n), noise like the latents, timesteps (b,), features of variants."""
 
     latents: Tensor
     input_ids: Tensor
     noise: Tensor
     timesteps: Tensor
+    features: Tensor | None = None
 
 
 def plain_scenes(colours: Sequence[str] = tuple(COLOURS)) -> list[Scene]:
@@ -94,23 +96,15 @@ def varied_scenes(count: int, seed: int = 11) -> list[Scene]:
 @torch.no_grad()
 def cached_latents(vae: Any, scenes: list[Scene], folder: Path, batch_size: int = 64) -> Tensor:
     """Return the posterior means of scenes, (count, 16, 8, 8) float16 on the CPU; computed once, kept in `folder`."""
-    from safetensors.torch import load_file, save_file
 
-    digest = hashlib.sha256(repr(scenes).encode())
-    for weight in vae.state_dict().values():
-        digest.update(weight.float().cpu().numpy().tobytes())
-    path = folder / f"latents-{digest.hexdigest()[:16]}.safetensors"
-    if not path.exists():
+    def make() -> dict[str, Tensor]:
         parts = []
         for start in range(0, len(scenes), batch_size):
             batch = on_device(pictures(scenes[start : start + batch_size]), vae)
-            with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-                posterior = vae.encode(batch).latent_dist
-            parts.append(posterior.mean.half().cpu())
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({"latents": torch.cat(parts).contiguous()}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").rename(path)
-    return load_file(path)["latents"]
+            parts.append(vae.encode(batch).latent_dist.mean.half().cpu())
+        return {"latents": torch.cat(parts)}
+
+    return kept(folder, "latents", (vae, scenes), make)["latents"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +115,10 @@ class Unet:
     """Varied scenes, beside the plain ones; the latents of about 250 scenes are computed in a second."""
     plain: float = 0.75
     """Share of plain scenes in a batch."""
+    variants: int = 9_000
+    """Pictures of sprites that never were, for `variant_share`; 100 are made in a second."""
+    variant_share: float = 0.0
+    """Share of a batch that shows them, told by pseudo-words; half of it, in a training that goes on from names."""
     go_on: bool = False
     """Start from the committed weights instead of from nothing."""
     ema_decay: float = 0.999
@@ -135,11 +133,14 @@ class Unet:
         device = train.device or "cpu"
         parts = models.autoencoder().to(device), models.text_encoder().to(device), models.load_tokenizer()
         task = UnetTask(*parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay)
+        if self.variant_share:
+            tower = models.clip().vision_model.to(device)
+            drawn = cached_variants(parts[0], tower, self.variants, models.cache_root())
+            task.add_variants(drawn, parts[0].config.scaling_factor, self.variant_share)
         if self.go_on:
             task.start_from(models.unet())
         if self.compile:
             task.unet.compile()
-            task.frozen[0].compile()
         return task
 
 
@@ -184,26 +185,47 @@ class UnetTask(nn.Module):
             # There the fused attention is the slower one for 64 positions: a step of 32 takes 0.29 s instead of 0.48.
             self.unet.set_attn_processor(AttnProcessor())
         self.ema = nn.ParameterList(p.detach().clone() for p in self.unet.parameters()).requires_grad_(False)
+        self.variants: Variants | None = None
+        self.words: PseudoWords | None = None
+        self.variant_rows = 0
+
+    def add_variants(self, variants: Variants, scaling_factor: float, share: float) -> None:
+        """Show variants in a share of each batch, and train the words that tell them."""
+        self.variants = variants._replace(latents=variants.latents * scaling_factor)
+        self.variant_rows = round(share * self.batch_size)
+        self.words = PseudoWords(self.frozen[0], self.tokenizer(MARK).input_ids[1], variants.features)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Return the UNet, and the pseudo-words at four times its learning rate: they start from nothing."""
+        groups: list[dict[str, Any]] = [{"params": list(self.unet.parameters())}]
+        return groups + ([{"params": list(self.words.map.parameters()), "lr_scale": 4.0}] if self.words else [])
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Return the latents, captions, noise and timesteps of one step."""
         rng = rng_of(generator)
-        plain = round(self.plain * self.batch_size)
+        named = self.batch_size - self.variant_rows
+        plain = round(self.plain * named)
         chosen = np.concatenate(
             [
                 rng.integers(self.first_varied, size=plain),
-                rng.integers(self.first_varied, len(self.scenes), size=self.batch_size - plain),
+                rng.integers(self.first_varied, len(self.scenes), size=named - plain),
             ]
         )
         texts = ["" if rng.random() < 0.1 else caption(self.scenes[k], rng) for k in chosen]
+        latents, features = self.latents[torch.from_numpy(chosen)].float(), None
+        if self.variants is not None:
+            rows = torch.from_numpy(rng.integers(len(self.variants.latents), size=self.variant_rows))
+            texts += [self.variants.caption(int(row), rng) for row in rows]
+            latents = torch.cat([latents, self.variants.latents[rows].float()])
+            features = self.variants.features[rows]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        latents = self.latents[torch.from_numpy(chosen)].float()
         noise = torch.randn(latents.shape, generator=generator)
         # one timestep from each of `b` strata: the loss of a batch varies less; more from the noisy end, where the
         # picture comes from the name alone
-        spread = (torch.arange(len(latents)) + torch.rand(len(latents), generator=generator)) / len(latents)
+        strata = torch.randperm(len(latents), generator=generator)
+        spread = (strata + torch.rand(len(latents), generator=generator)) / len(latents)
         last = len(self.alphas) - 1  # rounding can make the largest value 1
-        return Batch(latents, ids, noise, (spread ** (2 / 3) * len(self.alphas)).long().clamp(max=last))
+        return Batch(latents, ids, noise, (spread ** (2 / 3) * len(self.alphas)).long().clamp(max=last), features)
 
     @torch.no_grad()
     def start_from(self, unet: nn.Module) -> None:
@@ -222,8 +244,11 @@ class UnetTask(nn.Module):
         self.update_average()  # of the weights that the last step left
         alpha = on_device(self.alphas[batch.timesteps].view(-1, 1, 1, 1), self)
         batch = on_device(batch, self)
-        with torch.no_grad():
-            context = self.frozen[0](batch.input_ids).last_hidden_state
+        if batch.features is None or self.words is None:
+            with torch.no_grad():
+                context = self.frozen[0](batch.input_ids).last_hidden_state
+        else:
+            context = self.words.context(batch.input_ids, batch.features)
         noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
         velocity = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.latents
         noisy = noisy.contiguous(memory_format=torch.channels_last)

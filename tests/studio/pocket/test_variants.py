@@ -1,0 +1,116 @@
+"""Variants of known sprites, and the pseudo-words that tell them to the UNet."""
+
+from collections.abc import Sequence
+from math import pi
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from graft.studio.job import TrainConfig
+from graft.studio.pocket import models
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.pretrain import variants
+from graft.studio.pocket.pretrain.unet import Unet, UnetTask
+from graft.studio.pocket.pretrain.variants import MARK, PseudoWords, cached_variants, placed, variant
+from graft.studio.pocket.scenes import COLOURS, centred, render
+
+
+def test_a_third_of_a_turn_moves_red_to_green_and_leaves_grey():
+    turn = variants._hue_turn(2 * pi / 3)
+    assert np.eye(3)[0] @ turn.T == pytest.approx([0, 1, 0], abs=1e-12)
+    assert np.full(3, 90.0) @ turn.T == pytest.approx([90, 90, 90])
+
+
+def test_variants_differ_from_the_sprites_and_from_each_other():
+    rng, known = np.random.default_rng(0), Atlas.load().known
+    drawn = [variant(rng, known) for _ in range(40)]
+    assert all(one.shape == (64, 64, 4) and one.dtype == np.uint8 for one in drawn)
+    assert len({one.tobytes() for one in drawn}) == 40
+    same = sum(any(np.array_equal(one, Atlas.load().pixels[k]) for k in known) for one in drawn)
+    assert same < 12
+
+
+def test_one_sprite_makes_variants_of_itself_only():
+    known = Atlas.load().known[3]
+    opaque = {int((variant(np.random.default_rng(seed), [known])[..., 3] > 0).sum()) for seed in range(20)}
+    assert min(opaque) > 0  # halves of one sprite are that sprite, however it is turned
+    assert (Atlas.load().pixels[known][..., 3] > 0).sum() in opaque
+
+
+def test_placed_is_what_a_scene_shows():
+    sprite = Atlas.load().known[5]
+    ours = placed(Atlas.load().pixels[sprite], "teal", 56, 4, 4)
+    theirs = torch.from_numpy(render(centred(sprite, "teal"))).permute(2, 0, 1) / 127.5 - 1
+    assert (ours - theirs).abs().mean() < 0.01
+    assert (ours[:, 0, 0] * 127.5 + 127.5).round().tolist() == list(COLOURS["teal"])
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return models.autoencoder(), models.clip().vision_model, models.text_encoder(), models.load_tokenizer()
+
+
+def test_variants_are_made_of_known_sprites_and_once(parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[int] = []
+
+    def record(rng: np.random.Generator, sprites: Sequence[int]) -> np.ndarray:
+        seen.extend(sprites)
+        return variant(rng, sprites)
+
+    monkeypatch.setattr(variants, "variant", record)
+    first = cached_variants(parts[0], parts[1], 12, tmp_path)
+    assert set(seen) == set(Atlas.load().known)
+    count = len(seen)
+    again = cached_variants(parts[0], parts[1], 12, tmp_path)
+    assert len(seen) == count and len(list(tmp_path.iterdir())) == 1
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first.latents.shape == (12, 16, 8, 8) and first.features.shape == (12, 384)
+
+
+def test_pseudo_words_stand_where_the_marks_are(parts):
+    """Words equal to rows of the token table give what the tokens themselves give; rows without marks stay."""
+    text, tokenizer = parts[2], parts[3]
+    ids = tokenizer(["a ghost on a red background", f"a {MARK} {MARK} here"], padding="max_length", return_tensors="pt")
+    words = PseudoWords(text, tokenizer(MARK).input_ids[1], torch.randn(8, 384))
+    told = tokenizer("red apple").input_ids[1:3]
+    table = text.get_input_embeddings().weight
+    with torch.no_grad():
+        words.map.weight.zero_()
+        words.map.bias.copy_(table[told].flatten())
+        found = words.context(ids.input_ids, torch.randn(1, 384))
+        plain = tokenizer(["a ghost on a red background", "a red apple here"], padding="max_length", return_tensors="pt")
+        expected = text(plain.input_ids).last_hidden_state
+        assert torch.equal(found, expected)
+        assert torch.equal(text(ids.input_ids).last_hidden_state[0], expected[0])  # no hook is left behind
+
+
+def test_no_caption_has_the_mark(parts):
+    tokenizer = parts[3]
+    mark = tokenizer(MARK).input_ids
+    assert len(mark) == 3
+    assert all(mark[1] not in tokenizer(name).input_ids for name in Atlas.load().names)
+
+
+def test_a_share_of_the_batch_are_variants_and_their_words_learn(parts, tmp_path: Path):
+    vae, tower, text, tokenizer = parts
+    task = UnetTask(vae, text, tokenizer, tmp_path, scenes=8, batch_size=6, plain_colours=("blue",))
+    task.add_variants(cached_variants(vae, tower, 10, tmp_path), vae.config.scaling_factor, share=0.5)
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    mark = tokenizer(MARK).input_ids[1]
+    assert (batch.input_ids == mark).sum(1).tolist() == [0, 0, 0, 2, 2, 2]
+    assert batch.features is not None and len(batch.features) == 3 and len(batch.latents) == 6
+    loss, _ = task(batch)
+    loss.backward()
+    assert task.words is not None and task.words.map.weight.grad.abs().sum() > 0
+    groups = task.param_groups()
+    assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 4.0]
+    trained = {id(p) for p in task.parameters() if p.requires_grad}
+    assert {id(p) for group in groups for p in group["params"]} == trained
+    assert task.adapter({}).tensors.keys() == models.unet().state_dict().keys()
+
+
+def test_variants_are_off_unless_asked_for():
+    assert Unet().variant_share == 0
+    assert TrainConfig().workers == 0
