@@ -12,12 +12,14 @@ from graft.studio.errors import InputError
 
 DOMAINS: dict[str, str] = {
     "diffusion": "graft.diffusion",
+    "llm_mm": "graft.llm_mm",
     "pocket": "graft.studio.pocket.pretrain",
     "vision": "graft.vision",
     "vlm": "graft.vlm",
 }
 """Domain -> package with `DataConfig`, `EvaluationConfig`, `load_base`, `prepare`, `evaluate`; `preview` where pictures
-are drawn, `predict` where they are told apart; `run_settings`, what `graft eval` takes from a run."""
+are drawn, `predict` where they are told apart; `run_settings`, what `graft eval` takes from a run. A domain without a
+method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
@@ -88,6 +90,7 @@ _MARKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("model_index.json", "_class_name", (), "diffusion"),
     ("open_clip_config.json", "model_cfg", (), "vlm"),
     ("config.json", "model_type", ("clip", "siglip"), "vlm"),
+    ("config.json", "model_type", ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "llm_mm"),
     ("config.json", "architecture", (), "vision"),
 )
 # How the name of a base begins -> its domain; the first that fits counts.
@@ -95,6 +98,7 @@ _PREFIXES: dict[str, str | None] = {
     "pocket-sd": "diffusion",
     "pocket-vit": "vision",
     "pocket-clip": "vlm",
+    "pocket-llava": "llm_mm",
     "pocket-": None,
     "timm/": "vision",
     "hf-hub:timm/": "vision",

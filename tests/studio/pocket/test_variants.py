@@ -80,7 +80,9 @@ def test_pseudo_words_stand_where_the_marks_are(parts):
         words.map.weight.zero_()
         words.map.bias.copy_(table[told].flatten())
         found = words.context(ids.input_ids, torch.randn(1, 384))
-        plain = tokenizer(["a ghost on a red background", "a red apple here"], padding="max_length", return_tensors="pt")
+        plain = tokenizer(
+            ["a ghost on a red background", "a red apple here"], padding="max_length", return_tensors="pt"
+        )
         expected = text(plain.input_ids).last_hidden_state
         assert torch.equal(found, expected)
         assert torch.equal(text(ids.input_ids).last_hidden_state[0], expected[0])  # no hook is left behind

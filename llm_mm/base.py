@@ -1,0 +1,100 @@
+"""A frozen multimodal language model of transformers with what it needs to answer: its processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from graft.studio.adapter import base_hash
+from graft.studio.errors import InputError
+from graft.studio.pocket.qa import answer
+
+REMEDY = "Give pocket-llava, a folder saved by transformers, or a hub id owner/name"
+
+
+@dataclass(eq=False)
+class MultimodalBase:
+    """A model that reads pictures and text and writes text, frozen and in evaluation mode.
+
+    Example:
+        >>> base = load_base("pocket-llava")  # doctest: +SKIP
+        >>> base.answer([picture], ["what is this ?"])  # doctest: +SKIP
+        ['red apple']
+    """
+
+    name: str
+    """As it was asked for."""
+    model: Any
+    """The library's own module, such as `LlavaForConditionalGeneration`."""
+    processor: Any
+    """Pictures to pixel values, text to tokens, and the form of a conversation."""
+    domain: str = field(default="llm_mm", init=False)
+    """Registry name of this domain."""
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False).eval()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model under an empty name: the paths of its sites are those of the model itself."""
+        return {"": self.model}
+
+    @cached_property
+    def hash(self) -> str:
+        """Identity of all weights; adapters carry it."""
+        return base_hash(self.modules)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 100) -> list[str]:
+        """Return the greedy answers, 16 tokens at most, to questions about pictures, one question for each."""
+        shown = [np.array(picture.convert("RGB")) for picture in pictures]
+        return answer(self.model, self.processor, shown, questions, batch_size)
+
+    @torch.no_grad()
+    def exercise(self) -> None:
+        """Call the whole model once."""
+        self.answer([Image.new("RGB", (64, 64))], ["what is this ?"])
+
+
+def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> MultimodalBase:
+    """Load an embedded model, a folder, or a model from a hub.
+
+    Args:
+        name: `pocket-llava`; a folder saved by transformers; or a hub id `owner/name`.
+        device: where it goes; None takes the accelerator if there is one.
+        dtype: type of the weights; None is float32.
+
+    Raises:
+        InputError: nothing of that name, or another kind of model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    source = name
+    if name.startswith("pocket-"):
+        from graft.studio.pocket import resolve
+
+        source = str(resolve(name))
+    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(name, f"the base cannot be loaded ({lines[0]})", REMEDY) from error
+    base = MultimodalBase(name, model, processor)
+    if dtype not in (None, torch.float32):
+        _ = base.hash  # the identity is that of the float32 weights
+    nn.Module.to(model, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    return base
