@@ -91,7 +91,7 @@ def train(
 def recipe(network: str, device: str, steps: int | None = None) -> dict[str, Any]:
     """Return the job of one network on a device, as a mapping; `steps` instead of the usual number."""
     other = ON_GPU.get(network, {}) if device.startswith("cuda") else {}
-    section = {"schedule": "cosine", "mixed_precision": "bf16", "log_every": 50}
+    section = {"schedule": "cosine", "log_every": 50}
     section |= RECIPES[network] | other.get("train", {}) | ({"steps": steps} if steps else {})
     method = {"name": network, **other.get("method", {})}
     return {"base": "", "domain": "pocket", "method": method, "data": {}, "train": section}
