@@ -123,6 +123,9 @@ class PseudoWords(nn.Module):
         features: (n, f), for their mean and spread.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, text_encoder: Any, mark: int, features: Tensor):
         super().__init__()
         self.text_encoder, self.mark = (text_encoder,), mark  # a tuple hides it from parameters()

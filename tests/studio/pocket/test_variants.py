@@ -105,7 +105,9 @@ def test_a_share_of_the_batch_are_variants_and_their_words_learn(parts, tmp_path
     assert batch.features is not None and len(batch.features) == 3 and len(batch.latents) == 6
     loss, _ = task(batch)
     loss.backward()
-    assert task.words is not None and task.words.map.weight.grad.abs().sum() > 0
+    assert task.words is not None
+    grad = task.words.map.weight.grad
+    assert grad is not None and grad.abs().sum() > 0
     groups = task.param_groups()
     assert [group.get("lr_scale", 1.0) for group in groups] == [1.0, 4.0]
     trained = {id(p) for p in task.parameters() if p.requires_grad}
