@@ -268,6 +268,7 @@ class Loop:
             return
         self.task.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
+        _lay_out(self.optimizer.state)
         if self.accelerator.scaler is not None and checkpoint.extra["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
@@ -314,6 +315,14 @@ class _Means:
         }
         self.sums, self.counts = {}, {}
         return means
+
+
+def _lay_out(state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Give moments the memory order of their weights (channels last): the fused step pairs them as they lie there."""
+    for weight, moments in state.items():
+        for name, value in moments.items():
+            if value.shape == weight.shape and value.stride() != weight.stride():
+                moments[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _can_fuse(groups: Sequence[Mapping[str, Any]]) -> bool:

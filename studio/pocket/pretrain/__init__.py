@@ -3,7 +3,7 @@
     graft pocket train autoencoder        # then clip, then unet: each needs the one before; llava needs clip
     graft pocket train unet --steps 20000 --set train.device=cuda --set train.workers=14
     graft pocket train unet --set method.go_on=true        # better weights from the committed ones
-    graft pocket train unet --steps 1500 --set method.go_on=true --set method.variant_share=0.5   # how it ends
+    graft pocket train unet --steps 1500 --set method.go_on=true --set method.variant_share=0.5   # last: new words
     graft pocket train autoencoder --set method.decoder_only=true
     graft pocket train clip --set method.freeze_text=true --set method.bank=900
 

@@ -1,5 +1,6 @@
 """The trainings of the embedded models: gradients reach what is trained, and nothing else moves."""
 
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,8 @@ from graft.studio.pocket.pretrain.draw import pictures, worn
 from graft.studio.pocket.pretrain.unet import SCHEDULER, UnetTask, plain_scenes, varied_scenes
 from graft.studio.pocket.pretrain.vit import Vit
 from graft.studio.pocket.scenes import Scene
+from graft.studio.runs import Run
+from graft.studio.training import resume, train
 
 
 def gradients(task: Any) -> dict[str, bool]:
@@ -33,6 +36,19 @@ def test_autoencoder_learns_everywhere():
     moved = gradients(Autoencoder().task(TrainConfig(batch_size=2)))
     assert [name for name, alive in moved.items() if not alive] == []
     assert any("encoder" in name for name in moved)
+
+
+def test_resume_gives_the_same_bits_with_weights_in_channels_last(tmp_path: Path):
+    """Checkpoints hold contiguous moments; AdamW's fused step would give them to the wrong weights."""
+    changes = ["train.batch_size=2", "train.checkpoint_every=2", "train.threads=1", "train.device=cpu"]
+    whole = train(Job.load(recipe("autoencoder", "cpu", 4), changes), tmp_path / "whole")
+    cut = Run(shutil.copytree(whole.folder, tmp_path / "cut"))
+    shutil.rmtree(cut.folder / "result")
+    shutil.rmtree(cut.folder / "checkpoints" / "00000004")
+    cut.write_state(status="stopped", step=2)
+    again = resume(cut)
+    expected, found = whole.adapter().tensors, again.adapter().tensors
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def test_decoder_only_leaves_the_latents_as_they_are():
