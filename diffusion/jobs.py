@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graft.diffusion.base import Condition, DiffusionBase, load_base
-from graft.diffusion.data import DataConfig, Dataset, load_dataset
-from graft.diffusion.lora import class_latents
+from graft.diffusion.base import load_base
+from graft.diffusion.data import DataConfig, load_dataset
+from graft.diffusion.method import PromptTable, Subject, Work
 from graft.diffusion.objectives import objective_for
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
-from graft.diffusion.task import DiffusionTask, Source, row_slots
-from graft.diffusion.textual_inversion import Concepts, TextualInversion, attach_concepts
+from graft.diffusion.task import DiffusionTask, row_slots
+from graft.diffusion.textual_inversion import Concepts
 from graft.studio.adapter import Adapter, Card
-from graft.studio.caches import Cache, content_key
+from graft.studio.caches import Cache
 from graft.studio.config import from_dict, to_dict
 from graft.studio.errors import InputError
 from graft.studio.registry import method_class
@@ -31,35 +30,6 @@ if TYPE_CHECKING:
     from graft.studio.job import Job
 
 log = logging.getLogger(__name__)
-OWN = frozenset({"token", "trigger", "initializer", "jitter", "vectors", "templates", "class_prompt"})
-"""Method fields in which jobs that share a batch may differ."""
-Encode = Callable[[Tensor], Condition]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One job, read and checked."""
-
-    job: Job
-    """As given."""
-    method: Any
-    """Its method section."""
-    data: DataConfig
-    """Its data section."""
-    dataset: Dataset
-    """Its pictures."""
-
-
-class PromptTable:
-    """All prompts of a task by slot, each once; tokenised once, when it is complete."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[int, str]] = []
-
-    def rows(self, slot: int, prompts: Sequence[str]) -> list[int]:
-        """Rows of a slot's prompts; new ones are added."""
-        self.entries += [(slot, p) for p in dict.fromkeys(prompts) if (slot, p) not in self.entries]
-        return [self.entries.index((slot, prompt)) for prompt in prompts]
 
 
 class ConceptTask(DiffusionTask):
@@ -84,7 +54,10 @@ class ConceptTask(DiffusionTask):
 
     def gradients(self) -> list[list[Tensor]]:
         """The gradients of every job, which are clipped each by their own norm."""
-        return [_gradients(self.handle, slot) for slot in range(len(self.subjects))]
+        if isinstance(self.handle, Concepts):  # a parameter per word; elsewhere a stack over slots
+            return [[row.grad] for row in self.handle.bank.rows if row.grad is not None]
+        grads = [p.grad for p in self.bank.parameters() if p.grad is not None]
+        return [[grad[slot] for grad in grads] for slot in range(len(self.subjects))]
 
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draws every job's prompts as they are now; modes, generators and routes stay as they were."""
@@ -180,11 +153,12 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         data = from_dict(DataConfig, dict(job.data), "data")
         subjects.append(Subject(job, method, data, load_dataset(data, base.side(data.resolution), cache)))
     table = PromptTable()
-    attach = _attach_words if isinstance(methods[0], TextualInversion) else _attach_lora
     sources = [
-        source for slot, subject in enumerate(subjects) for source in _sources(base, subject, slot, table, cache)
+        source
+        for slot, subject in enumerate(subjects)
+        for source in subject.method.sources(base, subject, slot, table, cache)
     ]
-    handle, encode = attach(base, subjects, table, sources, cache)
+    handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
     task = ConceptTask(base, handle, sources, objective, encode)
     task.subjects = subjects
@@ -199,7 +173,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
 
 def _first_loss(task: ConceptTask) -> Tensor:
     with mixed(task.base):
-        return task(task.batch(0, torch.Generator().manual_seed(0)))[0]
+        return task(task.batch(0, *(torch.Generator().manual_seed(0) for _ in task.subjects)))[0]
 
 
 def _method(job: Job) -> Any:
@@ -216,7 +190,7 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
             "train": job.train,
             "data.resolution": job.data.get("resolution", 0),
             "sample.every": job.sample.every,
-            "method": (type(method), {k: v for k, v in to_dict(method).items() if k not in OWN}),
+            "method": (type(method), {k: v for k, v in to_dict(method).items() if k not in method.own}),
         }
         for job, method in zip(jobs, methods, strict=True)
     ]
@@ -227,93 +201,3 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
         for name, value in need.items():
             if value != needs[0][name]:
                 raise InputError(f"job {job.name}", f"its {name} differs from the first job's", "train it alone")
-
-
-def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:
-    """The posterior of every variant, from the cache: `mean` and `std`, each (p, k, c, h, w)."""
-    config = base.pipe.vae.config
-    vae = [base.part_hashes["vae"], config.scaling_factor, config.get("shift_factor")]
-    rows = []
-    for keys, pixels in zip(dataset.keys, dataset.pixels, strict=True):
-        row = [
-            cache.get("latents", content_key("latents-2", key, vae), partial(base.posterior, p[None]))
-            for key, p in zip(keys, pixels, strict=True)
-        ]
-        rows.append({name: torch.cat([entry[name] for entry in row]) for name in ("mean", "std")})
-    return {name: torch.stack([row[name] for row in rows]) for name in ("mean", "std")}
-
-
-def _sources(base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache) -> Iterator[Source]:
-    """A job's pictures and, for prior preservation, its class pictures."""
-    method, rows = subject.method, subject.job.train.batch_size
-    prompts = [table.rows(slot, method.prompts(picture.caption)) for picture in subject.dataset.pictures]
-    posterior = latents(base, subject.dataset, cache)
-    yield Source(posterior["mean"], posterior["std"], prompts, rows, slot=slot)
-    class_prompt = getattr(method, "class_prompt", None)
-    if class_prompt is not None:
-        side = subject.dataset.pixels.shape[-1]
-        prior = class_latents(base, class_prompt, method.class_pictures, side, cache)
-        prompts = [table.rows(slot, [class_prompt])] * method.class_pictures
-        yield Source(prior["mean"][:, None], prior["std"][:, None], prompts, rows, method.prior_weight, slot)
-
-
-def _gradients(handle: Any, slot: int) -> list[Tensor]:
-    if isinstance(handle, Concepts):  # a parameter per word; elsewhere a stack over slots
-        return [grad for grad in (handle.bank.rows[slot].grad,) if grad is not None]
-    return [p.grad[slot] for p in handle.bank.parameters() if p.grad is not None]
-
-
-def _attach_words(
-    base: DiffusionBase, subjects: Sequence[Subject], table: PromptTable, sources: Sequence[Source], cache: Cache
-) -> tuple[Any, Encode]:
-    """Textual Inversion: the text encoder runs at every step, on the few prompts that occur."""
-    methods = [subject.method for subject in subjects]
-    # Jobs may have chosen the same word: in a shared batch each gets one of its own.
-    inner = methods if len(methods) == 1 else [replace(m, token=f"<graft-{i}>") for i, m in enumerate(methods)]
-    handle = attach_concepts(base, inner, [subject.job.train.seed for subject in subjects])
-    ids = base.tokenize([text.replace(methods[slot].token, inner[slot].token) for slot, text in table.entries])
-    known = len(base.tokenizer) - sum(method.vectors for method in methods)
-    for (_, text), row in zip(table.entries, ids, strict=True):
-        if not bool((row >= known).any()):
-            handle.detach()
-            reason = f"it is cut off after {ids.shape[1]} tokens, before the word to learn"
-            raise InputError(f"caption {text!r}", reason, "Shorten it, or put the word first")
-    return handle, lambda rows: base.condition(ids[rows])
-
-
-def _attach_lora(
-    base: DiffusionBase, subjects: Sequence[Subject], table: PromptTable, sources: Sequence[Source], cache: Cache
-) -> tuple[Any, Encode]:
-    """LoRA: text embeddings come from the cache unless the text encoder is adapted too."""
-    method = subjects[0].method
-    ids, slots = base.tokenize([text for _, text in table.entries]), torch.tensor([slot for slot, _ in table.entries])
-    frozen = None if method.text_encoder else _text(base, ids, cache)
-    handle = method.attach(base.modules, slots=len(subjects))
-    for slot, subject in enumerate(subjects):
-        handle.reset(slot, subject.job.train.seed)
-    rows_of_batch = row_slots(sources) if len(subjects) > 1 else None
-    handle.route(rows_of_batch)
-    if frozen is not None:
-        return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in frozen.items()}
-
-    def encode(rows: Tensor) -> Condition:
-        """The text encoder sees prompts, the denoiser rows: each gets its own route."""
-        if rows_of_batch is None:
-            return base.condition(ids[rows])
-        handle.route(slots[rows])
-        condition = base.condition(ids[rows])
-        handle.route(rows_of_batch)
-        return condition
-
-    return handle, encode
-
-
-@torch.no_grad()
-def _text(base: DiffusionBase, ids: Tensor, cache: Cache) -> Condition:
-    """What the denoiser is told of all prompts."""
-    encoders = [value for name, value in base.part_hashes.items() if name.startswith("text_encoder")]
-    entries = [
-        cache.get("text", content_key("text-2", row.tolist(), encoders), partial(base.condition, row[None]))
-        for row in ids
-    ]
-    return {name: torch.cat([entry[name] for entry in entries]).to(base.device) for name in entries[0]}

@@ -13,6 +13,7 @@ VAE, and are cached by content: another base, prompt or count is another set.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.data import TEMPLATES
+from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
+from graft.diffusion.task import Source, row_slots
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import require
 from graft.studio.errors import InputError
@@ -28,11 +31,11 @@ from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Model, Plan, plan_sites
 
 if TYPE_CHECKING:
-    from graft.diffusion.base import DiffusionBase
+    from graft.diffusion.base import Condition, DiffusionBase
 
 
 @dataclass(frozen=True)
-class DiffusionLoRA(LoRA):
+class DiffusionLoRA(LoRA, DiffusionMethod):
     """LoRA on a diffusion base.
 
     Example:
@@ -52,6 +55,7 @@ class DiffusionLoRA(LoRA):
     snr_gamma: float | None = None
     """Min-SNR's gamma (the paper's is 5); None weights all noise levels equally."""
 
+    own = frozenset({"trigger", "class_prompt"})
     default_learning_rate = 1e-3
 
     def __post_init__(self) -> None:
@@ -67,6 +71,42 @@ class DiffusionLoRA(LoRA):
         if caption is None:
             return [template.format(self.trigger) for template in TEMPLATES["object"]]
         return [caption.replace("{token}", self.trigger)]
+
+    def sources(
+        self, base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
+    ) -> Iterator[Source]:
+        """Yields the job's pictures and, for prior preservation, those of the class."""
+        yield from super().sources(base, subject, slot, table, cache)
+        if self.class_prompt is not None:
+            side = subject.dataset.pixels.shape[-1]
+            prior = class_latents(base, self.class_prompt, self.class_pictures, side, cache)
+            prompts = [table.rows(slot, [self.class_prompt])] * self.class_pictures
+            rows = subject.job.train.batch_size
+            yield Source(prior["mean"][:, None], prior["std"][:, None], prompts, rows, self.prior_weight, slot)
+
+    @classmethod
+    def attach_jobs(cls, work: Work) -> tuple[Any, Encode]:
+        """Attaches factors for each job; text comes from the cache unless the text encoder is adapted too."""
+        base, method, prompts = work.base, work.subjects[0].method, [text for _, text in work.table.entries]
+        frozen = None if method.text_encoder else encoded(base, prompts, work.cache)
+        handle = method.attach(base.modules, slots=len(work.subjects))
+        for slot, subject in enumerate(work.subjects):
+            handle.reset(slot, subject.job.train.seed)
+        handle.route(row_slots(work.sources) if len(work.subjects) > 1 else None)
+        if frozen is not None:
+            return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in frozen.items()}
+        ids, slots = base.tokenize(prompts), torch.tensor([slot for slot, _ in work.table.entries])
+
+        def encode(rows: Tensor) -> Condition:
+            """The text encoder sees prompts, the denoiser rows: each gets its own route."""
+            of_batch = handle.routed
+            if of_batch is not None:
+                handle.route(slots[rows])
+            condition = base.condition(ids[rows])
+            handle.route(of_batch)
+            return condition
+
+        return handle, encode
 
     def plan(self, model: Model) -> Plan:
         """Sites of the denoiser and, if asked, the text encoders; never of the VAE.

@@ -8,8 +8,8 @@ batch, each with its own rows, noise and slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,19 @@ from torch import Tensor, nn
 
 from graft.diffusion.base import Condition, DiffusionBase
 from graft.diffusion.objectives import Objective, weighted_mse
+
+
+class Drops(NamedTuple):
+    """How often a row goes without what it could be told, so that guidance has something to compare with."""
+
+    empty: int
+    """Row of the prompt table that stands for no prompt."""
+    prompt: float = 0.0
+    """Share of rows without their prompt alone."""
+    extras: float = 0.0
+    """Without their extras alone, which are zeros then."""
+    both: float = 0.0
+    """Without both."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,10 @@ class Source:
     """What its mean squared error counts in the loss."""
     slot: int = 0
     """Adapter that these rows train."""
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the denoiser is told of each picture, by name: (p, k, ...)."""
+    drops: Drops | None = None
+    """How often a row goes without its prompt or its extras; None never."""
 
 
 class Batch(NamedTuple):
@@ -54,6 +71,8 @@ class Batch(NamedTuple):
     """(u,), rows of the prompt table that occur, each once."""
     prompt_of: Tensor
     """(b,), place of each row's prompt among them."""
+    extras: dict[str, Tensor]
+    """(b, ...) each."""
 
 
 def row_slots(sources: Sequence[Source]) -> Tensor:
@@ -88,25 +107,35 @@ class DiffusionTask(nn.Module):
         super().__init__()
         self.base, self.handle, self.bank = base, handle, handle.bank
         self.sources, self.objective, self.encode = list(sources), objective, encode
-        shares = [torch.full((s.rows,), s.weight / s.rows) for s in self.sources]
-        self.register_buffer("shares", torch.cat(shares).to(base.device), persistent=False)
-        self.register_buffer("slots", row_slots(self.sources).to(base.device), persistent=False)
+        self.denoise = getattr(handle, "denoise", base.denoise)
+        self._share_out()
         self.jobs = 1 + max(source.slot for source in self.sources)
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Rows of one step: a pure function of the generator's state."""
-        state = generator.get_state()
-        parts, slot = [], self.sources[0].slot
+    def finish(self, slot: int) -> None:
+        """Leaves a job's rows out of the batches to come."""
+        self.sources = [source for source in self.sources if source.slot != slot]
+        self._share_out()
+        if hasattr(self.handle, "route"):
+            self.handle.route(self.slots)
+
+    def _share_out(self) -> None:
+        shares = [torch.full((source.rows,), source.weight / source.rows) for source in self.sources]
+        self.register_buffer("shares", torch.cat(shares).to(self.base.device), persistent=False)
+        self.register_buffer("slots", row_slots(self.sources).to(self.base.device), persistent=False)
+
+    def batch(self, step: int, *generators: torch.Generator) -> Batch:
+        """Rows of one step: a pure function of the states of the generators, one for each job."""
+        parts, extras = [], []
         for source in self.sources:
-            if source.slot != slot:  # every job draws what it would draw alone
-                generator.set_state(state)
-                slot = source.slot
-            parts.append(self._draw(source, generator))
+            row, more = self._draw(source, generators[source.slot])
+            parts.append(row)
+            extras.append(more)
         mean, std, redraw, noise, levels, prompts = (torch.cat(column) for column in zip(*parts, strict=True))
         unique, places = prompts.unique(return_inverse=True)
-        return Batch(mean, std, redraw, noise, levels, unique, places)
+        joined = {name: torch.cat([more[name] for more in extras]) for name in extras[0]}
+        return Batch(mean, std, redraw, noise, levels, unique, places, joined)
 
-    def _draw(self, source: Source, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def _draw(self, source: Source, generator: torch.Generator) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         pictures, variants = source.mean.shape[:2]
         rounds = -(-source.rows // pictures)
         # Without replacement as far as the pictures reach: no picture twice before every one came once.
@@ -118,7 +147,15 @@ class DiffusionTask(nn.Module):
         prompts = torch.tensor([choice[int(dice * len(choice))] for choice in choices])
         mean, std = source.mean[picks, variant], source.std[picks, variant]
         redraw, noise = torch.randn(2, *mean.shape, generator=generator)
-        return mean, std, redraw, noise, self.objective.levels(source.rows, generator), prompts
+        levels = self.objective.levels(source.rows, generator)
+        extras = {name: values[picks, variant] for name, values in source.extras.items()}
+        if source.drops is not None:
+            empty, prompt, extra, both = source.drops
+            luck = torch.rand(source.rows, generator=generator)
+            prompts = prompts.masked_fill((luck < prompt) | (luck >= 1 - both), empty)
+            kept = (luck < prompt) | (luck >= prompt + extra) & (luck < 1 - both)
+            extras = {name: values * kept.view(-1, *[1] * (values.dim() - 1)) for name, values in extras.items()}
+        return (mean, std, redraw, noise, levels, prompts), extras
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss: errors by the objective, averaged over the rows of a source and added up over sources.
@@ -130,11 +167,10 @@ class DiffusionTask(nn.Module):
         x0 = mean + std * redraw
         target = self.objective.target(x0, noise, batch.levels)
         told, dtype = self.encode(batch.prompts), self.base.dtype
-        prediction = self.base.denoise(
-            self.objective.noisy(x0, noise, batch.levels).to(dtype),
-            self.objective.timesteps(batch.levels).to(device),
-            {name: part[batch.prompt_of.to(device)].to(dtype) for name, part in told.items()},
-        )
+        condition = {name: part[batch.prompt_of.to(device)].to(dtype) for name, part in told.items()}
+        condition |= {name: part.to(device, dtype, non_blocking=True) for name, part in batch.extras.items()}
+        noisy = self.objective.noisy(x0, noise, batch.levels).to(dtype)
+        prediction = self.denoise(noisy, self.objective.timesteps(batch.levels).to(device), condition)
         errors = weighted_mse(prediction, target, self.objective.weights(batch.levels).to(device))
         shares = errors * self.shares
         if self.jobs == 1:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graft.diffusion.data import TEMPLATES
+from graft.diffusion.method import DiffusionMethod, Encode, Work
 from graft.studio.config import from_dict, require
 from graft.studio.errors import FormatError, InputError, SiteError
 from graft.studio.formats.files import write_tensors
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextualInversion:
+class TextualInversion(DiffusionMethod):
     """Hyper-parameters of Textual Inversion; `attach` acts on a loaded base.
 
     Example:
@@ -57,6 +58,7 @@ class TextualInversion:
     snr_gamma: float | None = None
     """Min-SNR's gamma (the paper's is 5); None weights all noise levels equally."""
 
+    own = frozenset({"token", "initializer", "jitter", "vectors", "templates"})
     default_learning_rate = 5e-3
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class TextualInversion:
         require("method.snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
 
     @property
-    def trigger(self) -> str:
+    def trigger(self) -> str:  # type: ignore[override]
         """The word that calls the concept."""
         return self.token
 
@@ -87,6 +89,24 @@ class TextualInversion:
                 f"caption {caption!r}", f"it does not contain {self.token}", "Write the placeholder into every caption"
             )
         return [caption]
+
+    @classmethod
+    def attach_jobs(cls, work: Work) -> tuple[Concepts, Encode]:
+        """Attaches a word for each job; the text encoder runs at every step, on the few prompts that occur."""
+        methods = [subject.method for subject in work.subjects]
+        # Jobs may have chosen the same word: in a shared batch each gets one of its own.
+        inner = methods if len(methods) == 1 else [replace(m, token=f"<graft-{i}>") for i, m in enumerate(methods)]
+        handle = attach_concepts(work.base, inner, [subject.job.train.seed for subject in work.subjects])
+        ids = work.base.tokenize(
+            [text.replace(methods[slot].token, inner[slot].token) for slot, text in work.table.entries]
+        )
+        known = len(work.base.tokenizer) - sum(method.vectors for method in methods)
+        for (_, text), row in zip(work.table.entries, ids, strict=True):
+            if not bool((row >= known).any()):
+                handle.detach()
+                reason = f"it is cut off after {ids.shape[1]} tokens, before the word to learn"
+                raise InputError(f"caption {text!r}", reason, "Shorten it, or put the word first")
+        return handle, lambda rows: work.base.condition(ids[rows])
 
     def attach(self, base: Any, seed: int = 0) -> Concepts:
         """Adds this word to a base. See `attach_concepts`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,32 +25,33 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
 class _Batches(Dataset[tuple[int, Any]]):
     """Seed and batch of each micro step, counted over the whole training."""
 
-    def __init__(self, task: Any, config: TrainConfig, rank: int):
-        self.task, self.config, self.rank = task, config, rank
+    def __init__(self, task: Any, configs: Sequence[TrainConfig], rank: int):
+        self.task, self.configs, self.rank = task, configs, rank
 
     def __getitem__(self, place: int) -> tuple[int, Any]:
-        step, micro = divmod(place, self.config.gradient_accumulation)
-        seed = step_seed(self.config.seed, step, micro, self.rank)
-        return seed, self.task.batch(step, torch.Generator().manual_seed(seed))
+        step, micro = divmod(place, self.configs[0].gradient_accumulation)
+        seeds = [step_seed(config.seed, step, micro, self.rank) for config in self.configs]
+        return seeds[0], self.task.batch(step, *(torch.Generator().manual_seed(seed) for seed in seeds))
 
 
-def batches(task: Any, config: TrainConfig, rank: int, first_step: int) -> Iterator[tuple[int, Any]]:
+def batches(task: Any, configs: Sequence[TrainConfig], rank: int, first_step: int) -> Iterator[tuple[int, Any]]:
     """Yield seed and batch of each micro step from a step on.
 
     Args:
         task: its `batch` is called; with `workers`, in copies of this process, where it must not touch an accelerator.
-        config: says how many, from what seed, and by how many processes.
+        configs: of the jobs that share the batch; the longest says how many, each says its seed.
         rank: of this process among those that train together.
         first_step: where a resumed training goes on.
     """
+    config, steps = configs[0], max(each.steps for each in configs)
     accumulation = config.gradient_accumulation
     ahead: dict[str, Any] = {}
     if config.workers:
         ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork", "worker_init_fn": _ignore_interrupt}
     loader = DataLoader(
-        _Batches(task, config, rank),
+        _Batches(task, configs, rank),
         batch_size=None,
-        sampler=range(first_step * accumulation, config.steps * accumulation),
+        sampler=range(first_step * accumulation, steps * accumulation),
         collate_fn=_as_it_is,
         num_workers=config.workers,
         **ahead,

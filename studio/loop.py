@@ -144,7 +144,9 @@ class Loop:
         self.restore()
         self.task.train()
         means, elapsed = _Means(), self.seconds
-        self.batches = batches(self.task, self.config, self.accelerator.process_index, self.step)
+        self.batches = batches(
+            self.task, [run.job.train for run in self.runs], self.accelerator.process_index, self.step
+        )
         saved = began = time.monotonic()
         with self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
             while self.step < self.config.steps:

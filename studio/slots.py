@@ -178,6 +178,11 @@ class Handle:
         for slot in self._slots:
             slot.route = placed[slot.scale.device]
 
+    @property
+    def routed(self) -> Tensor | None:
+        """What `route` was told last."""
+        return self._slots[0].route
+
     def scale(self, slot: int, value: float) -> None:
         """Sets the strength of a slot: 1 as trained, 0 off.
 

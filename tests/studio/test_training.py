@@ -279,11 +279,11 @@ def test_a_group_resumes_as_a_group(make_job: Make, toy: Any, tmp_path: Path) ->
     original = toy.Task.batch
     asked: list[Run] = []
 
-    def batch(self: Any, at: int, generator: torch.Generator) -> Any:
+    def batch(self: Any, at: int, *generators: torch.Generator) -> Any:
         if at == 2 and not asked:
             asked.append(list_runs(tmp_path / "runs")[0].group[0])
             asked[0].request("stop")
-        return original(self, at, generator)
+        return original(self, at, *generators)
 
     toy.Task.batch = batch
     try:

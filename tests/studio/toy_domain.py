@@ -57,7 +57,7 @@ class Task(nn.Module):
         self.nets = nn.ModuleList(nets)
         self.seen: list[tuple[int, Tensor]] = []
 
-    def batch(self, step: int, generator: torch.Generator) -> Tensor:
+    def batch(self, step: int, generator: torch.Generator, *others: torch.Generator) -> Tensor:
         x = torch.randn(self.rows, 4, generator=generator)
         self.seen.append((step, x))
         return x * float("nan") if step == self.methods[0].breaks_at else x

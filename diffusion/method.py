@@ -1,0 +1,122 @@
+"""What a diffusion method tells the task that trains it: its prompts, its rows of the batch, and what it attaches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from graft.diffusion.base import Condition, DiffusionBase
+from graft.diffusion.data import DataConfig, Dataset
+from graft.diffusion.task import Source
+from graft.studio.caches import Cache, content_key
+
+if TYPE_CHECKING:
+    from graft.studio.job import Job
+
+Encode = Callable[[Tensor], Condition]
+"""Rows of the prompt table (u,) -> what the denoiser is told of them, u rows of each tensor."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One job, read and checked."""
+
+    job: Job
+    """As given."""
+    method: Any
+    """Its method section."""
+    data: DataConfig
+    """Its data section."""
+    dataset: Dataset
+    """Its pictures."""
+
+
+class PromptTable:
+    """All prompts of a task by slot, each once; tokenised once, when it is complete."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, str]] = []
+
+    def rows(self, slot: int, prompts: Sequence[str]) -> list[int]:
+        """Rows of a slot's prompts; new ones are added."""
+        self.entries += [(slot, p) for p in dict.fromkeys(prompts) if (slot, p) not in self.entries]
+        return [self.entries.index((slot, prompt)) for prompt in prompts]
+
+
+class Work(NamedTuple):
+    """All that jobs in one batch are trained from."""
+
+    base: DiffusionBase
+    """Frozen; nothing is attached yet."""
+    subjects: Sequence[Subject]
+    """One per slot."""
+    table: PromptTable
+    """Every prompt that occurs."""
+    sources: Sequence[Source]
+    """Of all rows."""
+    cache: Cache
+    """Of what is frozen."""
+
+
+class DiffusionMethod:
+    """What every method of this domain has; a method is also the frozen dataclass of its settings."""
+
+    own: ClassVar[frozenset[str]] = frozenset({"trigger"})
+    """Settings in which jobs that share a batch may differ."""
+    default_learning_rate: ClassVar[float]
+    """Peak learning rate where the job names none."""
+    trigger: str
+    """The word that calls the concept."""
+    snr_gamma: float | None
+    """Min-SNR's gamma; None weights all noise levels equally."""
+
+    def prompts(self, caption: str | None) -> list[str]:
+        """Training prompts of a picture with this caption, of which each step draws one."""
+        raise NotImplementedError
+
+    def sources(
+        self, base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
+    ) -> Iterator[Source]:
+        """Yields where the rows of a job's batch come from: its pictures, unless a method adds others."""
+        prompts = [table.rows(slot, self.prompts(picture.caption)) for picture in subject.dataset.pictures]
+        posterior = latents(base, subject.dataset, cache)
+        yield Source(posterior["mean"], posterior["std"], prompts, subject.job.train.batch_size, slot=slot)
+
+    @classmethod
+    def attach_jobs(cls, work: Work) -> tuple[Any, Encode]:
+        """Attaches what all jobs train, a slot each, and returns its handle and the way from prompts to conditions.
+
+        A handle has `bank`, `tensors(slot)`, `probe`, `detach`, and `denoise(noisy, timesteps, condition)` if the
+        denoiser is to be called in another way than `DiffusionBase.denoise`.
+        """
+        raise NotImplementedError
+
+
+def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:
+    """The posterior of every variant, from the cache: `mean` and `std`, each (p, k, c, h, w)."""
+    config = base.pipe.vae.config
+    vae = [base.part_hashes["vae"], config.scaling_factor, config.get("shift_factor")]
+    rows = []
+    for keys, pixels in zip(dataset.keys, dataset.pixels, strict=True):
+        row = [
+            cache.get("latents", content_key("latents-2", key, vae), partial(base.posterior, p[None]))
+            for key, p in zip(keys, pixels, strict=True)
+        ]
+        rows.append({name: torch.cat([entry[name] for entry in row]) for name in ("mean", "std")})
+    return {name: torch.stack([row[name] for row in rows]) for name in ("mean", "std")}
+
+
+@torch.no_grad()
+def encoded(base: DiffusionBase, prompts: Sequence[str], cache: Cache) -> Condition:
+    """What the denoiser is told of prompts by a text encoder that does not change, from the cache; (u, ...) each."""
+    encoders = [value for name, value in base.part_hashes.items() if name.startswith("text_encoder")]
+    entries = [
+        cache.get("text", content_key("text-2", row.tolist(), encoders), partial(base.condition, row[None]))
+        for row in base.tokenize(list(prompts))
+    ]
+    return {name: torch.cat([entry[name] for entry in entries]).to(base.device) for name in entries[0]}
