@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
 from graft.diffusion.data import DataConfig, load_dataset
@@ -52,12 +52,11 @@ class ConceptTask(DiffusionTask):
         """One group without weight decay, which would pull a word's rows to the origin."""
         return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
 
-    def gradients(self) -> list[list[Tensor]]:
-        """The gradients of every job, which are clipped each by their own norm."""
-        if isinstance(self.handle, Concepts):  # a parameter per word; elsewhere a stack over slots
-            return [[row.grad] for row in self.handle.bank.rows if row.grad is not None]
-        grads = [p.grad for p in self.bank.parameters() if p.grad is not None]
-        return [[grad[slot] for grad in grads] for slot in range(len(self.subjects))]
+    def owned(self) -> list[tuple[nn.Parameter, int | None]]:
+        """A parameter for each word; elsewhere stacks over the jobs."""
+        if isinstance(self.handle, Concepts):
+            return [(row, slot) for slot, row in enumerate(self.handle.bank.rows)]
+        return [(parameter, None) for parameter in self.bank.parameters()]
 
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draws every job's prompts as they are now; modes, generators and routes stay as they were."""
@@ -139,7 +138,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     Each ends as if it were trained alone, up to the rounding of sums in the type of the forward pass.
 
     Args:
-        jobs: of one base, one method with equal hyper-parameters, and equal training sections.
+        jobs: of one base, and one method with equal hyper-parameters.
 
     Raises:
         InputError: jobs that cannot share a batch, or anything wrong with base, data or method.
@@ -187,7 +186,6 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
     needs = [
         {
             "base": job.base,
-            "train": job.train,
             "data.resolution": job.data.get("resolution", 0),
             "sample.every": job.sample.every,
             "method": (type(method), {k: v for k, v in to_dict(method).items() if k not in method.own}),

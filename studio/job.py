@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from graft.studio.config import from_dict, parse_value, read_toml, require, to_dict, write_toml
 from graft.studio.errors import InputError
@@ -31,6 +31,8 @@ class TrainConfig:
     """Of AdamW, where the method does not set its own."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    patience: int = 0
+    """Ends the training when its loss, smoothed over some 50 steps, has had no new low for so long; 0 never does."""
     gradient_accumulation: int = 1
     """Batches summed into one optimiser step."""
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
@@ -51,10 +53,16 @@ class TrainConfig:
     device: str | None = None
     """"cpu", "cuda", ...; None takes the accelerator if there is one."""
 
+    own: ClassVar[frozenset[str]] = frozenset(
+        {"steps", "seed", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"}
+        | {"patience"}
+    )
+    """Settings in which jobs that share a batch may differ."""
+
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        zero = ("warmup_steps", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
+        zero = ("warmup_steps", "patience", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
         for name in (*zero, "threads", "workers"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         rate = self.learning_rate

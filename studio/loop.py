@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from graft.studio.batches import batches, step_seed
 from graft.studio.disk import append_line
 from graft.studio.errors import GraftError
 from graft.studio.job import Job, TrainConfig
+from graft.studio.optimiser import JobsAdamW
 from graft.studio.runs.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from graft.studio.runs.folder import Run
 from graft.studio.runs.progress import progress
@@ -42,17 +43,22 @@ log = logging.getLogger("graft")
 class Task(Protocol):
     """What a domain hands to the loop: an `nn.Module` whose parameters are exactly the trainable ones.
 
-    Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `gradients()`, lists of
-    gradients that are clipped each by its own norm, as jobs that share a batch must be; `origin()`, digests of what it
-    is trained from (base, data), which must be the same when a run goes on; `files()`, texts by name that the run
-    folder gets at the start; `before_step(step, steps)` and `after_step(step, steps)`, for methods with a rule of their
-    own (the latter sees the gradients).
+    Optional: `param_groups()`, groups for AdamW, where "lr_scale" multiplies the learning rate; `origin()`, digests of
+    what it is trained from (base, data), which must be the same when a run goes on; `files()`, texts by name that the
+    run folder gets at the start; `before_step(step, steps)` and `after_step(step, steps)`, for methods with a rule of
+    their own (the latter sees the gradients).
+
+    A task of several jobs has `owned()`, its parameters and whose they are (see `JobsAdamW`), and `finish(slot)`, which
+    leaves a job out of the batches to come.
     """
 
     default_learning_rate: float
 
-    def batch(self, step: int, generator: torch.Generator) -> Any:
-        """Return the data of one micro step: a function of the generator's state and nothing else that changes."""
+    def batch(self, step: int, *generators: torch.Generator) -> Any:
+        """Return the data of one micro step: a function of the generators' states and nothing else that changes.
+
+        There is one generator for each job that shares the batch.
+        """
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss, a scalar, and further figures: scalars, or one entry per run.
@@ -122,21 +128,30 @@ class Loop:
 
     Args:
         task: what is trained.
-        runs: one per slot of the task; the first has the checkpoints.
+        runs: one per job of the task; the first has the checkpoints.
         accelerator: of `make_accelerator`.
         number: of this attempt.
     """
 
-    def __init__(self, task: Any, runs: Sequence[Run], job: Job, accelerator: Accelerator, number: int = 1):
+    failures: dict[int, str]
+    """Jobs that went wrong without harm to the others, and how."""
+
+    def __init__(self, task: Any, runs: Sequence[Run], accelerator: Accelerator, number: int = 1):
         self.task, self.runs, self.run, self.accelerator, self.number = task, runs, runs[0], accelerator, number
-        self.config, self.sample_every = job.train, job.sample.every
+        self.configs = [run.job.train for run in runs]
+        self.config, self.sample_every = self.configs[0], runs[0].job.sample.every
         self.main = accelerator.is_main_process
-        self.peak = self.config.learning_rate or task.default_learning_rate
+        self.peaks = [config.learning_rate or task.default_learning_rate for config in self.configs]
+        groups: list[dict[str, Any]]
         groups = task.param_groups() if hasattr(task, "param_groups") else [{"params": list(task.parameters())}]
+        self.decays = [groups[0].get("weight_decay", config.weight_decay) for config in self.configs]
+        self.joint = JobsAdamW(task.owned(), len(runs)) if len(runs) > 1 else None
         decay, fused = self.config.weight_decay, _can_fuse(groups)
-        optimizer = torch.optim.AdamW(groups, lr=self.peak, weight_decay=decay, fused=fused)
+        optimizer = self.joint or torch.optim.AdamW(groups, lr=self.peaks[0], weight_decay=decay, fused=fused)
         self.module, self.optimizer = accelerator.prepare(task, optimizer)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.failures = 0, 0.0, {}
+        self.ends = [config.steps for config in self.configs]
+        self.patience = _Patience([config.patience for config in self.configs])
         self.stopping = threading.Event()
 
     def fit(self) -> bool:
@@ -144,76 +159,122 @@ class Loop:
         self.restore()
         self.task.train()
         means, elapsed = _Means(), self.seconds
-        self.batches = batches(
-            self.task, [run.job.train for run in self.runs], self.accelerator.process_index, self.step
-        )
+        self._leave(slot for slot, end in enumerate(self.ends) if end <= self.step)
         saved = began = time.monotonic()
-        with self._signals(), progress(self.run.id, self.step, self.config.steps, self.main) as show:
-            while self.step < self.config.steps:
+        with self._signals(), progress(self.run.id, self.step, max(self.ends), self.main) as show:
+            while self.step < max(self.ends):
                 means.add(self._train_step())
                 self.step += 1
                 self.seconds = elapsed + time.monotonic() - began
-                last, stop = self.step == self.config.steps, self._stop_asked()
-                due = last or stop or self._checkpoint_due(saved)
+                ending, stop = self._ending(), self._stop_asked()
+                due = bool(ending) or stop or self._checkpoint_due(saved)
                 if due or self.step % self.config.log_every == 0:
                     show(self.step, self._log(means.take()))
+                    self._leave(ending)
                 if due:
                     self.save()
                     saved = time.monotonic()
+                last = self.step >= max(self.ends)
                 if self._sample_due(last):
                     self._sample()
                 if stop and not last:
                     return False
         return True
 
+    def _ending(self) -> list[int]:
+        """The jobs whose last step this was, be it that their loss falls no more."""
+        if self.step % self.config.log_every == 0:
+            for slot in self.patience.stalled(self.step, self.accelerator):
+                if self.step < self.ends[slot]:
+                    self.ends[slot] = self.step
+                    self._tell(slot, "early stop", step=self.step)
+        return [slot for slot, end in enumerate(self.ends) if end == self.step]
+
+    def _leave(self, slots: Iterable[int]) -> None:
+        """Go on without some jobs, if there are others."""
+        if self.step < max(self.ends):
+            for slot in slots:
+                self.task.finish(slot)
+            self.batches = batches(self.task, self.configs, self.accelerator.process_index, self.step)
+
+    def _tell(self, slot: int, event: str, **facts: Any) -> None:
+        if self.main:
+            self.runs[slot].write_event(event, **facts)
+
+    def _rates(self, step: int) -> list[float]:
+        """Every job's learning rate."""
+        jobs = zip(self.configs, self.peaks, self.ends, strict=True)
+        return [learning_rate(config, peak, step) if step < end else 0.0 for config, peak, end in jobs]
+
+    def _set_rates(self) -> None:
+        rates = self._rates(self.step)
+        if self.joint is not None:
+            self.joint.set(rates, self.decays, [config.max_grad_norm for config in self.configs])
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[0] * group.get("lr_scale", 1.0)
+
     def _train_step(self) -> dict[str, Tensor]:
         """One optimiser step over all micro steps; returns figures as tensors, without waiting for them."""
-        rate = learning_rate(self.config, self.peak, self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self._set_rates()
         figures: dict[str, Tensor] = {}
         if hasattr(self.task, "before_step"):
             torch.manual_seed(step_seed(self.config.seed, self.step, 0, 0))  # the same draws in every process
-            self.task.before_step(self.step, self.config.steps)
+            self.task.before_step(self.step, max(self.ends))
         for _ in range(self.config.gradient_accumulation):
             seed, batch = next(self.batches)
             torch.manual_seed(seed)  # for dropout
             with self.accelerator.accumulate(self.module):
                 loss, parts = self.module(batch)
                 self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and self.config.max_grad_norm > 0:
+                if self.accelerator.sync_gradients and not self.joint and self.config.max_grad_norm > 0:
                     self._clip(self.config.max_grad_norm)
                 self.optimizer.step()
                 if self.accelerator.sync_gradients and hasattr(self.task, "after_step"):
-                    self.task.after_step(self.step, self.config.steps)
+                    self.task.after_step(self.step, max(self.ends))
                 self.optimizer.zero_grad()
             for name, value in {"loss": loss, **parts}.items():
                 share = value.detach() / self.config.gradient_accumulation
                 figures[name] = figures[name] + share if name in figures else share
+        self.patience.add(figures["loss"])
         return figures
 
     def _clip(self, limit: float) -> None:
         """Scale gradients down to the limit, without waiting for their norm."""
         self.accelerator.unscale_gradients()
-        every = [p.grad for p in self.task.parameters() if p.grad is not None]
-        for gradients in self.task.gradients() if hasattr(self.task, "gradients") else [every]:
-            norm = torch.nn.utils.get_total_norm(gradients)
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        gradients = [p.grad for p in self.task.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
     def _log(self, means: dict[str, list[float]]) -> dict[str, float]:
         """Write each run's figures; return them for the progress line, those of several runs as their mean."""
-        if not all(math.isfinite(value) for values in means.values() for value in values):
-            self._diverged(", ".join(f"{name} {', '.join(map(str, values))}" for name, values in means.items()))
-        rate = {"learning_rate": learning_rate(self.config, self.peak, self.step - 1)}
-        timing = {"seconds": round(self.seconds, 3), "attempt": self.number}
-        for slot, run in enumerate(self.runs if self.main else []):
+        timing, rates, shown = (
+            {"seconds": round(self.seconds, 3), "attempt": self.number},
+            self._rates(self.step - 1),
+            [],
+        )
+        for slot, run in enumerate(self.runs):
+            if self.step > self.ends[slot]:
+                continue
             own = {name: values[slot % len(values)] for name, values in means.items()}  # one for all, or one each
-            append_line(run.folder / "metrics.jsonl", {"step": self.step, **own, **rate, **timing})
-        return {"step": self.step, **{name: sum(values) / len(values) for name, values in means.items()}, **rate}
+            if not all(map(math.isfinite, own.values())):
+                self._diverged(slot, ", ".join(f"{name} {value}" for name, value in own.items()))
+                continue
+            shown.append({**own, "learning_rate": rates[slot]})
+            if self.main:
+                append_line(run.folder / "metrics.jsonl", {"step": self.step, **shown[-1], **timing})
+        return {"step": self.step, **{name: sum(own[name] for own in shown) / len(shown) for name in shown[0]}}
 
-    def _diverged(self, shown: str) -> None:
+    def _diverged(self, slot: int, shown: str) -> None:
+        """End a job that has gone wrong; if no other is left, the training."""
         remedy = "lower train.learning_rate, or use train.mixed_precision = 'no'"
-        raise GraftError(f"step {self.step}: the training diverged ({shown}); {remedy}")
+        message = f"step {self.step}: the training diverged ({shown}); {remedy}"
+        self.failures[slot], self.ends[slot] = message, min(self.step, self.ends[slot])
+        if self.joint is None or len(self.failures) == len(self.runs):
+            raise GraftError(message)
+        log.error("%s: %s", self.runs[slot].id, message)
+        self.joint.drop(slot)
+        self._leave([slot])
 
     def _asked(self, what: str) -> bool:
         return self.run.take_request(what) if self.main else False
@@ -249,18 +310,21 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint and the state."""
+        for slot in self.joint.broken() if self.joint is not None else []:  # the loss tells it one step too late
+            self._diverged(slot, "its weights are not finite")
         if not self.main:
             return
         scaler = self.accelerator.scaler
         extra = {"seconds": self.seconds, "scaler": scaler.state_dict() if scaler is not None else None}
+        extra |= {"ends": self.ends, "failures": list(self.failures.items()), "patience": self.patience.state()}
         model = {name: tensor.detach().cpu() for name, tensor in self.task.state_dict().items()}
         broken = [name for name, tensor in model.items() if not bool(tensor.isfinite().all())]
-        if broken:  # the loss tells it one step too late
-            self._diverged(f"{', '.join(broken[:3])} not finite")
+        if broken:
+            self._diverged(0, f"{', '.join(broken[:3])} not finite")
         checkpoint = Checkpoint(self.step, model, self.optimizer.state_dict(), extra)
         write_checkpoint(self.run.folder / "checkpoints", checkpoint, self.config.keep_checkpoints)
-        for run in self.runs:
-            run.write_state(step=self.step)
+        for run, end in zip(self.runs, self.ends, strict=True):
+            run.write_state(step=min(self.step, end))
         self.run.write_event("checkpoint", step=self.step)
 
     def restore(self) -> None:
@@ -274,6 +338,8 @@ class Loop:
         if self.accelerator.scaler is not None and checkpoint.extra["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
+        self.ends, self.failures = checkpoint.extra["ends"], dict(checkpoint.extra["failures"])
+        self.patience.restore(checkpoint.extra["patience"])
         log.info("resumed at step %d", self.step)
 
     @contextmanager
@@ -295,6 +361,42 @@ class Loop:
         finally:
             for which, handler in old.items():
                 signal.signal(which, handler)
+
+
+class _Patience:
+    """Smoothed losses of jobs, and when each of them was lowest."""
+
+    def __init__(self, limits: Sequence[int]):
+        self.limits = limits
+        self.mean: Tensor | None = None
+        self.best = [(math.inf, 0) for _ in limits]
+
+    def add(self, loss: Tensor) -> None:
+        """Take a step's loss into the means, without waiting for it; (jobs,), or a scalar of one."""
+        if any(self.limits):
+            loss = loss.detach().reshape(-1)
+            self.mean = loss if self.mean is None else self.mean.lerp(loss, 0.02)
+
+    def stalled(self, step: int, accelerator: Accelerator) -> list[int]:
+        """The jobs that have been without a new low for longer than they may."""
+        if self.mean is None:
+            return []
+        found = []
+        for slot, value in enumerate(accelerator.reduce(self.mean, "mean").tolist()):
+            if value < self.best[slot][0]:
+                self.best[slot] = (value, step)
+            elif self.limits[slot] and step - self.best[slot][1] >= self.limits[slot]:
+                found.append(slot)
+        return found
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes, as JSON holds it: None for no low yet."""
+        best = [(None if low == math.inf else low, step) for low, step in self.best]
+        return {"mean": None if self.mean is None else self.mean.tolist(), "best": best}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.mean = None if state["mean"] is None else torch.tensor(state["mean"])
+        self.best = [(math.inf if low is None else low, step) for low, step in state["best"]]
 
 
 class _Means:

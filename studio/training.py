@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from graft.studio import registry
 from graft.studio.disk import require_space, sync_folder, write_atomic, write_json
 from graft.studio.errors import InputError, RunError
-from graft.studio.job import Job
+from graft.studio.job import Job, TrainConfig
 from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, settled
 from graft.studio.runs.attempt import attempt
 from graft.studio.runs.folder import Run, create_run, new_folder, open_run
@@ -51,14 +51,15 @@ def train(job: Source, run_dir: str | Path | None = None, runs: str | Path | Non
         accelerator = make_accelerator(job.train)
         task = _prepared([job], accelerator)
         made = _create([job], [folder], task, threads, accelerator)
-        return _fit(task, made, job, threads, accelerator)[0]
+        return _fit(task, made, threads, accelerator)[0]
 
 
 def train_many(jobs: Sequence[Source], runs: str | Path | None = None) -> list[Run]:
     """Train several adapters and return their runs, in order.
 
-    Jobs that the domain can put into one batch (same base, method and settings) are trained together, each as if alone;
-    others one after the other.
+    Jobs that the domain can put into one batch (same base, method and shapes) are trained together, each as if alone:
+    with its own data, seed, length, learning rate and schedule, decay, clipping, and early stop. A job that diverges
+    fails by itself; one that is done leaves the batch. Jobs that differ in more are trained one after the other.
     """
     loaded = [settled(Job.load(job)) for job in jobs]
     if len(loaded) < 2 or len({job.domain for job in loaded}) > 1:
@@ -73,7 +74,7 @@ def train_many(jobs: Sequence[Source], runs: str | Path | None = None) -> list[R
             return [train(job, runs=runs) for job in loaded]
         folders = [new_folder(job, runs=runs) for job in loaded]
         made = _create(loaded, folders, task, threads, accelerator)
-        return _fit(task, made, first, threads, accelerator)
+        return _fit(task, made, threads, accelerator)
 
 
 def resume(run: Run | str | Path) -> Run:
@@ -95,7 +96,7 @@ def resume(run: Run | str | Path) -> Run:
         accelerator = make_accelerator(job.train)
         task = _prepared([member.job for member in members], accelerator)
         _check_origin(members[0], _origin(task))
-        _fit(task, members, members[0].job, threads, accelerator)
+        _fit(task, members, threads, accelerator)
     return run
 
 
@@ -130,6 +131,10 @@ def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
         return domain.prepare(placed[0], None)
     if not hasattr(domain, "prepare_together"):
         raise InputError(f"{len(jobs)} jobs", f"{jobs[0].domain} trains one at a time", "Train them one by one")
+    for job in jobs:
+        for name in sorted({field.name for field in fields(TrainConfig)} - TrainConfig.own):
+            if getattr(job.train, name) != getattr(jobs[0].train, name):
+                raise InputError(f"job {job.name}", f"its train.{name} differs from the first job's", "Train it alone")
     return domain.prepare_together(placed)
 
 
@@ -161,17 +166,21 @@ def _create(
     return [Run(Path(folder)) for folder in where]
 
 
-def _fit(task: Any, runs: list[Run], job: Job, threads: int, accelerator: Accelerator) -> list[Run]:
+def _fit(task: Any, runs: list[Run], threads: int, accelerator: Accelerator) -> list[Run]:
     """Train a task in its runs and save what each has learnt."""
     main = accelerator.is_main_process
     with attempt(runs if main else [], threads) as this:
         # What needs no training was finished when it was prepared.
-        trains = any(p.requires_grad for p in task.parameters())
-        if trains and not Loop(task, runs, job, accelerator, this.number).fit():
+        loop = Loop(task, runs, accelerator, this.number) if any(p.requires_grad for p in task.parameters()) else None
+        whole = loop is None or loop.fit()
+        this.failures = loop.failures if loop is not None else {}
+        if not whole:
             this.status = "stopped"
         elif main:
             pictures = _newest_samples(runs[0])
             for slot, run in enumerate(runs):
+                if slot in this.failures:
+                    continue
                 adapter = task.adapter(_final(run)) if len(runs) == 1 else task.adapter(_final(run), slot=slot)
                 _save_result(run, adapter, pictures if len(runs) == 1 else pictures[slot : slot + 1])
     return runs

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from graft.studio.errors import DiskFullError
@@ -25,6 +25,8 @@ class Attempt:
     """Counted from 1."""
     status: str = "finished"
     """What the runs' state will say if nothing fails; the loop may set it to stopped."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Runs, by place, that failed without harm to the others, and how."""
 
 
 @contextmanager
@@ -51,7 +53,9 @@ def attempt(runs: Sequence[Run], threads: int) -> Iterator[Attempt]:
             with suppress(DiskFullError):  # a full disk is one reason to be here
                 _end(runs, "failed", str(error) or type(error).__name__)
             raise
-        _end(runs, this.status)
+        _end([run for place, run in enumerate(runs) if place not in this.failures], this.status)
+        for place, message in this.failures.items() if runs else ():
+            _end([runs[place]], "failed", message)
 
 
 def _end(runs: Sequence[Run], status: str, message: str = "") -> None:

@@ -54,13 +54,16 @@ def test_train_many_equals_each_alone(folder: Path, photos: Path, tmp_path: Path
     other = tmp_path / "other"
     other.mkdir()
     (other / "0.png").write_bytes((photos / "3.png").read_bytes())
-    jobs = [job(folder, photos, method), job(folder, other, method)]
+    own = {"seed": 5, "steps": 2, "batch_size": 3, "learning_rate": 2e-3, "schedule": "cosine"}
+    jobs = [job(folder, photos, method, log_every=2), job(folder, other, method, log_every=2, **own)]
     together = graft.train_many(jobs, runs=tmp_path / "runs")
+    assert len(together[0].group) == 2 and [run.state["step"] for run in together] == [4, 2]
     for i, each in enumerate(jobs):
         run = graft.train(each, run_dir=tmp_path / f"alone-{i}")
+        assert [row["loss"] for row in together[i].metrics()] == pytest.approx(
+            [row["loss"] for row in run.metrics()], rel=1e-3
+        )
         alone = run.adapter()
-        losses = [row["loss"] for row in together[i].metrics()]
-        assert losses == pytest.approx([row["loss"] for row in run.metrics()], rel=1e-3)
         shared = together[i].adapter()
         assert shared.card.data_digest == alone.card.data_digest
         for name, tensor in alone.tensors.items():

@@ -268,13 +268,52 @@ def test_many_jobs_share_a_batch_and_end_as_if_alone(make_job: Make, tmp_path: P
 
 
 def test_jobs_that_cannot_share_are_trained_in_turn(make_job: Make, tmp_path: Path) -> None:
-    runs = train_many([make_job(steps=2), make_job(steps=3)], tmp_path)
+    runs = train_many([make_job({"width": 4}, steps=2), make_job(steps=3)], tmp_path)
     assert [run.state["step"] for run in runs] == [2, 3]
     assert [len(run.group) for run in runs] == [1, 1]
 
 
+OWN: list[dict[str, Any]] = [
+    {"seed": 3, "steps": 5},
+    {"learning_rate": 3e-2, "schedule": "cosine", "warmup_steps": 2},
+    {"weight_decay": 0.3, "max_grad_norm": 0.0},
+    {"steps": 9, "patience": 2, "learning_rate": 3.0},
+]
+
+
+def test_jobs_in_a_batch_keep_their_own_settings(make_job: Make, tmp_path: Path) -> None:
+    jobs = [make_job({"dropout": 0.0}, {"scale": 3.0}, **{"max_grad_norm": 0.3, **own}) for own in OWN]
+    together = train_many(jobs, tmp_path / "runs")
+    assert len(together[0].group) == len(OWN)
+    alone = [train(job, runs=tmp_path / "alone") for job in jobs]
+    assert [run.state["step"] for run in together] == [run.state["step"] for run in alone]
+    assert together[0].state["step"] == 5 and together[1].state["step"] == 6 and 2 < together[3].state["step"] < 9
+    for one, other in zip(together, alone, strict=True):
+        assert one.metrics()[-1]["learning_rate"] == other.metrics()[-1]["learning_rate"]
+        assert [e["step"] for e in one.events() if e["event"] == "early stop"] == [
+            e["step"] for e in other.events() if e["event"] == "early stop"
+        ]
+        for name, tensor in other.adapter().tensors.items():
+            torch.testing.assert_close(one.adapter().tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_job_that_diverges_leaves_the_others_alone(make_job: Make, tmp_path: Path) -> None:
+    jobs = [make_job({"dropout": 0.0, "breaks_at": at}, seed=seed) for seed, at in enumerate((-1, 3, -1))]
+    together = train_many(jobs, tmp_path / "runs")
+    assert [run.status for run in together] == ["finished", "failed", "finished"]
+    assert "step 4: the training diverged" in together[1].state["message"] and together[1].state["step"] < 6
+    assert not (together[1].folder / "result").exists()
+    for k in (0, 2):
+        alone = train(jobs[k], runs=tmp_path / "alone").adapter().tensors
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[k].adapter().tensors[name], tensor, rtol=1e-5, atol=1e-6)
+    with pytest.raises(GraftError, match="diverged"):
+        train_many([jobs[1]] * 2, tmp_path / "broken")
+
+
 def test_a_group_resumes_as_a_group(make_job: Make, toy: Any, tmp_path: Path) -> None:
-    jobs = [make_job(data={"scale": scale}, steps=8) for scale in (1.0, 2.0)]
+    jobs = [make_job(data={"scale": scale}, steps=8, patience=2, seed=4) for scale in (1.0, 2.0)]
+    jobs.append(make_job(steps=1))  # it has left before the others stop
     whole = train_many(jobs, tmp_path / "whole")
     original = toy.Task.batch
     asked: list[Run] = []
@@ -290,8 +329,9 @@ def test_a_group_resumes_as_a_group(make_job: Make, toy: Any, tmp_path: Path) ->
         runs = train_many(jobs, tmp_path / "runs")
     finally:
         toy.Task.batch = original
-    assert [run.status for run in runs] == ["stopped", "stopped"]
+    assert [run.status for run in runs] == ["stopped"] * 3
     resume(runs[1])
+    assert [run.state["step"] for run in runs] == [run.state["step"] for run in whole]
     assert [weights(run) for run in runs] == [weights(run) for run in whole]
 
 

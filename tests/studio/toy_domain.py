@@ -55,22 +55,32 @@ class Task(nn.Module):
             layers = [nn.Linear(4, method.width), nn.Tanh(), nn.Dropout(method.dropout), nn.Linear(method.width, 1)]
             nets.append(nn.Sequential(*layers))
         self.nets = nn.ModuleList(nets)
+        self.done: set[int] = set()
         self.seen: list[tuple[int, Tensor]] = []
 
-    def batch(self, step: int, generator: torch.Generator, *others: torch.Generator) -> Tensor:
-        x = torch.randn(self.rows, 4, generator=generator)
-        self.seen.append((step, x))
-        return x * float("nan") if step == self.methods[0].breaks_at else x
+    def batch(self, step: int, *generators: torch.Generator) -> Tensor:
+        x = torch.stack([torch.randn(self.rows, 4, generator=generator) for generator in generators])
+        self.seen.append((step, x[0]))
+        for rows, method in zip(x, self.methods, strict=True):
+            rows *= float("nan") if step == method.breaks_at else 1
+        return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        device = next(self.parameters()).device
-        pairs = zip(self.nets, self.scales, strict=True)
-        losses = [(net(x.to(device)) - s * x.to(device).sum(1, keepdim=True)).square().mean() for net, s in pairs]
+        x = x.to(next(self.parameters()).device)
+        losses = [
+            (net(rows) - scale * rows.sum(1, keepdim=True)).square().mean()
+            if slot not in self.done
+            else x.new_zeros(())
+            for slot, (net, scale, rows) in enumerate(zip(self.nets, self.scales, x, strict=True))
+        ]
         own = {"loss": torch.stack(losses)} if len(losses) > 1 else {}
         return torch.stack(losses).sum(), {"first": losses[0], **own}
 
-    def gradients(self) -> list[list[Tensor]]:
-        return [[p.grad for p in net.parameters() if p.grad is not None] for net in self.nets]
+    def owned(self) -> list[tuple[nn.Parameter, int | None]]:
+        return [(p, slot) for slot, net in enumerate(self.nets) for p in net.parameters()]
+
+    def finish(self, slot: int) -> None:
+        self.done.add(slot)
 
     def sample(self, step: int, folder: Path) -> list[Path]:
         torch.rand(3)  # a careless domain: the loop must not mind
@@ -87,6 +97,6 @@ def prepare(job: Job, run_folder: Path | None = None) -> Task:
 
 
 def prepare_together(jobs: list[Job]) -> Task:
-    if len({job.train.steps for job in jobs}) > 1:
-        raise InputError("jobs", "they differ in their steps", "Train them alone")
+    if len({job.method.get("width") for job in jobs}) > 1:
+        raise InputError("jobs", "they differ in their width", "Train them alone")
     return Task(jobs)
