@@ -79,6 +79,7 @@ BENCHMARKS: dict[str, str] = {
     "few-shot": "graft.vlm.bench:few_shot",
     "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
+    "many": "graft.diffusion.bench:many",
     "personalization": "graft.diffusion.bench:personalization",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",
     "vision": "graft.vision.bench:run",

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from graft.diffusion.base import DiffusionBase
-from graft.diffusion.bench import textual_inversion
+from graft.diffusion.bench import many, textual_inversion
 from graft.diffusion.bench.personalization import summary, table
 from graft.diffusion.bench.pictures import (
     held_out_pictures,
@@ -87,3 +87,10 @@ def test_a_command_that_fails_says_why(folder: Path, tmp_path: Path):
     work = Work(tmp_path, folder, 8, 10, 2, 1)
     with pytest.raises(InputError, match="out of luck"):
         work.time(work.theirs(script, tmp_path, tmp_path), tmp_path / "cache")
+
+
+def test_many_jobs_together_end_where_they_end_alone(folder: Path, tmp_path: Path):
+    result = many(tmp_path, jobs=2, steps=2, base=str(folder))
+    for row in result["rows"]:
+        assert row["loss"] < 1e-5 and row["predictions"] < 1e-4 and row["wall"] > 0
+    assert "textual_inversion" in result["table"] and (tmp_path / "many.json").exists()
