@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from graft.kernels.flat_adamw import Settings, State, layout, state, step
 
@@ -24,18 +25,26 @@ class JobsAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, owned: Sequence[tuple[nn.Parameter, int | None]], jobs: int):
-        parameters = [parameter for parameter, _ in owned]
-        pieces = [
-            (parameter.numel() // (jobs if owner is None else 1), slot)
-            for parameter, owner in owned
-            for slot in (range(jobs) if owner is None else [owner])
-        ]
-        self.flat = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in parameters]))
+        stacks = [parameter for parameter, owner in owned if owner is None]
+        single = sorted(
+            ((owner, parameter) for parameter, owner in owned if owner is not None), key=lambda pair: pair[0]
+        )
+        # All that a job has of the stacks lies side by side: a step goes over few long pieces. Autograd adds to such
+        # gradients as to any, but tells once that it likes others better.
+        warnings.filterwarnings("ignore", "grad and param do not obey", UserWarning)
+        rows = [stack.detach().reshape(jobs, -1) for stack in stacks]
+        flat = [torch.cat(rows, 1).reshape(-1)] if stacks else []
+        self.flat = nn.Parameter(torch.cat([*flat, *(parameter.detach().reshape(-1) for _, parameter in single)]))
         self.flat.grad = torch.zeros_like(self.flat)
-        for parameter, values, slopes in zip(
-            parameters, *map(_cutter(parameters), (self.flat, self.flat.grad)), strict=True
-        ):
-            parameter.data, parameter.grad = values, slopes
+        width = sum(row.shape[1] for row in rows)
+        for values, place in ((self.flat.detach(), "data"), (self.flat.grad, "grad")):
+            parts = values[: jobs * width].view(jobs, width).split([row.shape[1] for row in rows], 1) if stacks else ()
+            for stack, part in zip(stacks, parts, strict=True):
+                setattr(stack, place, part.unflatten(1, stack.shape[1:]))
+            ends = values[jobs * width :].split([parameter.numel() for _, parameter in single])
+            for (_, parameter), part in zip(single, ends, strict=True):
+                setattr(parameter, place, part.view(parameter.shape))
+        pieces = [(width, job) for job in range(jobs) if width] + [(p.numel(), owner) for owner, p in single]
         self.where = layout(pieces, self.flat.device)
         zeros = torch.zeros(jobs, device=self.flat.device)
         self.settings = Settings(zeros, zeros.clone(), torch.full_like(zeros, float("inf")))
@@ -74,13 +83,3 @@ class JobsAdamW(torch.optim.Optimizer):
         for start, stop, owner in self.where.pieces:
             for flat in (self.flat.data, self.flat.grad, first, second) if owner == job else ():
                 flat[start:stop] = 0
-
-
-def _cutter(parameters: Sequence[Tensor]) -> Callable[[Tensor], list[Tensor]]:
-    """A function that cuts a flat buffer into the shapes of parameters."""
-
-    def cut(flat: Tensor) -> list[Tensor]:
-        parts = flat.detach().split([parameter.numel() for parameter in parameters])
-        return [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
-
-    return cut

@@ -1,0 +1,42 @@
+"""Jobs on one flat buffer end where torch's AdamW takes each of them alone."""
+
+import torch
+from torch import nn
+
+from graft.studio.optimiser import JobsAdamW
+
+
+def test_every_job_is_torchs_adamw_with_its_own_settings():
+    rates, decays, limits = [0.1, 0.0, 0.02], [0.0, 0.5, 0.3], [0.0, 1.0, 0.4]
+    stacks = [nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(3, 7))]
+    single = [nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(3))]
+    whose = [(stacks[0], None), (single[0], 2), (stacks[1], None), (single[1], 0)]
+    alone = []
+    for job in range(3):
+        mine = [p[job] if owner is None else p for p, owner in whose if owner in (None, job)]
+        copies = [nn.Parameter(p.detach().clone()) for p in mine]
+        alone.append((copies, torch.optim.AdamW(copies, lr=rates[job], weight_decay=decays[job])))
+    before = [stack.detach().clone() for stack in stacks]
+    optimizer = JobsAdamW(whose, 3)
+    assert all(torch.equal(stack, old) for stack, old in zip(stacks, before, strict=True))
+    optimizer.set(rates, decays, limits)
+    for _ in range(4):
+        optimizer.zero_grad()
+        sum((p * torch.randn_like(p)).sum() for p, _ in whose).backward()
+        for job, (copies, theirs) in enumerate(alone):
+            slopes = [p.grad[job] if owner is None else p.grad for p, owner in whose if owner in (None, job)]
+            for copy, slope in zip(copies, slopes, strict=True):
+                copy.grad = slope.clone()
+            if limits[job]:
+                nn.utils.clip_grad_norm_(copies, limits[job])
+            theirs.step()
+        optimizer.step()
+        for job, (copies, _) in enumerate(alone):
+            mine = [p[job] if owner is None else p for p, owner in whose if owner in (None, job)]
+            for copy, parameter in zip(copies, mine, strict=True):
+                torch.testing.assert_close(parameter, copy)
+    with torch.no_grad():
+        stacks[1][1, 3] = float("nan")
+    assert optimizer.broken() == [1]
+    optimizer.drop(1)
+    assert optimizer.broken() == [] and not stacks[0][1].any() and stacks[0][0].any() and single[0].any()
