@@ -86,13 +86,26 @@ class DiffusionBase:
         """Side in pixels that the base was trained at."""
         return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
 
+    @property
+    def step(self) -> int:
+        """Sides are multiples of this many pixels."""
+        return max(8, int(self.pipe.vae_scale_factor))
+
+    def tokens(self, side: int) -> int:
+        """Tokens of a square picture, where the noise levels of the training depend on them; else nothing."""
+        return 0
+
+    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+        """What the pipeline returns for ``output_type="latent"`` as (b, c, h, w)."""
+        return latents
+
     def side(self, wanted: int = 0) -> int:
         """Side in pixels of pictures to train on or to draw; 0 is the base's own.
 
         Raises:
             InputError: the pipeline draws no pictures of that side.
         """
-        side, step = wanted or self.resolution, max(8, int(self.pipe.vae_scale_factor))
+        side, step = wanted or self.resolution, self.step
         if side % step:
             remedy = f"Use {max(step, round(side / step) * step)}"
             raise InputError(f"resolution {side}", f"{self.name} needs a multiple of {step}", remedy)
@@ -129,10 +142,11 @@ class DiffusionBase:
     @torch.no_grad()
     def exercise(self) -> None:
         """Calls every network once, on as little as it takes: what is not called then takes no part in pictures."""
-        latent, vae = 2 ** len(self.denoiser.config.block_out_channels), self.pipe.vae
+        vae, blocks = self.pipe.vae, self.denoiser.config.get("block_out_channels", (0,))
+        latent = 2 ** len(blocks)
         pixels = latent * int(self.pipe.vae_scale_factor)
         condition = {name: part.to(self.dtype) for name, part in self.condition(self.tokenize([""])).items()}
-        noisy = torch.zeros(1, self.denoiser.config.in_channels, latent, latent, device=self.device, dtype=self.dtype)
+        noisy = torch.zeros(1, vae.config.latent_channels, latent, latent, device=self.device, dtype=self.dtype)
         self.denoise(noisy, torch.zeros(1, dtype=torch.long, device=self.device), condition)
         vae(torch.zeros(1, vae.config.in_channels, pixels, pixels, device=vae.device, dtype=vae.dtype))
 
@@ -219,7 +233,11 @@ def _family(name: str, pipe: Any) -> type[DiffusionBase]:
     Raises:
         InputError: none does.
     """
-    kind, remedy = type(pipe).__name__, "Use a base of Stable Diffusion 1, 2 or XL that draws from text"
+    from graft.diffusion.transformers import FAMILIES
+
+    kind, remedy = type(pipe).__name__, "Use one of Stable Diffusion 1, 2, XL or 3, FLUX.1 or Z-Image"
+    if kind in FAMILIES:
+        return FAMILIES[kind]
     if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder")):
         raise InputError(name, f"{kind} has no unet, vae and text_encoder", remedy)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:

@@ -146,11 +146,13 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     methods = [_method(job) for job in jobs]
     _check_sharing(jobs, methods)
     base = load_base(jobs[0].base, jobs[0].train.device)
-    objective, cache = objective_for(base.pipe.scheduler, methods[0].snr_gamma), Cache()
+    cache = Cache()
     subjects = []
     for job, method in zip(jobs, methods, strict=True):
         data = from_dict(DataConfig, dict(job.data), "data")
         subjects.append(Subject(job, method, data, load_dataset(data, base.side(data.resolution), cache)))
+    tokens = base.tokens(subjects[0].dataset.pixels.shape[-1])
+    objective = objective_for(base.pipe.scheduler, methods[0].snr_gamma, tokens)
     table = PromptTable()
     sources = [
         source

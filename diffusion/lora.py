@@ -120,6 +120,10 @@ class DiffusionLoRA(LoRA, DiffusionMethod):
         denoiser = "unet" if "unet" in model else "transformer"
         parts = [denoiser, *(name for name in model if self.text_encoder and name.startswith("text_encoder"))]
         sites = plan_sites({name: model[name] for name in parts}, self.targets, towers=self.towers).sites
+        # The last block of SD3 throws its answers for the text away: what asks for them is dead.
+        attentions = model[denoiser].named_modules(prefix=denoiser)
+        dead = {f"{name}.add_q_proj" for name, module in attentions if getattr(module, "context_pre_only", False)}
+        sites = tuple(site for site in sites if site.name not in dead)
         return Plan(sites, tuple(map(self.count, sites)))
 
 
@@ -159,4 +163,4 @@ def _draw(base: DiffusionBase, prompt: str, seed: int, side: int, steps: int, gu
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
     ).images
-    return {"latents": latents[0].float()}
+    return {"latents": base.as_drawn(latents, side)[0].float()}

@@ -18,6 +18,7 @@ An objective is chosen once, from the base's scheduler, by `objective_for`; noth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -157,12 +158,13 @@ class Flow:
         return torch.ones_like(levels)
 
 
-def objective_for(scheduler: Any, snr_gamma: float | None = None) -> Objective:
+def objective_for(scheduler: Any, snr_gamma: float | None = None, tokens: int = 0) -> Objective:
     """The objective that a base's scheduler was trained with.
 
     Args:
         scheduler: a diffusers scheduler. One without `alphas_cumprod` but with `sigmas` is a flow scheduler.
         snr_gamma: min-SNR's gamma (the paper's is 5); None weights every level equally.
+        tokens: of a picture, for schedulers whose shift grows with it.
 
     Raises:
         InputError: an unknown prediction type, a scheduler of neither kind, or min-SNR on a flow model.
@@ -180,7 +182,17 @@ def objective_for(scheduler: Any, snr_gamma: float | None = None) -> Objective:
         raise InputError(name, "neither alphas_cumprod nor sigmas tell how to add noise", "Use a diffusers scheduler")
     if snr_gamma is not None:
         raise InputError(f"snr_gamma = {snr_gamma}", f"min-SNR does not fit {name}, a flow scheduler", "Leave it out")
-    return Flow(scale=float(config.get("num_train_timesteps", 1000)), shift=float(config.get("shift", 1.0) or 1.0))
+    return Flow(scale=float(config.get("num_train_timesteps", 1000)), shift=_shift(config, tokens))
+
+
+def _shift(config: Any, tokens: int) -> float:
+    """The scheduler's own shift or, where it follows the size of the picture, that of so many tokens."""
+    if not config.get("use_dynamic_shifting"):
+        return float(config.get("shift", 1.0) or 1.0)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = low + (high - low) * (tokens - few) / (many - few)
+    return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
 def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:

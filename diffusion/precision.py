@@ -62,9 +62,10 @@ def narrow(base: DiffusionBase, precision: str) -> None:
 def _attend_quickly(base: DiffusionBase) -> None:
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    own, short = base.denoiser.attn_processors, ShortAttention()
-    base.denoiser.set_attn_processor({k: short if type(v) is AttnProcessor2_0 else v for k, v in own.items()})
+    own, short = getattr(base.denoiser, "attn_processors", {}), ShortAttention()
+    if any(type(processor) is AttnProcessor2_0 for processor in own.values()):
+        base.denoiser.set_attn_processor({k: short if type(v) is AttnProcessor2_0 else v for k, v in own.items()})
     encoders: list[Any] = [module for name, module in base.modules.items() if name.startswith("text_encoder")]
     for encoder in encoders:
-        if encoder.config.max_position_embeddings**2 <= PLAIN_SCORES:
+        if getattr(encoder.config, "max_position_embeddings", PLAIN_SCORES) ** 2 <= PLAIN_SCORES:
             encoder.set_attn_implementation("eager")

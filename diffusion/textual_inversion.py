@@ -230,6 +230,8 @@ def attach_concepts(base: Any, methods: Sequence[TextualInversion], seeds: Seque
     Raises:
         InputError: a word that the tokenizer knows already or cannot keep whole, or a second text encoder.
     """
+    if "unet" not in base.modules:
+        raise InputError(base.name, "Textual Inversion needs CLIP's words in every layer", "Use method lora")
     if getattr(base.pipe, "text_encoder_2", None) is not None:
         raise InputError(base.name, "Textual Inversion trains one text encoder, it has two", "Use method lora")
     table = base.pipe.text_encoder.get_input_embeddings()

@@ -22,11 +22,12 @@ def test_every_job_is_torchs_adamw_with_its_own_settings():
     optimizer.set(rates, decays, limits)
     for _ in range(4):
         optimizer.zero_grad()
-        sum((p * torch.randn_like(p)).sum() for p, _ in whose).backward()
+        torch.stack([(p * torch.randn_like(p)).sum() for p, _ in whose]).sum().backward()
         for job, (copies, theirs) in enumerate(alone):
-            slopes = [p.grad[job] if owner is None else p.grad for p, owner in whose if owner in (None, job)]
-            for copy, slope in zip(copies, slopes, strict=True):
-                copy.grad = slope.clone()
+            slopes = [(p.grad, owner) for p, owner in whose if owner in (None, job)]
+            for copy, (slope, owner) in zip(copies, slopes, strict=True):
+                assert slope is not None
+                copy.grad = (slope[job] if owner is None else slope).clone()
             if limits[job]:
                 nn.utils.clip_grad_norm_(copies, limits[job])
             theirs.step()
