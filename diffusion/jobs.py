@@ -173,7 +173,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     """
     methods = [_method(job) for job in jobs]
     _check_sharing(jobs, methods)
-    base = load_base(jobs[0].base, jobs[0].train.device)
+    base = load_base(jobs[0].base, jobs[0].train.device, attention=jobs[0].train.attention)
     objective, cache = objective_for(base.pipe.scheduler, methods[0].snr_gamma), Cache()
     subjects = []
     for job, method in zip(jobs, methods, strict=True):
