@@ -80,6 +80,7 @@ BENCHMARKS: dict[str, str] = {
     "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
     "personalization": "graft.diffusion.bench:personalization",
+    "slots": "graft.studio.bench.slots:run",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",
     "vision": "graft.vision.bench:run",
 }
