@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
+from graft.studio.config import require
 from graft.studio.disk import naming_full_disk, require_empty
 from graft.studio.errors import InputError
 
@@ -37,6 +38,8 @@ class DiffusionBase:
     """As it was asked for."""
     pipe: Any
     """The pipeline: `StableDiffusionPipeline` or another of the family with `unet`, `vae` and `text_encoder`."""
+    attention: str = "auto"
+    """What computes the denoiser's attention: auto, sdpa or xformers; `attend_by` sets it."""
     domain: str = field(default="diffusion", init=False)
     """Registry name of this domain."""
 
@@ -198,19 +201,26 @@ class SDXLBase(DiffusionBase):
         return prediction
 
 
-def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> DiffusionBase:
+def load_base(
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> DiffusionBase:
     """Loads a pocket model, a diffusers folder, or a model from the hub.
 
     Args:
         name: a pocket name such as `pocket-sd`, a folder with `model_index.json`, or a hub id.
         device: where the networks go; None takes the accelerator if there is one.
         dtype: their weights' type; None is float32.
+        attention: "auto" leaves it to diffusers, which takes torch's fused function; "sdpa" asks for that one;
+            "xformers" takes this library in the denoiser, on a GPU.
 
     Raises:
-        InputError: nothing of that name, a download that was cut short, or a pipeline of another family.
+        InputError: nothing of that name, a download that was cut short, a pipeline of another family, or xformers where
+            it is not installed or there is no GPU.
     """
     from diffusers import DiffusionPipeline
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_attention(attention, torch.device(device))
     source = _source(name)
     try:
         with _without_progress_bars():
@@ -220,7 +230,8 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
         remedy = "Check the name and the connection, or delete the folder and fetch it again"
         raise InputError(name, f"the base cannot be loaded ({lines[0]})", remedy) from error
     base = _family(name, pipe)(name, pipe)
-    _place(base, device or ("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
+    _place(base, device, torch.float32)
+    attend_by(base, attention)
     if dtype not in (None, torch.float32):
         _ = base.hash, base.part_hashes  # the identity is that of the float32 weights, in whatever type they run
         _place(base, base.device, dtype)
@@ -248,6 +259,50 @@ def _family(name: str, pipe: Any) -> type[DiffusionBase]:
     if told not in families:
         raise InputError(name, f"{kind} tells its unet {told[0]} in a way that is not known here", remedy)
     return families[told]
+
+
+def _check_attention(attention: str, device: torch.device) -> None:
+    """Refuses what cannot compute attention here, before anything is loaded.
+
+    Raises:
+        InputError: no such way, or xformers without its library or off the GPU.
+    """
+    from diffusers.utils import import_utils
+
+    require("attention", attention, attention in ("auto", "sdpa", "xformers"), '"auto", "sdpa" or "xformers"')
+    if attention != "xformers":
+        return
+    if not import_utils.is_xformers_available():
+        remedy = 'Run: pip install xformers, or take "sdpa" or "auto"'
+        raise InputError('attention = "xformers"', "the library 'xformers' is not installed", remedy)
+    if device.type != "cuda":
+        reason = f"xformers computes on a GPU of NVIDIA or AMD only, and the base goes to {device.type!r}"
+        raise InputError('attention = "xformers"', reason, 'Take "sdpa" or "auto", or another device')
+
+
+def attend_by(base: DiffusionBase, attention: str) -> None:
+    """Sets what computes the denoiser's attention; "sdpa" sets the text encoders' too.
+
+    Raises:
+        InputError: xformers cannot compute it; its own reason is in the message.
+    """
+    from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+
+    base.attention = attention
+    if attention == "xformers":
+        try:
+            base.denoiser.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:
+            (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
+            remedy = 'Take "sdpa" or "auto", or a build of xformers for this torch and GPU'
+            raise InputError('attention = "xformers"', f"xformers does not run here ({reason})", remedy) from error
+    if attention == "sdpa":
+        own, fused = getattr(base.denoiser, "attn_processors", {}), AttnProcessor2_0()
+        if any(type(processor) is AttnProcessor for processor in own.values()):  # transformers have no other way
+            base.denoiser.set_attn_processor({k: fused if type(v) is AttnProcessor else v for k, v in own.items()})
+        for name, module in base.modules.items():
+            if name.startswith("text_encoder") and getattr(module, "_supports_sdpa", False):
+                module.set_attn_implementation("sdpa")  # type: ignore[operator]
 
 
 def _place(base: DiffusionBase, device: str | torch.device, dtype: torch.dtype) -> None:

@@ -145,7 +145,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     """
     methods = [_method(job) for job in jobs]
     _check_sharing(jobs, methods)
-    base = load_base(jobs[0].base, jobs[0].train.device)
+    base = load_base(jobs[0].base, jobs[0].train.device, attention=jobs[0].train.attention)
     cache = Cache()
     subjects = []
     for job, method in zip(jobs, methods, strict=True):

@@ -48,14 +48,14 @@ def narrow(base: DiffusionBase, precision: str) -> None:
     """Puts the denoiser's frozen weights into the type of mixed precision, instead of casting them at every step.
 
     Args:
-        base: on a CPU its attention becomes the one that is fast in 16 bits.
+        base: on a CPU its attention becomes the one that is fast in 16 bits, unless another was asked for.
         precision: of the job's training section; "no", and an "auto" that was not settled, leave the base as it is.
     """
     if precision not in TYPES:
         return
     _ = base.hash  # the identity is that of the float32 weights
     nn.Module.to(base.denoiser, dtype=TYPES[precision])
-    if base.device.type == "cpu":
+    if base.device.type == "cpu" and base.attention == "auto":
         _attend_quickly(base)
 
 

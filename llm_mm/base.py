@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from graft.studio.adapter import base_hash
+from graft.studio.attention import refuse_xformers
 from graft.studio.errors import InputError
 from graft.studio.pocket.qa import answer
 
@@ -68,19 +69,23 @@ class MultimodalBase:
         self.answer([Image.new("RGB", (64, 64))], ["what is this ?"])
 
 
-def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> MultimodalBase:
+def load_base(
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> MultimodalBase:
     """Load an embedded model, a folder, or a model from a hub.
 
     Args:
         name: `pocket-llava`; a folder saved by transformers; or a hub id `owner/name`.
         device: where it goes; None takes the accelerator if there is one.
         dtype: type of the weights; None is float32.
+        attention: "auto" leaves it to transformers; "sdpa" takes torch's fused function.
 
     Raises:
-        InputError: nothing of that name, or another kind of model.
+        InputError: nothing of that name, another kind of model, or "xformers".
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    refuse_xformers(attention, "transformers")
     source = name
     if name.startswith("pocket-"):
         from graft.studio.pocket import resolve
@@ -93,6 +98,8 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(name, f"the base cannot be loaded ({lines[0]})", REMEDY) from error
+    if attention == "sdpa":
+        model.set_attn_implementation("sdpa")
     base = MultimodalBase(name, model, processor)
     if dtype not in (None, torch.float32):
         _ = base.hash  # the identity is that of the float32 weights

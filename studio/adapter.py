@@ -167,8 +167,12 @@ class Adapter:
         return paths
 
 
-def load_adapter(path: str | Path) -> Adapter:
+def load_adapter(path: str | Path, head_dim: int | None = None) -> Adapter:
     """Reads an adapter: a native folder or file, or one of peft, diffusers, kohya, loralib or torchtune.
+
+    Args:
+        path: folder or file.
+        head_dim: width of an attention head of its base, which torchtune's files do not tell.
 
     Raises:
         FormatError: nothing of these, or damaged.
@@ -178,7 +182,7 @@ def load_adapter(path: str | Path) -> Adapter:
     path = Path(path)
     file = path / _TENSORS if path.is_dir() else path
     native = path.is_dir() and file.is_file() or path.is_file() and "graft" in read_tensors(path)[1]
-    return Adapter.load(file) if native else reading.read(path)
+    return Adapter.load(file) if native else reading.read(path, head_dim)
 
 
 def base_hash(modules: Mapping[str, nn.Module]) -> str:

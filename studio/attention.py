@@ -14,8 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graft.studio.config import require
+from graft.studio.errors import InputError
+
 Project = Callable[[Tensor, int, int], Tensor]
 """Rows a to b of the packed projection of a sequence (b, n, d)."""
+
+
+def refuse_xformers(attention: str, library: str) -> None:
+    """Refuses a setting `attention` that a base of a library without xformers cannot have.
+
+    Raises:
+        InputError: xformers, or no such way to compute attention.
+    """
+    require("attention", attention, attention in ("auto", "sdpa", "xformers"), '"auto", "sdpa" or "xformers"')
+    if attention == "xformers":
+        reason = f"models of {library} compute their attention by torch, and have no place for xformers"
+        raise InputError('attention = "xformers"', reason, 'Take "sdpa" or "auto"')
 
 
 def is_plain_attention(module: nn.Module | None) -> bool:

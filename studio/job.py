@@ -38,6 +38,9 @@ class TrainConfig:
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Type of the forward pass; trainable tensors stay float32. "auto" is bf16 where the hardware multiplies it fast (a
     CPU with AMX or AVX-512 BF16, a GPU from NVIDIA's Ampere on), else no; the run keeps what it began with."""
+    attention: Literal["auto", "sdpa", "xformers"] = "auto"
+    """What computes attention: "sdpa" is torch's fused function; "xformers" that library, in a denoiser on a GPU;
+    "auto" the first of them, but plain products for short sequences where a CPU is faster with these."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 leaves it to `checkpoint_seconds`."""
     checkpoint_seconds: float = 120.0

@@ -81,6 +81,7 @@ BENCHMARKS: dict[str, str] = {
     "kill": "graft.studio.bench.kill:run",
     "many": "graft.diffusion.bench:many",
     "personalization": "graft.diffusion.bench:personalization",
+    "slots": "graft.studio.bench.slots:run",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",
     "vision": "graft.vision.bench:run",
 }
@@ -205,7 +206,9 @@ def _load(module: str, extra: str) -> ModuleType:
         raise InputError(module, f"the library {error.name!r} is not installed", remedy) from error
 
 
-def load_base(name: str, device: str | None = None, dtype: Any = None, domain: str = "") -> Any:
+def load_base(
+    name: str, device: str | None = None, dtype: Any = None, domain: str = "", attention: str = "auto"
+) -> Any:
     """Return a frozen base, ready to run.
 
     Args:
@@ -213,16 +216,17 @@ def load_base(name: str, device: str | None = None, dtype: Any = None, domain: s
         device: where it runs; None takes the accelerator if there is one.
         dtype: type of its weights; None is float32.
         domain: its domain; hub ids do not tell theirs, and are taken for diffusion pipelines without it.
+        attention: "auto", "sdpa" or, for a diffusion pipeline on a GPU, "xformers", as in a job's `train.attention`.
 
     Raises:
-        InputError: no such base, or it could not be loaded whole.
+        InputError: no such base, it could not be loaded whole, or its attention cannot be computed that way.
     """
     device = device or default_device()
     of = domain or domain_of_base(name)
     if of is None and Path(name).is_dir():
         marks = dict.fromkeys(f"{mark} with {key!r}" for mark, key, _, _ in _MARKS)
         raise InputError(name, f"the folder has none of {', '.join(marks)}", "Give the folder of a saved model")
-    return _package(of or "diffusion").load_base(name, device=device, dtype=dtype)
+    return _package(of or "diffusion").load_base(name, device=device, dtype=dtype, attention=attention)
 
 
 def default_device() -> str:

@@ -24,7 +24,8 @@ from graft.studio.errors import SiteError
 
 KINDS = ("linear", "packed", "mha", "conv", "embedding", "norm", "bias", "block", "tokens", "kv")
 """The vocabulary of site kinds. `plan_sites` finds those with a weight (``mha`` are rows of the packed projection of
-torch's MultiheadAttention), `plan_biases` biases, `plan_blocks` sublayers; methods plan the others themselves."""
+torch's MultiheadAttention, and its output projection), `plan_biases` biases, `plan_blocks` sublayers; methods plan the
+others themselves."""
 WEIGHTS = ("linear", "packed", "mha", "conv", "embedding")
 """Kinds with a weight that a product or a look-up takes."""
 
@@ -262,7 +263,7 @@ def plan_blocks(
         if target not in ends:
             raise SiteError(f"target {target!r}", "no kind of sublayer", "use attention or mlp")
         first, last, never = ends[target]
-        for end in [site for site in sites if site.role == last and site.kind == "linear"]:
+        for end in [site for site in sites if site.role == last and site.kind in ("linear", "mha")]:
             block = _sublayer(end, sites, first)
             while isinstance(modules.get(block), nn.ModuleList | nn.ModuleDict):  # these are never called
                 block = block.rpartition(".")[0]
@@ -347,6 +348,9 @@ def _all_sites(model: Model) -> list[Site]:
         site = Site(name, kind, weight_shape(module), None, _tower(name, modules), _role(name))
         if kind == "mha":
             sites += _split(site, ("q", "k", "v"), "mha")
+            continue
+        if kind == "linear" and is_plain_attention(modules.get(name.rpartition(".")[0])):
+            sites.append(replace(site, kind="mha"))  # its output projection
             continue
         sites.append(site)
         if kind == "linear":

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
+from graft.studio.attention import refuse_xformers
 from graft.studio.disk import naming_full_disk
 from graft.studio.errors import InputError
 
@@ -141,7 +142,9 @@ def feature_width(model: Any, head: nn.Module) -> int:
     )
 
 
-def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> VisionBase:
+def load_base(
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> VisionBase:
     """Loads a pocket model, a timm folder, a timm name, or a timm model from the hub.
 
     Args:
@@ -149,10 +152,12 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
             `vit_base_patch16_224.augreg_in21k`, or a hub id `timm/...`.
         device: where the model goes; None takes the accelerator if there is one.
         dtype: its weights' type; None is float32.
+        attention: "auto" leaves it to timm; "sdpa" takes torch's fused function wherever timm knows it.
 
     Raises:
-        InputError: nothing of that name, or it could not be loaded whole.
+        InputError: nothing of that name, it could not be loaded whole, or "xformers".
     """
+    refuse_xformers(attention, "timm")
     try:
         import timm
     except ImportError as error:
@@ -167,11 +172,20 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
         raise InputError(name, f"the base cannot be loaded ({lines[0]})", remedy) from error
     labels = (facts.get("pretrained_cfg") or {}).get("label_names") or facts.get("label_names") or ()
     base = VisionBase(name, model, tuple(labels), dict(facts.get("model_args") or {}))
+    if attention == "sdpa":
+        attend_fused(base, True)
     base.model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype not in (None, torch.float32):
         _ = base.hash  # the identity is that of the float32 weights, in whatever type they run
         base.model.to(dtype)
     return base
+
+
+def attend_fused(base: VisionBase, fused: bool) -> None:
+    """Computes attention by torch's fused function, or by plain products, wherever timm knows both."""
+    for module in base.model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
 
 
 def is_timm(name: str) -> bool:

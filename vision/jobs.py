@@ -13,7 +13,7 @@ from torch import Tensor
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict
 from graft.studio.registry import method_class
-from graft.vision.base import VisionBase, load_base
+from graft.vision.base import VisionBase, attend_fused, load_base
 from graft.vision.data import DataConfig, load_part, open_source
 from graft.vision.splits import make_split, refuse_contradictions
 from graft.vision.task import Batch, FitData, VisionTask
@@ -55,10 +55,11 @@ def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
     section = dict(job.method)
     name = str(section.pop("name"))
     method: Any = from_dict(method_class("vision", name), section, "method")
-    base, cache = load_base(job.base, job.train.device), Cache()
+    base, cache = load_base(job.base, job.train.device, attention=job.train.attention), Cache()
     _ = base.hash  # before anything is attached
     data = fit_data(from_dict(DataConfig, dict(job.data), "data"), base, cache)
-    if base.device.type == "cpu" and job.train.mixed_precision in ("bf16", "fp16"):
+    narrow = base.device.type == "cpu" and job.train.mixed_precision in ("bf16", "fp16")
+    if narrow and job.train.attention == "auto":
         attend_plainly(base)
     handle = method.on(base.model, data.classes)
     try:
@@ -84,9 +85,8 @@ def attend_plainly(base: VisionBase) -> None:
     0.35 s, plain 0.19 s. In float32 there is no difference.
     """
     patches = int(getattr(getattr(base.model, "patch_embed", None), "num_patches", PLAIN_TOKENS + 1))
-    for module in base.model.modules():
-        if patches <= PLAIN_TOKENS and hasattr(module, "fused_attn"):
-            module.fused_attn = False
+    if patches <= PLAIN_TOKENS:
+        attend_fused(base, False)
 
 
 def _first_loss(task: VisionTask) -> Tensor:

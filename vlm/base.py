@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
+from graft.studio.attention import refuse_xformers
 from graft.studio.errors import InputError
 from graft.vlm.text import TextTower, Words
 
@@ -141,7 +142,9 @@ class ClipBase:
         self.encode_text(["a"])
 
 
-def load_base(name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> ClipBase:
+def load_base(
+    name: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None, attention: str = "auto"
+) -> ClipBase:
     """Loads an embedded model, a folder, or a model from a hub.
 
     Args:
@@ -150,10 +153,14 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
             `local-dir:FOLDER`.
         device: where it goes; None takes the accelerator if there is one.
         dtype: type of the weights; None is float32.
+        attention: "sdpa" takes torch's fused function; "auto" too, but plain products on a CPU, where transformers is
+            faster with them. open_clip's towers are torch's own and leave no choice.
 
     Raises:
-        InputError: nothing of that name, another kind of model, or an activation that does not fit the weights.
+        InputError: nothing of that name, another kind of model, an activation that does not fit the weights, or
+            "xformers".
     """
+    refuse_xformers(attention, "transformers and open_clip")
     source = name
     if name.startswith("pocket-"):
         from graft.studio.pocket import resolve
@@ -176,6 +183,8 @@ def load_base(name: str, device: str | torch.device | None = None, dtype: torch.
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(name, f"the base cannot be loaded ({lines[0]})", REMEDY) from error
+    if attention == "sdpa" and hasattr(base.model, "set_attn_implementation"):
+        base.model.set_attn_implementation("sdpa")
     if dtype not in (None, torch.float32):
         _ = base.hash, base.image_hash  # the identity is that of the float32 weights
     # In place: the towers hold the model's own parameters.

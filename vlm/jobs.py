@@ -158,7 +158,8 @@ def prepare(job: Job, run_folder: Path | None = None) -> FewShotTask:
     section = {key: value for key, value in job.method.items() if key != "name"}
     method: Any = from_dict(method_class("vlm", str(job.method["name"])), section, "method")
     data = from_dict(DataConfig, dict(job.data), "data")
-    return prepared(job, method, data, load_base(job.base, job.train.device))
+    base = load_base(job.base, job.train.device, attention=job.train.attention)
+    return prepared(job, method, data, base)
 
 
 def prepared(job: Job, method: Any, data: DataConfig, base: ClipBase, store: FeatureStore | None = None) -> FewShotTask:

@@ -40,7 +40,7 @@ def base_to_new(job: Job, runs: str | Path | None = None) -> dict[str, Any]:
         reason = "what it learns belongs to the classes it is trained on"
         raise InputError(str(job.method["name"]), reason, "Use coop, cocoop, clip_adapter, prolip or clip_lora")
     run = train(replace(job, data={**job.data, "classes": "base"}), runs=runs)
-    base, adapter = load_base(job.base, job.train.device), run.adapter()
+    base, adapter = load_base(job.base, job.train.device, attention=job.train.attention), run.adapter()
     result: dict[str, Any] = {"run": str(run.folder)}
     sides: dict[str, Adapter | None] = {"zero_shot": None, "adapter": adapter}
     for name, side in sides.items():

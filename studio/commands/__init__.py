@@ -91,8 +91,8 @@ def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def find_adapter(name: str, runs: str | Path) -> tuple[Adapter, Run | None]:
-    """Return the adapter behind a path or a run's id, and the run if it is one.
+def find_adapter(name: str, runs: str | Path, head_dim: int | None = None) -> tuple[Adapter, Run | None]:
+    """Return the adapter behind a path or a run's id, and the run if it is one; `head_dim` is as in `load_adapter`.
 
     Raises:
         InputError: neither a run with a result nor an adapter.
@@ -104,6 +104,6 @@ def find_adapter(name: str, runs: str | Path) -> tuple[Adapter, Run | None]:
 
     path = Path(name)
     if path.exists() and not (path / "job.toml").is_file():
-        return load_adapter(path), None
+        return load_adapter(path, head_dim), None
     run = find_run(name, runs)
     return run.adapter(), run

@@ -28,6 +28,8 @@ def add(commands: Any) -> None:
         if name == "convert":
             formats = "diffusers, peft, kohya, loralib, torchtune, timm or native"
             parser.add_argument("--to", default="diffusers", metavar="FORMAT", help=formats)
+            head = "width of an attention head of the base, from or to torchtune, whose files do not tell it"
+            parser.add_argument("--head-dim", type=int, metavar="N", help=head)
         if name in ("verify", "merge"):
             parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
         add_runs(parser)
@@ -74,7 +76,10 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 def convert(args: argparse.Namespace) -> Answer:
     """The adapter in another format."""
-    adapter, _ = find_adapter(args.name, args.runs)
+    adapter, _ = find_adapter(args.name, args.runs, args.head_dim)
+    if args.head_dim is not None:
+        told = {**adapter.card.details, "head_dim": args.head_dim}
+        adapter = dataclasses.replace(adapter, card=dataclasses.replace(adapter.card, details=told))
     files = [str(path) for path in adapter.export(args.out, args.to)]
     return Answer({"format": args.to, "files": files}, "\n".join(files))
 

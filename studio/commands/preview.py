@@ -34,11 +34,14 @@ def _common(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("name", metavar="RUN_OR_ADAPTER", help="a run, or the folder or file of an adapter")
     parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: the accelerator if there is one)")
+    parser.add_argument(
+        "--attention", default="auto", metavar="NAME", help="auto, sdpa or xformers, as in a job (default: auto)"
+    )
     add_set(parser, example)
     add_runs(parser)
 
 
-def load_base_of(adapter: Adapter, name: str | None, device: str | None = None) -> Any:
+def load_base_of(adapter: Adapter, name: str | None, device: str | None = None, attention: str = "auto") -> Any:
     """Return the base of an adapter, or the one that was named instead.
 
     Raises:
@@ -50,7 +53,7 @@ def load_base_of(adapter: Adapter, name: str | None, device: str | None = None) 
     name = name or adapter.card.base
     if not name:
         raise InputError("the adapter", "its file does not name its base", "Give --base NAME")
-    return load_base(name, device, domain=adapter.card.domain)
+    return load_base(name, device, domain=adapter.card.domain, attention=attention)
 
 
 def preview(args: argparse.Namespace) -> Answer:
@@ -59,7 +62,7 @@ def preview(args: argparse.Namespace) -> Answer:
     from graft.studio.errors import InputError
 
     adapter, run = find_adapter(args.name, args.runs)
-    base = load_base_of(adapter, args.base, args.device)
+    base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
     if not hasattr(domain, "preview"):
         raise InputError("graft preview", f"an adapter of {base.domain} draws no pictures", "Use graft predict")
@@ -81,7 +84,7 @@ def predict(args: argparse.Namespace) -> Answer:
     from graft.studio.errors import InputError
 
     adapter, _ = find_adapter(args.name, args.runs)
-    base = load_base_of(adapter, args.base, args.device)
+    base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
     if not hasattr(domain, "predict"):
         raise InputError("graft predict", f"an adapter of {base.domain} tells nothing apart", "Use graft preview")
@@ -94,7 +97,7 @@ def evaluate(args: argparse.Namespace) -> Answer:
     from graft.studio.config import from_dict
 
     adapter, run = find_adapter(args.name, args.runs)
-    base = load_base_of(adapter, args.base, args.device)
+    base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
     config = from_dict(domain.EvaluationConfig, {**_measured_on(args, run, domain), **settings(args.set)}, "eval")
     drawn = _drawn(args, domain)

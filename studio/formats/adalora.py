@@ -18,7 +18,7 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats.files import read_tensors
 from graft.studio.formats.low_rank import LowRank, by_module, check_written, from_adapter
-from graft.studio.formats.peft_folder import FILE, PREFIX, read_config, refuse_options, write_folder
+from graft.studio.formats.peft_folder import FILE, PREFIX, by_component, read_config, refuse_options, write_folder
 from graft.studio.methods.adalora import AdaLoRA
 from graft.studio.sites import Plan, Site, nearest
 
@@ -27,7 +27,7 @@ _SMALL = 1e-5
 
 
 def export(adapter: Adapter, folder: Path) -> list[Path]:
-    """Writes a folder that ``PeftModel.from_pretrained`` loads.
+    """Writes a folder that ``PeftModel.from_pretrained`` loads, or one for each component of a pipeline.
 
     Raises:
         InputError: torch's MultiheadAttention, for which peft has no AdaLoRA.
@@ -35,29 +35,41 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     modules = from_adapter(adapter)
     if attention := [name for name, module in modules.items() if module.kind == "mha"]:
         raise InputError(attention[0], "peft has no AdaLoRA of torch's MultiheadAttention", "use native")
-    rank = max(module.rank for module in modules.values())
+    values = {
+        name: torch.cat([adapter.tensors[f"{site.key}.E"] for site, _ in parts])
+        for name, parts in by_module(adapter).items()
+    }
+    paths, back = [], {}
+    for component, parts in by_component({name: (module, values[name]) for name, module in modules.items()}).items():
+        target = folder / component
+        paths += _write(target, parts, adapter.card)
+        for name, (a, b, e) in _read(target, read_config(target)).items():
+            back[f"{component}.{name}".lstrip(".")] = LowRank("linear", a, b * e)
+    check_written(AdaLoRA.as_lora(adapter), back, str(folder))
+    return paths
+
+
+def _write(folder: Path, modules: Mapping[str, tuple[LowRank, Tensor]], card: Card) -> list[Path]:
+    """Writes the folder of one model from the factors and E of its modules."""
+    rank = max(module.rank for module, _ in modules.values())
     tensors = {}
-    for name, parts in by_module(adapter).items():
-        module = modules[name].padded(rank)
-        values = torch.cat([adapter.tensors[f"{site.key}.E"] for site, _ in parts]) * ((rank + _SMALL) / rank)
-        values = F.pad(values, (0, rank - len(values)))[:, None]
-        for end, tensor in zip(_ENDS, (module.down, module.up, values), strict=True):
+    for name, (module, values) in modules.items():
+        padded = module.padded(rank)
+        values = F.pad(values * ((rank + _SMALL) / rank), (0, rank - len(values)))[:, None]
+        for end, tensor in zip(_ENDS, (padded.down, padded.up, values), strict=True):
             tensors[f"{PREFIX}{name}.{end}"] = tensor
     config = {
         "peft_type": "ADALORA",
-        "base_model_name_or_path": adapter.card.base,
+        "base_model_name_or_path": card.base,
         "init_r": rank,
-        "target_r": min(rank, int(adapter.card.config.get("target_rank", rank))),
+        "target_r": min(rank, int(card.config.get("target_rank", rank))),
         "lora_alpha": rank,
         "target_modules": sorted(modules),
         "total_step": 1,
         "inference_mode": True,
         "task_type": None,
     }
-    paths = write_folder(folder, config, tensors)
-    back = {name: LowRank("linear", a, b * e) for name, (a, b, e) in _read(folder, read_config(folder)).items()}
-    check_written(AdaLoRA.as_lora(adapter), back, str(folder))
-    return paths
+    return write_folder(folder, config, tensors)
 
 
 def read(folder: Path, settings: Mapping[str, Any]) -> Adapter:

@@ -19,6 +19,7 @@ from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import peft
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.peft_folder import COMPONENTS
 
 FILE = "pytorch_lora_weights.safetensors"
 _HEADER = "lora_adapter_metadata"
@@ -46,7 +47,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     components: dict[str, dict[str, LowRank]] = {}
     for name, module in modules.items():
         component, _, rest = name.partition(".")
-        if component not in peft.COMPONENTS:
+        if component not in COMPONENTS:
             raise InputError(name, "names no component of a pipeline", "attach to {'unet': unet} or export to peft")
         if module.kind == "embedding":
             raise InputError(name, "diffusers loads no LoRA of an embedding", "export to peft")
@@ -72,9 +73,9 @@ def read(path: Path) -> Adapter:
 
 def _read(path: Path) -> dict[str, LowRank]:
     tensors, metadata = read_tensors(path)
-    foreign = next((key for key in tensors if key.partition(".")[0] not in peft.COMPONENTS), None)
+    foreign = next((key for key in tensors if key.partition(".")[0] not in COMPONENTS), None)
     if foreign is not None:
-        expected = f"expected {', '.join(peft.COMPONENTS)}"
+        expected = f"expected {', '.join(COMPONENTS)}"
         raise FormatError(f"{path}: {foreign}", "does not begin with a component", expected)
     configs = _configs(metadata, str(path))
     modules = {}

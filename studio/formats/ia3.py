@@ -14,7 +14,7 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats.files import read_tensors
-from graft.studio.formats.peft_folder import FILE, PREFIX, refuse_options, write_folder
+from graft.studio.formats.peft_folder import FILE, PREFIX, by_component, refuse_options, write_folder
 from graft.studio.methods.ia3 import IA3
 from graft.studio.sites import Plan, Site
 
@@ -22,16 +22,22 @@ _END = ".ia3_l"
 
 
 def export(adapter: Adapter, folder: Path) -> list[Path]:
-    """Writes a folder that ``PeftModel.from_pretrained`` loads; rows of a packed projection become one vector."""
+    """Writes a folder that ``PeftModel.from_pretrained`` loads, or one for each component of a pipeline.
+
+    Rows of a packed projection become one vector.
+
+    Raises:
+        InputError: torch's MultiheadAttention, or another site that peft has no (IA)3 for.
+    """
     method = from_dict(IA3, adapter.card.config, "adapter.json")
     vectors: dict[str, Tensor] = {}
-    inside = []
+    inside = set()
     for site in Plan.from_list(adapter.card.sites):
         values, conv = adapter.tensors[f"{site.key}.l"], len(site.shape) == 4
         if len(site.shape) not in (2, 4) or site.kind == "mha":
             raise InputError(site.name, "peft has (IA)3 for linear layers and 2-d convolutions", "use native")
         if method.inside(site):
-            inside.append(site.name)
+            inside.add(site.name)
             vectors[site.name] = values.view(1, -1, *[1] * (len(site.shape) - 2))
             continue
         whole = vectors.setdefault(site.name, torch.ones((1, site.shape[0], 1, 1) if conv else (site.shape[0], 1)))
@@ -39,14 +45,20 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     config = {
         "peft_type": "IA3",
         "base_model_name_or_path": adapter.card.base,
-        "target_modules": sorted(vectors),
-        "feedforward_modules": sorted(inside),
         "fan_in_fan_out": False,
         "init_ia3_weights": True,
         "inference_mode": True,
         "task_type": None,
     }
-    return write_folder(folder, config, {f"{PREFIX}{name}{_END}": vector for name, vector in vectors.items()})
+    paths = []
+    for component, parts in by_component({name: (name in inside, vector) for name, vector in vectors.items()}).items():
+        names = {
+            "target_modules": sorted(parts),
+            "feedforward_modules": sorted(name for name, (before, _) in parts.items() if before),
+        }
+        tensors = {f"{PREFIX}{name}{_END}": vector for name, (_, vector) in parts.items()}
+        paths += write_folder(folder / component, config | names, tensors)
+    return paths
 
 
 def read(folder: Path, settings: Mapping[str, Any]) -> Adapter:

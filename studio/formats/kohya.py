@@ -3,8 +3,9 @@
 A module's name is its path with ``_`` for ``.``, so the way back needs the words that Stable Diffusion's modules are
 called by; a name that is not made of them is refused. UNets are written with diffusers' names, which sd-scripts gives
 those of SD 1.x and which it, ComfyUI and diffusers read for SDXL too; read are also SDXL's own (``input_blocks_4_1``).
-The scale is multiplied into B such that alpha is the largest rank in every module: diffusers confuses alphas that
-differ between modules.
+Alphas may differ from module to module in what is read. In what is written the scale is multiplied into B such that
+alpha is the largest rank in every module: diffusers, at least up to 0.42.1, drops alphas of attention layers that
+differ from the most frequent one.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
 
 FILE = "kohya.safetensors"
+_SILENT = "_self_attn_out_proj"
 
 _COMPONENTS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
 
@@ -93,10 +95,31 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         up = up.reshape(*up.shape, *[1] * (module.down.dim() - 2))
         tensors |= {f"{short}.lora_down.weight": module.down, f"{short}.lora_up.weight": up}
         tensors[f"{short}.alpha"] = torch.tensor(float(rank))
+    tensors |= _companions(tensors)
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     path = write_tensors(folder / FILE, tensors, {"format": "pt", **header})
     check_written(adapter, {names[short]: module for short, module in _read(path).items()}, str(path))
     return [path]
+
+
+def _companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An output projection, changed by nothing, for each text encoder whose file has q, k or v but none of these:
+    diffusers, at least up to 0.42.1, would not read them."""
+    found: dict[str, Tensor] = {}
+    for prefix in _COMPONENTS:
+        keys = [key for key in tensors if key.startswith(f"{prefix}_text_model_") and "_self_attn_" in key]
+        if prefix == "lora_unet" or not keys or any("_out_proj." in key for key in keys):
+            continue
+        layer, _, end = keys[0].partition("_self_attn_")
+        projection = f"{layer}_self_attn_{end.partition('.')[0]}"
+        out, rank = tensors[f"{projection}.lora_up.weight"].shape
+        short = f"{layer}{_SILENT}"
+        found |= {
+            f"{short}.lora_down.weight": torch.zeros(rank, out),
+            f"{short}.lora_up.weight": torch.zeros(out, rank),
+        }
+        found[f"{short}.alpha"] = tensors[f"{projection}.alpha"].clone()
+    return found
 
 
 def read(path: Path) -> Adapter:
@@ -116,7 +139,7 @@ def read(path: Path) -> Adapter:
 
 
 def _read(path: Path) -> dict[str, LowRank]:
-    """Factors by kohya's names; without an alpha, or with one of 0, it equals the rank."""
+    """Factors by kohya's names, without `_companions`; without an alpha, or with one of 0, it equals the rank."""
     tensors, _ = read_tensors(path)
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     factors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
@@ -125,6 +148,8 @@ def _read(path: Path) -> dict[str, LowRank]:
         raise FormatError(f"{path}: {lost[0]}.alpha", "an alpha without factors, or not one number", "export it again")
     modules = {}
     for short, (down, up) in pairs.items():
+        if short.endswith(_SILENT) and not (down.any() or up.any()):
+            continue
         rank = down.shape[0]
         alpha = float(alphas[short]) if short in alphas else 0.0
         modules[short] = low_rank(down, up, (alpha or rank) / rank)

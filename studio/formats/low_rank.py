@@ -23,7 +23,7 @@ class LowRank:
     """Factors of one module with their scale multiplied in."""
 
     kind: str
-    """linear, conv, embedding, or mha: the packed projection of torch's MultiheadAttention."""
+    """linear, conv, embedding, or mha: the packed or the output projection of torch's MultiheadAttention."""
     down: Tensor
     """A: (r, i), (r, i, kernel...) or, for an embedding, (r, vocabulary)."""
     up: Tensor
@@ -42,6 +42,11 @@ class LowRank:
         if self.kind == "embedding":
             return (self.down.shape[1], self.up.shape[0])
         return (self.up.shape[0], *self.down.shape[1:])
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is the packed projection of torch's MultiheadAttention."""
+        return self.kind == "mha" and self.up.shape[0] == 3 * self.down.shape[1]
 
     @property
     def delta(self) -> Tensor:
@@ -120,8 +125,8 @@ def to_adapter(
 
 
 def _sites(name: str, module: LowRank) -> list[tuple[Site, Tensor]]:
-    """The sites of a module, each with its rows of B: torch's MultiheadAttention has three, others one."""
-    if module.kind != "mha":
+    """The sites of a module, each with its rows of B: a packed projection of torch's has three, others one."""
+    if not module.packed:
         return [(Site(name, module.kind, module.shape), module.up)]
     size = module.up.shape[0] // 3
     rows = [(start, start + size) for start in range(0, 3 * size, size)]

@@ -5,8 +5,8 @@ An adapter of several components (``unet.``, ``text_encoder.``) becomes one fold
 model.
 
 On torch's MultiheadAttention peft always has factors for both projections, and adds those of the output projection
-twice, at least up to 0.21.2: an adapter that it trained is read with twice their product, one that has them is not
-written.
+twice, at least up to 0.21.2: an adapter that it trained is read with twice their product, one that has them, be it
+them alone, is not written.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import adalora, ia3, prompts
 from graft.studio.formats.files import read_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
-from graft.studio.formats.peft_folder import CONFIG, FILE, PREFIX, read_config, write_folder
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+from graft.studio.formats.peft_folder import CONFIG, FILE, PREFIX, by_component, read_config, write_folder
 
 _READERS = {
     "IA3": ia3.read,
@@ -61,18 +59,12 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     """
     modules = from_adapter(adapter)
     for name, module in modules.items():
-        if module.kind == "mha" and f"{name}.out_proj" in modules:
-            remedy = "leave it out of the targets, or use native"
-            raise InputError(f"{name}.out_proj", "peft adds its change twice", remedy)
+        if module.kind == "mha" and not module.packed:
+            raise InputError(name, "peft adds its change twice", "leave it out of the targets, or use native")
         if module.kind == "mha" and module.length is not None:
             raise InputError(name, "peft has no DoRA of torch's MultiheadAttention", "use native")
-    components: dict[str, dict[str, LowRank]] = {}
-    for name, module in modules.items():
-        first, _, rest = name.partition(".")
-        component, rest = (first, rest) if first in COMPONENTS else ("", name)
-        components.setdefault(component, {})[rest] = module
     paths, back = [], {}
-    for component, parts in components.items():
+    for component, parts in by_component(modules).items():
         target = folder / component
         paths += write_folder(target, config(parts, adapter.card.base), _keys(parts))
         written = _read(target, read_config(target))
@@ -98,8 +90,7 @@ def read(folder: Path) -> Adapter:
 def _times_out(modules: dict[str, LowRank], settings: Mapping[str, Any], folder: Path) -> int | None:
     """Makes the change of each MultiheadAttention's output projection what peft made of it, and says how often it was
     added; None if there is none."""
-    found = [f"{name}.out_proj" for name, module in modules.items() if module.kind == "mha"]
-    found = [name for name in found if name in modules]
+    found = [name for name, module in modules.items() if module.kind == "mha" and not module.packed]
     if not found:
         return None
     version = str(settings.get("peft_version") or "")
@@ -192,13 +183,10 @@ def _read(folder: Path, settings: Mapping[str, Any]) -> dict[str, LowRank]:
         modules[name] = replace(module, length=lengths.get(name))
     for name in [name for name in modules if name.endswith(_OUT)]:
         attention, out = name.removesuffix(_OUT), modules.pop(name)
-        if attention not in modules:
-            raise FormatError(
-                f"{folder / FILE}: {name}", "the factors of its packed projection are missing", "export again"
-            )
-        modules[attention] = replace(modules[attention], kind="mha")
+        if attention in modules:
+            modules[attention] = replace(modules[attention], kind="mha")
         if out.up.any():
-            modules[f"{attention}.out_proj"] = out
+            modules[f"{attention}.out_proj"] = replace(out, kind="mha")
     if lengths and set(lengths) != set(modules):
         (name, *_) = set(lengths) ^ set(modules)
         raise FormatError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +16,21 @@ from graft.studio.formats.files import write_tensors
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """Begins every key, but those of prompts."""
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
+T = TypeVar("T")
+
+
+def by_component(modules: Mapping[str, T]) -> dict[str, dict[str, T]]:
+    """Returns what belongs to each component of a pipeline under its name, and the rest under an empty one.
+
+    Names lose the component: peft loads one model, so each gets a folder of its own.
+    """
+    components: dict[str, dict[str, T]] = {}
+    for name, module in modules.items():
+        first, _, rest = name.partition(".")
+        component, rest = (first, rest) if first in COMPONENTS else ("", name)
+        components.setdefault(component, {})[rest] = module
+    return components
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Path]:

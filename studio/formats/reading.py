@@ -11,8 +11,12 @@ from graft.studio.formats.files import PICKLES, read_tensors
 from graft.studio.formats.peft_folder import CONFIG, FILE
 
 
-def read(path: Path) -> Adapter:
+def read(path: Path, head_dim: int | None = None) -> Adapter:
     """Reads a peft or torchtune folder, or a file of diffusers, kohya, loralib or torchtune.
+
+    Args:
+        path: folder or file.
+        head_dim: width of an attention head, for torchtune.
 
     Raises:
         FormatError: nothing of these, or a pickle, which is never opened.
@@ -21,7 +25,9 @@ def read(path: Path) -> Adapter:
         return peft.read(path)
     file = _only(path) if path.is_dir() else path
     keys = read_tensors(file)[0]
-    library = next((each for each in (kohya, torchtune, loralib) if each.recognises(keys)), diffusers)
+    if torchtune.recognises(keys):
+        return torchtune.read(file, head_dim)
+    library = next((each for each in (kohya, loralib) if each.recognises(keys)), diffusers)
     return library.read(file)
 
 

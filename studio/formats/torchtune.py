@@ -6,7 +6,8 @@ stand in another order (not so in its Qwen and Phi, which are not for this file)
 
     B of transformers = B of torchtune as (heads, width / 2, 2, r), the middle two exchanged
 
-The width of a head is in neither of its files; it stands as ``head_dim`` in the config, and in the details of our card.
+The width of a head is in neither of its files; it stands as ``head_dim`` in the config that we write and in the details
+of our card, or is told (``graft adapters convert --head-dim``).
 The scale is multiplied into B, and as torchtune has one rank, smaller ones are filled with zeros.
 """
 
@@ -31,6 +32,7 @@ FILE = "adapter_0.safetensors"
 _ENDS = (".lora_a.weight", ".lora_b.weight")
 _TURNED = ("attn.q_proj", "attn.k_proj")
 _HEAD = "torchtune orders the rows of q and k within heads"
+_TELL = "tell it as the model's config has it: graft adapters convert --head-dim, or load_adapter(path, head_dim=...)"
 
 # transformers' name of a module in a layer -> torchtune's.
 _NAMES = {
@@ -69,10 +71,9 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         up = module.up
         if name.endswith(_TURNED):
             if not head:
-                remedy = 'set adapter.card.details["head_dim"], as the model\'s config has it'
-                raise InputError(ours, f"{_HEAD}, and the adapter does not say how wide one is", remedy)
+                raise InputError(ours, f"{_HEAD}, and the adapter does not say how wide one is", _TELL)
             config["head_dim"] = head
-            up = up.unflatten(0, (-1, 2, head // 2)).transpose(1, 2).flatten(0, 2)
+            up = _heads(up, head, ours).unflatten(1, (2, head // 2)).transpose(1, 2).flatten(0, 2)
         tensors |= {f"{name}{_ENDS[0]}": module.down, f"{name}{_ENDS[1]}": up}
     path = write_tensors(folder / FILE, tensors, {"format": "pt"})
     paths = [path, write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())]
@@ -80,27 +81,28 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     return paths
 
 
-def read(path: Path) -> Adapter:
-    """Reads a file with the ``adapter_config.json`` beside it.
+def read(path: Path, head_dim: int | None = None) -> Adapter:
+    """Reads a file with the ``adapter_config.json`` beside it; ``head_dim`` is for one that does not tell it.
 
     Raises:
         FormatError: names of another model, keys beside the factors, or a config that does not say enough.
     """
-    modules, details = _read(path)
+    modules, details = _read(path, head_dim)
     return to_adapter(modules, "", str(path), details)
 
 
-def _read(path: Path) -> tuple[dict[str, LowRank], dict[str, Any]]:
+def _read(path: Path, told: int | None = None) -> tuple[dict[str, LowRank], dict[str, Any]]:
     """Factors by transformers' names, and the details for the card."""
     config, where = read_config(path.parent), str(path)
-    head = config.get("head_dim")
+    head = config.get("head_dim", told)
+    if told not in (None, head):
+        raise InputError(f"head_dim {told}", f"{path.with_name(CONFIG)} says {head}", "leave it out, or correct that")
     modules = {}
     for name, (down, up) in pair(read_tensors(path)[0], *_ENDS, where).items():
         if name.endswith(_TURNED):
             if not isinstance(head, int):
-                remedy = 'add "head_dim", as the model\'s config has it'
-                raise FormatError(str(path.with_name(CONFIG)), f"{_HEAD}, and does not say how wide one is", remedy)
-            up = up.unflatten(0, (-1, head // 2, 2)).transpose(1, 2).flatten(0, 2)
+                raise FormatError(str(path.with_name(CONFIG)), f"{_HEAD}, and does not say how wide one is", _TELL)
+            up = _heads(up, head, name).unflatten(1, (head // 2, 2)).transpose(1, 2).flatten(0, 2)
         found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
         if name != "output" and (found is None or found[2] not in _BACK):
             raise FormatError(f"{where}: {name}", "no module of torchtune's Llama", "only Llama's names are read")
@@ -109,6 +111,14 @@ def _read(path: Path) -> tuple[dict[str, LowRank], dict[str, Any]]:
             raise FormatError(str(path.with_name(CONFIG)), "it does not say lora_alpha", "write it again")
         modules[ours] = low_rank(down, up, config["lora_alpha"] / down.shape[0])
     return modules, {"head_dim": head} if head else {}
+
+
+def _heads(up: Tensor, head: int, where: str) -> Tensor:
+    """Rows of B by heads, (heads, width, r)."""
+    if head < 2 or head % 2 or up.shape[0] % head:
+        reason = f"heads of {up.shape[0]} rows in all are not {head} wide"
+        raise InputError(f"head_dim {head}", f"{where}: {reason}", "give the head_dim of the model's config")
+    return up.unflatten(0, (-1, head))
 
 
 def _name(path: str, module: LowRank) -> str:

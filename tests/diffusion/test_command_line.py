@@ -105,6 +105,7 @@ def test_from_pictures_to_files_for_others(answer: Answer, job: str, folder: Pat
     code, done = answer("train", job, "--run-dir", "mine")
     assert (code, done["status"]) == (0, "finished")
     assert json.loads((tmp_path / "mine" / "env.json").read_text())["base_hash"]
+    assert answer("preview", "mine", "--attention", "xformers")[0] == 2
     code, drawn = answer("preview", "mine", "--seed", "1", "--set", "steps=1", "--out", "pictures")
     assert code == 0
     assert all(Path(path).is_file() for path in drawn["files"])

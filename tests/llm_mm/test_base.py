@@ -57,3 +57,13 @@ def test_what_is_no_multimodal_model_is_refused(tmp_path: Path):
     folder = models.export("pocket-clip", tmp_path / "clip")
     with pytest.raises(InputError, match="cannot be loaded"):
         graft.load_base(str(folder), domain="llm_mm")
+
+
+@torch.no_grad()
+def test_attention_is_torchs_whether_asked_for_or_not(base: MultimodalBase):
+    asked = graft.load_base("pocket-llava", device="cpu", attention="sdpa")
+    assert asked.model.config._attn_implementation == "sdpa"
+    picture = Image.fromarray(render(centred(Atlas.load().known[0], "red")))
+    assert asked.answer([picture], ["what is this ?"]) == base.answer([picture], ["what is this ?"])
+    with pytest.raises(InputError, match="models of transformers .* no place for xformers"):
+        graft.load_base("pocket-llava", device="cpu", attention="xformers")

@@ -1,7 +1,9 @@
+from copy import deepcopy
 from itertools import product
 
 import peft
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -133,6 +135,59 @@ def test_an_exception_in_the_model_leaves_nothing_behind():
     handle.route(None)
     assert torch.equal(model(x), expected)
     assert not any(module._forward_pre_hooks for module in model)
+
+
+def test_an_exception_within_a_mixed_batch_changes_no_later_call():
+    """In the middle of a model, where some sites were called and others not; in a call, a probe and a search."""
+    torch.manual_seed(0)
+    settings = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2, "num_classes": 3}
+    model = timm.create_model("vit_tiny_patch16_224", **settings).requires_grad_(False).eval()
+    x, base = torch.randn(3, 3, 16, 16), deepcopy(model.state_dict())
+    plain = model(x)
+    handle = LoRA(rank=2, targets="all-linear").attach(model, slots=2)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    handle.route(torch.tensor([1, -1, 0]))
+    expected = model(x)
+    fail = model.blocks[1].mlp.register_forward_pre_hook(lambda *_: 1 / 0)
+    for call in (lambda: model(x), lambda: handle.probe(lambda: model(x)), lambda: handle.bypassed(lambda: model(x))):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    fail.remove()
+    assert torch.equal(model(x), expected)
+    assert handle.bank.training
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    handle.route(None)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(2, 4, 16, 16))
+    handle.detach()
+    assert torch.equal(model(x), plain)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_bfloat16_attention_does_not_drift():
+    """peft adds the change to the weight and takes it off again in each forward, which rounds a narrow base away."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(16, 2, batch_first=True)}).bfloat16()
+    base, x = deepcopy(model.state_dict()), torch.randn(3, 4, 16).bfloat16()
+    handle = randomised(model)
+    optimizer = torch.optim.AdamW(handle.bank.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model["attn"](x, x, x, need_weights=False)[0].float().square().mean().backward()
+        optimizer.step()
+        handle.merge()
+        assert not torch.equal(model.state_dict()["attn.in_proj_weight"], base["attn.in_proj_weight"])
+        handle.unmerge()
+    assert all(torch.equal(tensor, base[name]) for name, tensor in model.state_dict().items())
+    handle.detach()
+    config = peft.LoraConfig(r=2, target_modules=["attn"], init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    for _ in range(20):
+        theirs.base_model.model["attn"](x, x, x)
+    drifted = theirs.state_dict()["base_model.model.attn.base_layer.in_proj_weight"]
+    assert not torch.equal(drifted, base["attn.in_proj_weight"])
 
 
 def test_open_clip_is_reached_whole():

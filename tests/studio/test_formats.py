@@ -13,6 +13,7 @@ from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import low_rank
+from graft.studio.methods.adalora import AdaLoRA
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.lora import LoRA
@@ -184,18 +185,37 @@ def test_earlier_spellings_are_read(tmp_path):
     }
 
 
-def test_components_become_one_peft_folder_each(tmp_path):
-    pipe = pipeline()
-    adapter = trained({"unet": pipe.unet}, LoRA(rank=2, targets="q"), "diffusion")
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("lora", LoRA(rank=2, targets="q")),
+        ("adalora", AdaLoRA(rank=3, target_rank=2, targets=("q", "v", "up"))),
+        ("ia3", IA3()),
+    ],
+)
+def test_components_become_one_peft_folder_each(tmp_path, name, method):
+    pipe, parts = pipeline(), ("unet", "text_encoder")
+    inputs = {
+        "unet": (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.randn(1, 8, 16)),
+        "text_encoder": (torch.arange(8)[None],),
+    }
+    handle = method.attach({part: getattr(pipe, part) for part in parts})
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    handle.bank.eval()
+    expected = {part: getattr(pipe, part)(*inputs[part])[0] for part in parts}
+    handle.detach()
+    adapter = Adapter(handle.tensors(), Card(name, to_dict(method), sites=handle.plan.to_list()))
     paths = adapter.export(tmp_path, "peft")
-    assert {path.parent for path in paths} == {tmp_path / "unet"}
-    x = (torch.randn(1, 4, 4, 4), torch.tensor([3]), torch.randn(1, 8, 16))
-    with Adapter(adapter.tensors, Card("lora", adapter.card.config, sites=adapter.card.sites)).attached(
-        nn.ModuleDict({"unet": pipe.unet})
-    ):
-        expected = pipe.unet(*x)[0]
-    theirs = peft.PeftModel.from_pretrained(pipe.unet, tmp_path / "unet")
-    torch.testing.assert_close(theirs(*x)[0], expected, rtol=1e-4, atol=1e-5)
+    assert {path.parent for path in paths} == {tmp_path / part for part in parts}
+    for part in parts:
+        model = getattr(pipe, part)
+        assert not torch.allclose(model(*inputs[part])[0], expected[part], atol=1e-3)
+        with load_adapter(tmp_path / part).attached(model):
+            torch.testing.assert_close(model(*inputs[part])[0], expected[part], rtol=1e-4, atol=1e-5)
+        theirs = peft.PeftModel.from_pretrained(model, tmp_path / part)
+        torch.testing.assert_close(theirs(*inputs[part])[0], expected[part], rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_format_cannot_express_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from timm.data import create_transform, resolve_model_data_config
 from graft.studio import registry
 from graft.studio.adapter import base_hash
 from graft.studio.errors import InputError
-from graft.vision.base import VisionBase, classifiers, load_base, picture_side, save_base
+from graft.vision.base import VisionBase, attend_fused, classifiers, load_base, picture_side, save_base
 
 
 def test_a_base_is_the_plain_timm_model(base: VisionBase, folder: Path):
@@ -94,3 +94,16 @@ def test_classifiers_of_true_classes(build):
 def test_narrow_weights_keep_the_identity_of_the_wide(base: VisionBase, folder: Path):
     wide, narrow = base, load_base(str(folder), "cpu", torch.bfloat16)
     assert narrow.hash == wide.hash and next(narrow.model.parameters()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_attention_is_fused_or_plain_and_says_the_same(base: VisionBase, folder: Path):
+    asked = load_base(str(folder), "cpu", attention="sdpa")
+    assert {block.attn.fused_attn for block in asked.model.blocks} == {True}
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(asked.model(x), base.model(x))
+    attend_fused(asked, False)
+    torch.testing.assert_close(asked.model(x), base.model(x), rtol=1e-4, atol=1e-5)
+    for name, match in (("xformers", "models of timm .* no place for xformers"), ("flash", "attention = 'flash'")):
+        with pytest.raises(InputError, match=match):
+            registry.load_base(str(folder), "cpu", attention=name)

@@ -135,3 +135,16 @@ def test_preprocessing_is_that_of_both_libraries(size: tuple[int, int]):
     )  # fmt: skip
     hugging_face = torch.as_tensor(np.asarray(processor(image)["pixel_values"][0]))
     assert (mine - hugging_face).abs().mean() < 0.05  # its resizing works on tensors, and rounds differently
+
+
+@torch.no_grad()
+def test_sdpa_says_the_same_as_what_is_taken_without_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("GRAFT_CACHE")
+    auto, asked = (load_base("pocket-clip", "cpu", attention=name) for name in ("auto", "sdpa"))
+    assert [each.model.config._attn_implementation for each in (auto, asked)] == ["eager", "sdpa"]
+    assert asked.model.vision_model.config._attn_implementation == "sdpa"
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    torch.testing.assert_close(asked.encode_image(pixels), auto.encode_image(pixels), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(asked.encode_text(["a cat"]), auto.encode_text(["a cat"]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="no place for xformers"):
+        load_base("pocket-clip", "cpu", attention="xformers")

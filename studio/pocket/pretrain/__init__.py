@@ -30,10 +30,16 @@ class DataConfig:
 
 
 def prepare(job: Job, run_folder: Path | None = None) -> Any:
-    """Return the task of one network."""
-    from graft.studio import registry
-    from graft.studio.config import from_dict
+    """Return the task of one network.
 
+    Raises:
+        InputError: wrong settings.
+    """
+    from graft.studio import registry
+    from graft.studio.config import from_dict, require
+
+    attention = job.train.attention
+    require("train.attention", attention, attention == "auto", '"auto": these trainings choose by themselves')
     section = {key: value for key, value in job.method.items() if key != "name"}
     return from_dict(registry.method_class("pocket", str(job.method["name"])), section, "method").task(job.train)
 

@@ -110,7 +110,7 @@ def trained(pipe, method):
 
 
 @pytest.mark.parametrize("make", [sd, sdxl])
-@pytest.mark.parametrize("targets", ["attention", "all", ("all", "text_projection")])
+@pytest.mark.parametrize("targets", ["attention", ("q", "v"), ("all", "text_projection")])
 def test_diffusers_draws_the_same_from_our_export(tmp_path, make, targets):
     pipe = make()
     if "text_projection" in targets and make is sd:
@@ -185,6 +185,33 @@ def test_alpha_is_what_sd_scripts_makes_of_it(tmp_path, alpha, scale):
     adapter = load_adapter(tmp_path)
     assert torch.equal(adapter.tensors["unet.conv_out.A"], down)
     assert torch.equal(adapter.tensors["unet.conv_out.B"], scale * up.flatten(1))
+
+
+def test_alphas_that_differ_from_module_to_module_are_taken_each_by_itself(tmp_path):
+    """Against W + alpha / rank * up down in every module; diffusers up to 0.42.1 drops those of attention layers."""
+    torch.manual_seed(1)
+    names = ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.conv_in", "unet.conv_out"]
+    names += [f"text_encoder.text_model.encoder.layers.0.{end}" for end in ("self_attn.v_proj", "mlp.fc1")]
+    pipe, merged, tensors = sd(), sd(), {}
+    for rank, (alpha, name) in enumerate(zip((0.5, 4.0, 1.0, 8.0, 3.0), names, strict=True), 1):
+        component, _, path = name.partition(".")
+        root = parts(merged)[component]
+        path = path if hasattr(root, "text_model") or component == "unet" else path.removeprefix("text_model.")
+        weight = root.get_submodule(path).weight
+        out, *inside = weight.shape
+        down, up = 0.3 * torch.randn(rank, *inside), 0.3 * torch.randn(out, rank, *[1] * (len(inside) - 1))
+        weight.add_(alpha / rank * (up.flatten(1) @ down.flatten(1)).view_as(weight))
+        short = f"{'lora_unet' if component == 'unet' else 'lora_te'}_{name.partition('.')[2].replace('.', '_')}"
+        tensors |= {f"{short}.lora_down.weight": down, f"{short}.lora_up.weight": up}
+        tensors[f"{short}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected, adapter = picture(merged), load_adapter(tmp_path)
+    assert not torch.allclose(picture(pipe), expected, atol=1e-2)
+    torch.testing.assert_close(drawn(pipe, adapter), expected, rtol=1e-4, atol=1e-5)
+    adapter.export(tmp_path / "again", "kohya")  # one alpha for all, as diffusers needs it
+    theirs = sd()
+    theirs.load_lora_weights(tmp_path / "again", weight_name=kohya.FILE)
+    torch.testing.assert_close(picture(theirs), expected, rtol=1e-3, atol=1e-4)
 
 
 BAD = {

@@ -220,3 +220,29 @@ def test_an_attention_is_the_same_in_peft_without_its_output_projection(tmp_path
         other, _ = trained(name, attention(), method, lambda model: model(x))
         with pytest.raises(InputError, match="attn: peft has"):
             other.export(tmp_path / "whole", "peft")
+
+
+def test_an_attention_of_which_only_the_output_projection_is_adapted_is_recognised(tmp_path):
+    """peft never calls it, and applies its factors twice where they stand beside those of the packed projection."""
+    x = torch.randn(2, 5, 16)
+    for method in (LoRA(rank=2, targets="o"), LoRA(rank=2, targets="attn.out_proj"), DoRA(rank=2, targets="o")):
+        name = "dora" if isinstance(method, DoRA) else "lora"
+        adapter, _ = trained(name, attention(), method, lambda model: model(x))
+        with pytest.raises(InputError, match="attn.out_proj: peft adds its change twice"):
+            adapter.export(tmp_path, "peft")
+    assert list(tmp_path.iterdir()) == []
+    config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attn"], init_lora_weights=False)
+    peft.get_peft_model(attention(), config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / FILE)
+    save_file({key: tensor for key, tensor in tensors.items() if ".base_layer.out_proj." in key}, tmp_path / FILE)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "init_lora_weights": True}))
+    theirs = peft.PeftModel.from_pretrained(attention(), tmp_path).eval()  # the packed factors change nothing
+    assert not torch.allclose(theirs(x), attention()(x), atol=1e-2)
+    with pytest.warns(UserWarning, match="taken 2 times"):
+        adapter = load_adapter(tmp_path)
+    assert [(site["name"], site["kind"]) for site in adapter.card.sites] == [("attn.out_proj", "mha")]
+    with adapter.attached(model := attention()):
+        torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="attn.out_proj: peft adds its change twice"):
+        adapter.export(tmp_path / "again", "peft")

@@ -2,6 +2,7 @@
 
 import json
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.studio.adapter import Adapter, Card, load_adapter
+from graft.studio.cli import main
 from graft.studio.config import to_dict
 from graft.studio.errors import FormatError, InputError
 from graft.studio.methods.dora import DoRA
@@ -116,12 +118,41 @@ def test_we_give_the_same_with_torchtunes_own_factors(tmp_path):
     save_file(tensors, tmp_path / "adapter_2.safetensors")
     config = {"r": 3, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj"], "peft_type": "LORA"}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(FormatError, match=r"does not say how wide one is. add \"head_dim\""):
+    with pytest.raises(FormatError, match=r"does not say how wide one is. tell it .*--head-dim"):
         load_adapter(tmp_path)
+    expected = torchtune(llama(), tensors, 4)
+    with load_adapter(tmp_path, head_dim=HEAD).attached(model := llama()):
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "head_dim": HEAD}))
-    model = llama()
-    with load_adapter(tmp_path).attached(model):
-        torch.testing.assert_close(model(IDS).logits, torchtune(llama(), tensors, 4), rtol=1e-4, atol=1e-5)
+    with load_adapter(tmp_path).attached(model := llama()):
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match=f"head_dim 4: .*adapter_config.json says {HEAD}"):
+        load_adapter(tmp_path, head_dim=4)
+
+
+def test_the_command_line_tells_how_wide_a_head_is(tmp_path, capsys):
+    """From a native adapter that does not know it to torchtune, and from torchtune, whose own files do not tell it."""
+    adapter, expected = trained(("q", "k"), details={})
+    adapter.save(tmp_path / "native")
+
+    def convert(source, to, *more):
+        return main(["adapters", "convert", str(tmp_path / source), str(tmp_path / to), "--to", to, *more])
+
+    assert convert("native", "torchtune") == 2
+    assert "--head-dim" in capsys.readouterr().err
+    assert convert("native", "torchtune", "--head-dim", "12") == 2
+    assert "head_dim 12: " in capsys.readouterr().err
+    assert convert("native", "torchtune", "--head-dim", str(HEAD)) == 0
+    file, config = tmp_path / "torchtune" / "adapter_0.safetensors", tmp_path / "torchtune" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    assert settings.pop("head_dim") == HEAD
+    got = torchtune(llama(), load_file(file), settings["lora_alpha"])
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    config.write_text(json.dumps(settings))  # as torchtune writes it
+    assert convert("torchtune", "peft") == 2
+    assert convert("torchtune", "peft", "--head-dim", str(HEAD)) == 0
+    theirs = peft.PeftModel.from_pretrained(llama(), tmp_path / "peft")
+    torch.testing.assert_close(theirs(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +175,7 @@ def test_unknown_keys_are_named(tmp_path, key, match):
 
 def test_what_torchtune_cannot_express_is_refused(tmp_path):
     refused = [
-        (trained(("q",), details={})[0], r'q_proj: .*set adapter.card.details\["head_dim"\]'),
+        (trained(("q",), details={})[0], r"q_proj: .*tell it .*--head-dim"),
         (trained(("gate", "up"))[0], "mlp.w1, mlp.w3: torchtune adapts gate, down and up together"),
         (trained((r"layers.1.self_attn.v_proj",))[0], "layers.0.attn.v_proj: torchtune adapts it in every layer"),
         (trained(("embedding",))[0], "model.embed_tokens: torchtune has no LoRA of it"),
