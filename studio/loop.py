@@ -144,8 +144,9 @@ class Loop:
         self.peaks = [config.learning_rate or task.default_learning_rate for config in self.configs]
         groups: list[dict[str, Any]]
         groups = task.param_groups() if hasattr(task, "param_groups") else [{"params": list(task.parameters())}]
-        self.decays = [groups[0].get("weight_decay", config.weight_decay) for config in self.configs]
-        self.joint = JobsAdamW(task.owned(), len(runs)) if len(runs) > 1 else None
+        self.scales = [group.get("lr_scale", 1.0) for group in groups]
+        self.decays = [group.get("weight_decay", config.weight_decay) for config in self.configs for group in groups]
+        self.joint = _joint(task, groups, len(runs)) if len(runs) > 1 else None
         decay, fused = self.config.weight_decay, _can_fuse(groups)
         optimizer = self.joint or torch.optim.AdamW(groups, lr=self.peaks[0], weight_decay=decay, fused=fused)
         self.module, self.optimizer = accelerator.prepare(task, optimizer)
@@ -209,10 +210,11 @@ class Loop:
     def _set_rates(self) -> None:
         rates = self._rates(self.step)
         if self.joint is not None:
-            self.joint.set(rates, self.decays, [config.max_grad_norm for config in self.configs])
+            each = [rate * scale for rate in rates for scale in self.scales]
+            self.joint.set(each, self.decays, [config.max_grad_norm for config in self.configs])
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = rates[0] * group.get("lr_scale", 1.0)
+        for group, scale in zip(self.optimizer.param_groups, self.scales, strict=True):
+            group["lr"] = rates[0] * scale
 
     def _train_step(self) -> dict[str, Tensor]:
         """One optimiser step over all micro steps; returns figures as tensors, without waiting for them."""
@@ -427,6 +429,11 @@ def _lay_out(state: Mapping[Tensor, dict[str, Any]]) -> None:
         for name, value in moments.items():
             if value.shape == weight.shape and value.stride() != weight.stride():
                 moments[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def _joint(task: Any, groups: Sequence[Mapping[str, Any]], jobs: int) -> JobsAdamW:
+    owners = {id(parameter): owner for parameter, owner in task.owned()}
+    return JobsAdamW([[(parameter, owners[id(parameter)]) for parameter in group["params"]] for group in groups], jobs)
 
 
 def _can_fuse(groups: Sequence[Mapping[str, Any]]) -> bool:

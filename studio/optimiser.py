@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.kernels.flat_adamw import Settings, State, layout, state, step
 
@@ -18,49 +18,70 @@ class JobsAdamW(torch.optim.Optimizer):
     The parameters become views of one buffer, and so do their gradients: they are cleared in place, never let go.
 
     Args:
-        owned: float32 parameters and whose they are; None is a stack, (jobs, ...), with an entry for each.
+        groups: float32 parameters and whose they are; None is a stack, (jobs, ...), with an entry for each job. Every
+            group has a rate and a decay of its own.
         jobs: how many there are.
 
     Source: `graft.kernels.flat_adamw`.
     """
 
-    def __init__(self, owned: Sequence[tuple[nn.Parameter, int | None]], jobs: int):
-        stacks = [parameter for parameter, owner in owned if owner is None]
-        single = sorted(
-            ((owner, parameter) for parameter, owner in owned if owner is not None), key=lambda pair: pair[0]
-        )
-        # All that a job has of the stacks lies side by side: a step goes over few long pieces. Autograd adds to such
-        # gradients as to any, but tells once that it likes others better.
-        warnings.filterwarnings("ignore", "grad and param do not obey", UserWarning)
-        rows = [stack.detach().reshape(jobs, -1) for stack in stacks]
-        flat = [torch.cat(rows, 1).reshape(-1)] if stacks else []
-        self.flat = nn.Parameter(torch.cat([*flat, *(parameter.detach().reshape(-1) for _, parameter in single)]))
+    def __init__(self, groups: Sequence[Sequence[tuple[nn.Parameter, int | None]]], jobs: int):
+        self.jobs, self.groups = jobs, len(groups)
+        owned = [(parameter, owner) for group in groups for parameter, owner in group]
+        size = sum(parameter.numel() for parameter, _ in owned)
+        self.flat = nn.Parameter(torch.empty(size, device=owned[0][0].device))
         self.flat.grad = torch.zeros_like(self.flat)
-        width = sum(row.shape[1] for row in rows)
-        for values, place in ((self.flat.detach(), "data"), (self.flat.grad, "grad")):
-            parts = values[: jobs * width].view(jobs, width).split([row.shape[1] for row in rows], 1) if stacks else ()
-            for stack, part in zip(stacks, parts, strict=True):
-                setattr(stack, place, part.unflatten(1, stack.shape[1:]))
-            ends = values[jobs * width :].split([parameter.numel() for _, parameter in single])
-            for (_, parameter), part in zip(single, ends, strict=True):
-                setattr(parameter, place, part.view(parameter.shape))
-        pieces = [(width, job) for job in range(jobs) if width] + [(p.numel(), owner) for owner, p in single]
+        pieces: list[tuple[int, int]] = []
+        for place, group in enumerate(groups):
+            pieces += self._place(group, place, sum(length for length, _ in pieces))
         self.where = layout(pieces, self.flat.device)
-        zeros = torch.zeros(jobs, device=self.flat.device)
+        zeros = torch.zeros(jobs * self.groups, device=self.flat.device)
         self.settings = Settings(zeros, zeros.clone(), torch.full_like(zeros, float("inf")))
+        self.limits: Sequence[float] = [0.0] * jobs
         super().__init__([self.flat], {"lr": 0.0})
         self.state[self.flat] = state(self.flat.detach(), self.settings)._asdict()
 
+    @torch.no_grad()
+    def _place(self, group: Sequence[tuple[nn.Parameter, int | None]], place: int, start: int) -> list[tuple[int, int]]:
+        """Moves a group's parameters into the buffer; returns its pieces, (length, owner)."""
+        stacks = [parameter for parameter, owner in group if owner is None]
+        single = sorted(((owner, p) for p, owner in group if owner is not None), key=lambda pair: pair[0])
+        # All that a job has of the stacks lies side by side: a step goes over few long pieces. Autograd adds to such
+        # gradients as to any, but tells once that it likes others better.
+        warnings.filterwarnings("ignore", "grad and param do not obey", UserWarning)
+        widths = [stack[0].numel() for stack in stacks]
+        end, ends = start + self.jobs * sum(widths), [parameter.numel() for _, parameter in single]
+        assert self.flat.grad is not None
+        views: list[list[Tensor]] = []
+        for flat in (self.flat.detach(), self.flat.grad):
+            rows = flat[start:end].view(self.jobs, -1).split(widths, 1) if stacks else ()
+            parts = [row.unflatten(1, stack.shape[1:]) for row, stack in zip(rows, stacks, strict=True)]
+            rest = flat[end : end + sum(ends)].split(ends) if single else ()
+            views.append([*parts, *(part.view(p.shape) for part, (_, p) in zip(rest, single, strict=True))])
+        for parameter, values, slopes in zip([*stacks, *(p for _, p in single)], *views, strict=True):
+            values.copy_(parameter)
+            parameter.data, parameter.grad = values, slopes
+        whole = [(sum(widths), job) for job in range(self.jobs if stacks else 0)]
+        lengths = [*whole, *((p.numel(), owner) for owner, p in single)]
+        return [(length, owner * self.groups + place) for length, owner in lengths]
+
     def set(self, rates: Sequence[float], decays: Sequence[float], limits: Sequence[float]) -> None:
-        """Sets each job's learning rate, weight decay, and largest gradient norm (0 for any)."""
-        wanted = (rates, decays, [limit or float("inf") for limit in limits])
-        for values, numbers in zip(self.settings, wanted, strict=True):
+        """Sets rate and decay of each job's groups, job by job, and each job's largest norm (0 for any)."""
+        one = self.groups == 1  # then the kernel clips, else it is done before, over all of a job's groups
+        bounds = [limit or float("inf") for limit in limits] if one else [float("inf")] * len(rates)
+        self.limits = [0.0] * self.jobs if one else limits
+        for values, numbers in zip(self.settings, (rates, decays, bounds), strict=True):
             values.copy_(torch.tensor(numbers), non_blocking=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes a step; gradients may be scaled down by it."""
         assert self.flat.grad is not None
+        for job, limit in enumerate(self.limits):
+            if limit:
+                slopes = [self.flat.grad[start:stop] for start, stop in self._pieces(job)]
+                norm = torch.nn.utils.get_total_norm(slopes)
+                torch._foreach_mul_(slopes, (limit / (norm + 1e-6)).clamp(max=1.0))
         past = State(**self.state[self.flat])
         step(self.flat.data, self.flat.grad, past, self.where, self.settings)
 
@@ -69,17 +90,20 @@ class JobsAdamW(torch.optim.Optimizer):
         assert self.flat.grad is not None
         self.flat.grad.zero_()
 
+    def _pieces(self, job: int) -> list[tuple[int, int]]:
+        return [(start, stop) for start, stop, owner in self.where.pieces if owner // self.groups == job]
+
     def broken(self) -> list[int]:
         """The jobs with parameters that are not finite."""
         if bool(self.flat.isfinite().all()):
             return []
-        return sorted({job for a, b, job in self.where.pieces if not bool(self.flat[a:b].isfinite().all())})
+        finite = [all(bool(self.flat[a:b].isfinite().all()) for a, b in self._pieces(job)) for job in range(self.jobs)]
+        return [job for job, whole in enumerate(finite) if not whole]
 
     @torch.no_grad()
     def drop(self, job: int) -> None:
         """Sets a job's parameters, gradients and moments to zero: what is not finite there can do no harm then."""
         assert self.flat.grad is not None
-        first, second = self.state[self.flat]["first"], self.state[self.flat]["second"]
-        for start, stop, owner in self.where.pieces:
-            for flat in (self.flat.data, self.flat.grad, first, second) if owner == job else ():
+        for flat in (self.flat.data, self.flat.grad, self.state[self.flat]["first"], self.state[self.flat]["second"]):
+            for start, stop in self._pieces(job):
                 flat[start:stop] = 0

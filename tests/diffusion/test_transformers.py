@@ -232,3 +232,7 @@ def test_packing_is_the_pipelines():
     latents = torch.randn(2, 4, 6, 8)
     theirs = FluxPipeline._pack_latents(latents, 2, 4, 6, 8)
     assert torch.equal(packed(latents), theirs) and torch.equal(unpacked(theirs, 6, 8), latents)
+
+
+def test_sdpa_may_be_asked_for(family: tuple[str, Path]):
+    assert load_base(str(family[1]), "cpu", attention="sdpa").attention == "sdpa"

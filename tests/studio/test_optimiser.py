@@ -1,12 +1,15 @@
 """Jobs on one flat buffer end where torch's AdamW takes each of them alone."""
 
+import pytest
 import torch
 from torch import nn
 
 from graft.studio.optimiser import JobsAdamW
 
 
-def test_every_job_is_torchs_adamw_with_its_own_settings():
+@pytest.mark.parametrize("cut", [0, 1, 3])
+def test_every_job_is_torchs_adamw_with_its_own_settings(cut: int):
+    """All parameters as one group, or the first ones as a group that learns slower."""
     rates, decays, limits = [0.1, 0.0, 0.02], [0.0, 0.5, 0.3], [0.0, 1.0, 0.4]
     stacks = [nn.Parameter(torch.randn(3, 4, 5)), nn.Parameter(torch.randn(3, 7))]
     single = [nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(3))]
@@ -15,11 +18,15 @@ def test_every_job_is_torchs_adamw_with_its_own_settings():
     for job in range(3):
         mine = [p[job] if owner is None else p for p, owner in whose if owner in (None, job)]
         copies = [nn.Parameter(p.detach().clone()) for p in mine]
-        alone.append((copies, torch.optim.AdamW(copies, lr=rates[job], weight_decay=decays[job])))
+        first = sum(owner in (None, job) for _, owner in whose[:cut])
+        slow, fast = {"params": copies[:first], "lr": 0.5 * rates[job]}, {"params": copies[first:], "lr": rates[job]}
+        alone.append((copies, torch.optim.AdamW([g for g in (slow, fast) if g["params"]], weight_decay=decays[job])))
     before = [stack.detach().clone() for stack in stacks]
-    optimizer = JobsAdamW(whose, 3)
+    groups = [group for group in (whose[:cut], whose[cut:]) if group]
+    optimizer = JobsAdamW(groups, 3)
     assert all(torch.equal(stack, old) for stack, old in zip(stacks, before, strict=True))
-    optimizer.set(rates, decays, limits)
+    scales = [0.5, 1.0] if cut else [1.0]
+    optimizer.set([r * s for r in rates for s in scales], [d for d in decays for _ in scales], limits)
     for _ in range(4):
         optimizer.zero_grad()
         torch.stack([(p * torch.randn_like(p)).sum() for p, _ in whose]).sum().backward()
