@@ -1,4 +1,4 @@
-"""Diffusion: Textual Inversion and LoRA for diffusers pipelines."""
+"""Diffusion: Textual Inversion, LoRA and DoRA for diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 _PUBLIC = {
     "DataConfig": "data",
     "DiffusionBase": "base",
+    "DiffusionDoRA": "lora",
     "DiffusionLoRA": "lora",
     "EvaluationConfig": "evaluation",
     "PreviewConfig": "previews",
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
     from graft.diffusion.data import DataConfig
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
     from graft.diffusion.jobs import prepare, prepare_together
-    from graft.diffusion.lora import DiffusionLoRA
+    from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
     from graft.diffusion.previews import PreviewConfig, preview
     from graft.diffusion.textual_inversion import TextualInversion
 
 __all__ = [
     "DataConfig",
     "DiffusionBase",
+    "DiffusionDoRA",
     "DiffusionLoRA",
     "EvaluationConfig",
     "PreviewConfig",

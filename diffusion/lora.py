@@ -1,8 +1,8 @@
-r"""LoRA for diffusion models, with DreamBooth's prior preservation.
+r"""LoRA and DoRA for diffusion models, with DreamBooth's prior preservation.
 
-Low-rank factors on the denoiser (and, if asked, the text encoder) learn a concept under a trigger word; the method
-itself is `graft.studio.methods.lora`. Prior preservation (Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion
-Models for Subject-Driven Generation", 2022, arXiv:2208.12242) adds to the loss
+Low-rank factors on the denoiser (and, if asked, the text encoder) learn a concept under a trigger word; the methods
+themselves are `graft.studio.methods.lora` and `dora`. Prior preservation (Ruiz et al., "DreamBooth: Fine Tuning
+Text-to-Image Diffusion Models for Subject-Driven Generation", 2022, arXiv:2208.12242) adds to the loss
 
     prior_weight * E || target(x', n, t) - denoiser(x'_t, t, text(class_prompt)) ||^2
 
@@ -27,6 +27,7 @@ from graft.diffusion.task import Source, row_slots
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import require
 from graft.studio.errors import InputError
+from graft.studio.methods.dora import DoRA
 from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Model, Plan, plan_sites
 
@@ -35,12 +36,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class DiffusionLoRA(LoRA, DiffusionMethod):
-    """LoRA on a diffusion base.
-
-    Example:
-        >>> handle = DiffusionLoRA(rank=4, trigger="sks").attach(base.modules)  # doctest: +SKIP
-    """
+class Subjects(DiffusionMethod):
+    """What a method on the denoiser's layers has here, beside its own settings."""
 
     trigger: str = "sks"
     """Word that calls the concept: put it into prompts. It needs no meaning before."""
@@ -59,7 +56,7 @@ class DiffusionLoRA(LoRA, DiffusionMethod):
     default_learning_rate = 1e-3
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]
         require("method.trigger", self.trigger, bool(self.trigger.strip()), "a word")
         require("method.class_pictures", self.class_pictures, 1 <= self.class_pictures <= 10_000, "1 to 10,000")
         require("method.prior_weight", self.prior_weight, self.prior_weight >= 0, "0 or more")
@@ -108,7 +105,7 @@ class DiffusionLoRA(LoRA, DiffusionMethod):
 
         return handle, encode
 
-    def plan(self, model: Model) -> Plan:
+    def plan(self: Any, model: Model) -> Plan:
         """Sites of the denoiser and, if asked, the text encoders; never of the VAE.
 
         Args:
@@ -125,6 +122,24 @@ class DiffusionLoRA(LoRA, DiffusionMethod):
         dead = {f"{name}.add_q_proj" for name, module in attentions if getattr(module, "context_pre_only", False)}
         sites = tuple(site for site in sites if site.name not in dead)
         return Plan(sites, tuple(map(self.count, sites)))
+
+
+@dataclass(frozen=True)
+class DiffusionLoRA(Subjects, LoRA):
+    """LoRA on a diffusion base.
+
+    Example:
+        >>> handle = DiffusionLoRA(rank=4, trigger="sks").attach(base.modules)  # doctest: +SKIP
+    """
+
+
+@dataclass(frozen=True)
+class DiffusionDoRA(Subjects, DoRA):
+    """DoRA on a diffusion base.
+
+    Example:
+        >>> handle = DiffusionDoRA(rank=4, trigger="sks").attach(base.modules)  # doctest: +SKIP
+    """
 
 
 def class_latents(base: DiffusionBase, prompt: str, count: int, side: int, cache: Cache) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
+    ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",

@@ -58,6 +58,7 @@ def many(
 
 def _compare(folder: Path, method: str, count: int, steps: int, threads: int, base: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"steps": steps, "threads": threads, "device": "cpu", "log_every": steps}
+    settings["checkpoint_seconds"] = 0  # each would log the loss of fewer steps
     jobs: list[dict[str, Any]] = [
         {
             "base": base,

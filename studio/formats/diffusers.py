@@ -1,4 +1,4 @@
-"""LoRA in diffusers' file: ``pytorch_lora_weights.safetensors`` with keys ``<component>.<module>.lora_A.weight``.
+"""LoRA and DoRA in diffusers' file: ``pytorch_lora_weights.safetensors``, ``<component>.<module>.lora_A.weight``.
 
 diffusers keeps alpha in the header only, where other programs lose it; so the scale is multiplied into B, alpha
 equals the rank, and the header is written as well.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,16 @@ from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import peft
 from graft.studio.formats.files import read_tensors, write_tensors
-from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.low_rank import (
+    LowRank,
+    check_lengths,
+    check_written,
+    from_adapter,
+    low_rank,
+    pair,
+    split_lengths,
+    to_adapter,
+)
 from graft.studio.formats.peft_folder import COMPONENTS
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -31,6 +41,7 @@ _EARLIER = (
     (r"\.to_(q|k|v)_lora\.(down|up)\.weight$", r".to_\1.lora.\2.weight"),
     (r"\.to_out_lora\.(down|up)\.weight$", r".to_out.0.lora.\1.weight"),
     (r"\.(?:lora|lora_linear_layer)\.down\.weight$", ".lora_A.weight"),
+    (r"\.lora_magnitude_vector\.weight$", peft.LENGTH),
     (r"\.(?:lora|lora_linear_layer)\.up\.weight$", ".lora_B.weight"),
 )
 
@@ -54,6 +65,10 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         components.setdefault(component, {})[rest] = module
         up = module.up.reshape(*module.up.shape, *[1] * (module.down.dim() - 2))
         tensors |= {f"{name}.lora_A.weight": module.down, f"{name}.lora_B.weight": up}
+        if module.length is not None:
+            # transformers, which loads those of text encoders, wants every key to end like this.
+            end = ".weight" if component.startswith("text_encoder") else ""
+            tensors[f"{name}{peft.LENGTH}{end}"] = module.length_at_output
     for component, parts in components.items():
         header |= {f"{component}.{key}": value for key, value in peft.config(parts, adapter.card.base).items()}
     metadata = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True)}
@@ -79,11 +94,13 @@ def _read(path: Path) -> dict[str, LowRank]:
         raise FormatError(f"{path}: {foreign}", "does not begin with a component", expected)
     configs = _configs(metadata, str(path))
     modules = {}
-    for name, (down, up) in pair(_renamed(tensors), ".lora_A.weight", ".lora_B.weight", str(path)).items():
+    lengths, factors = split_lengths(_renamed(tensors), peft.LENGTH)
+    for name, (down, up) in pair(factors, ".lora_A.weight", ".lora_B.weight", str(path)).items():
         component, _, rest = name.partition(".")
         config = configs.get(component)
         scaling = 1.0 if config is None else peft.scaling(config, rest, down.shape[0])
-        modules[name] = low_rank(down, up, scaling)
+        modules[name] = replace(low_rank(down, up, scaling), length=lengths.get(name))
+    check_lengths(lengths, modules, str(path))
     return modules
 
 

@@ -1,4 +1,5 @@
-"""LoRA in kohya's file (sd-scripts): ``lora_unet_<module>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
+"""LoRA in kohya's file (sd-scripts): ``lora_unet_<module>.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``;
+DoRA with ``.dora_scale`` (o, 1...), which ComfyUI reads and diffusers, at least up to 0.42.1, leaves out.
 
 A module's name is its path with ``_`` for ``.``, so the way back needs the words that Stable Diffusion's modules are
 called by; a name that is not made of them is refused. UNets are written with diffusers' names, which sd-scripts gives
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +22,19 @@ from torch import Tensor
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats.files import read_tensors, write_tensors
-from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.low_rank import (
+    LowRank,
+    check_lengths,
+    check_written,
+    from_adapter,
+    low_rank,
+    pair,
+    split_lengths,
+    to_adapter,
+)
 
 FILE = "kohya.safetensors"
+_LENGTH = ".dora_scale"
 _SILENT = "_self_attn_out_proj"
 
 _COMPONENTS = {"lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2"}
@@ -95,6 +107,8 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         up = up.reshape(*up.shape, *[1] * (module.down.dim() - 2))
         tensors |= {f"{short}.lora_down.weight": module.down, f"{short}.lora_up.weight": up}
         tensors[f"{short}.alpha"] = torch.tensor(float(rank))
+        if module.length is not None:
+            tensors[f"{short}{_LENGTH}"] = module.length.view(-1, *[1] * (module.down.dim() - 1))
     tensors |= _companions(tensors)
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     path = write_tensors(folder / FILE, tensors, {"format": "pt", **header})
@@ -142,7 +156,12 @@ def _read(path: Path) -> dict[str, LowRank]:
     """Factors by kohya's names, without `_companions`; without an alpha, or with one of 0, it equals the rank."""
     tensors, _ = read_tensors(path)
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
-    factors = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
+    scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_LENGTH)}
+    if across := [key for key, tensor in scales.items() if tensor.shape[0] != tensor.numel()]:
+        reason = "a DoRA of the inputs, not of the outputs as in the paper"
+        raise FormatError(f"{path}: {across[0]}", reason, "merge it in the program that made it")
+    lengths, factors = split_lengths(tensors, _LENGTH)
+    factors = {key: tensor for key, tensor in factors.items() if not key.endswith(".alpha")}
     pairs = pair(factors, ".lora_down.weight", ".lora_up.weight", str(path))
     if lost := [name for name, alpha in alphas.items() if name not in pairs or alpha.numel() != 1]:
         raise FormatError(f"{path}: {lost[0]}.alpha", "an alpha without factors, or not one number", "export it again")
@@ -152,7 +171,8 @@ def _read(path: Path) -> dict[str, LowRank]:
             continue
         rank = down.shape[0]
         alpha = float(alphas[short]) if short in alphas else 0.0
-        modules[short] = low_rank(down, up, (alpha or rank) / rank)
+        modules[short] = replace(low_rank(down, up, (alpha or rank) / rank), length=lengths.get(short))
+    check_lengths(lengths, modules, str(path))
     return modules
 
 

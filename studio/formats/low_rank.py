@@ -44,6 +44,13 @@ class LowRank:
         return (self.up.shape[0], *self.down.shape[1:])
 
     @property
+    def length_at_output(self) -> Tensor:
+        """m of DoRA as other libraries lay it out: (o,), or (1, o, 1...) on a convolution."""
+        assert self.length is not None
+        kernel = self.down.dim() - 2
+        return self.length.view(*([1, -1] if kernel else [-1]), *[1] * kernel)
+
+    @property
     def packed(self) -> bool:
         """Whether it is the packed projection of torch's MultiheadAttention."""
         return self.kind == "mha" and self.up.shape[0] == 3 * self.down.shape[1]
@@ -174,6 +181,18 @@ def pair(tensors: Mapping[str, Tensor], down_end: str, up_end: str, where: str) 
             reason = "not a LoRA factor, or one without its partner"
             raise FormatError(f"{where}: {key}", reason, "only plain LoRA of linear, conv and embedding is read")
     return pairs
+
+
+def split_lengths(tensors: Mapping[str, Tensor], end: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns DoRA's lengths (o,) by module, from keys with this end, and the other tensors."""
+    lengths = {key.removesuffix(end): tensor.flatten() for key, tensor in tensors.items() if key.endswith(end)}
+    return lengths, {key: tensor for key, tensor in tensors.items() if not key.endswith(end)}
+
+
+def check_lengths(lengths: Mapping[str, Tensor], modules: Mapping[str, LowRank], where: str) -> None:
+    """Raises FormatError if some modules of a DoRA have no length, or lengths no module."""
+    if lengths and (odd := set(lengths) ^ set(modules)):
+        raise FormatError(f"{where}: {min(odd)}", "a DoRA in which lengths or factors are missing", "export it again")
 
 
 def low_rank(down: Tensor, up: Tensor, scaling: float) -> LowRank:

@@ -23,7 +23,16 @@ from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import adalora, ia3, prompts
 from graft.studio.formats.files import read_tensors
-from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.low_rank import (
+    LowRank,
+    check_lengths,
+    check_written,
+    from_adapter,
+    low_rank,
+    pair,
+    split_lengths,
+    to_adapter,
+)
 from graft.studio.formats.peft_folder import CONFIG, FILE, PREFIX, by_component, read_config, write_folder
 
 _READERS = {
@@ -32,6 +41,7 @@ _READERS = {
     "PROMPT_TUNING": prompts.read,
     "PREFIX_TUNING": prompts.read,
 }
+LENGTH = ".lora_magnitude_vector"
 _OUT = ".base_layer.out_proj"  # of a MultiheadAttention, in peft's keys
 _TWICE = (0, 21, 2)  # the last version known to add its change twice
 # Options under which the two factors are not the whole story.
@@ -158,9 +168,7 @@ def _keys(modules: Mapping[str, LowRank]) -> dict[str, Any]:
             up = module.up.reshape(*module.up.shape, *[1] * (module.down.dim() - 2))
             ends = {"lora_A.weight": module.down, "lora_B.weight": up}
         if module.length is not None:
-            ends["lora_magnitude_vector"] = module.length.view(
-                *([1, -1] if module.down.dim() > 2 else [-1]), *[1] * (module.down.dim() - 2)
-            )
+            ends["lora_magnitude_vector"] = module.length_at_output
         if module.kind == "mha":  # peft has factors for it, too: such that change nothing
             nothing = module.down.new_zeros(module.down.shape[1], module.rank)
             ends |= {f"{_OUT[1:]}.lora_A.weight": nothing.T, f"{_OUT[1:]}.lora_B.weight": nothing}
@@ -172,9 +180,8 @@ def _read(folder: Path, settings: Mapping[str, Any]) -> dict[str, LowRank]:
     check_config(settings, str(folder / CONFIG))
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in read_tensors(folder / FILE)[0].items()}
     tables = {key: tensor for key, tensor in tensors.items() if "lora_embedding_" in key}
-    end = ".lora_magnitude_vector"
-    lengths = {key.removesuffix(end): t.flatten() for key, t in tensors.items() if key.endswith(end)}
-    layers = {key: t for key, t in tensors.items() if key not in tables and not key.endswith(end)}
+    lengths, others = split_lengths(tensors, LENGTH)
+    layers = {key: tensor for key, tensor in others.items() if key not in tables}
     modules = {}
     for name, (down, up) in pair(tables, ".lora_embedding_A", ".lora_embedding_B", str(folder / FILE)).items():
         modules[name] = LowRank("embedding", down, up * scaling(settings, name, down.shape[0]))
@@ -187,9 +194,5 @@ def _read(folder: Path, settings: Mapping[str, Any]) -> dict[str, LowRank]:
             modules[attention] = replace(modules[attention], kind="mha")
         if out.up.any():
             modules[f"{attention}.out_proj"] = replace(out, kind="mha")
-    if lengths and set(lengths) != set(modules):
-        (name, *_) = set(lengths) ^ set(modules)
-        raise FormatError(
-            f"{folder / FILE}: {name}", "a DoRA in which lengths or factors are missing", "export it again"
-        )
+    check_lengths(lengths, modules, str(folder / FILE))
     return modules

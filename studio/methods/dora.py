@@ -53,14 +53,15 @@ class DoRA(LoRA):
     @classmethod
     def as_lora(cls, adapter: Adapter) -> Adapter:
         """Refuses: the lengths change the base's part too."""
-        raise InputError("a DoRA", "it is no plain LoRA", "use native or peft, or merge it")
+        raise InputError("a DoRA", "it is no plain LoRA", "use native, peft, diffusers or kohya, or merge it")
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
-        """Writes the adapter for peft."""
-        from graft.studio.formats import peft
+        """Writes the adapter for another library."""
+        from graft.studio.formats import diffusers, kohya, peft
 
-        return peft.export(adapter, folder) if format == "peft" else super().export(adapter, folder, format)
+        writers = {"peft": peft.export, "diffusers": diffusers.export, "kohya": kohya.export}
+        return writers[format](adapter, folder) if format in writers else super().export(adapter, folder, format)
 
 
 class DirectedSlot(LowRankSlot):

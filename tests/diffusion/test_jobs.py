@@ -58,7 +58,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.fixture(params=[TI, LORA, {**LORA, "targets": "all", "text_encoder": True}], ids=["ti", "lora", "lora-all"])
+DORA = {**LORA, "name": "dora"}
+
+
+@pytest.fixture(
+    params=[TI, LORA, {**LORA, "targets": "all", "text_encoder": True}, DORA], ids=["ti", "lora", "lora-all", "dora"]
+)
 def method(request: pytest.FixtureRequest) -> dict:
     return request.param
 

@@ -51,7 +51,8 @@ def trained(model, method, domain=""):
         for parameter in handle.bank.parameters():
             nn.init.normal_(parameter, std=0.3)
     handle.detach()
-    return Adapter(handle.tensors(), Card("lora", to_dict(method), domain, sites=handle.plan.to_list()))
+    name = type(method).__name__.lower()
+    return Adapter(handle.tensors(), Card(name, to_dict(method), domain, sites=handle.plan.to_list()))
 
 
 def pipeline():
@@ -126,14 +127,14 @@ def test_we_give_the_same_output_from_pefts_own_file(tmp_path, make, targets, rs
         torch.testing.assert_close(model(INPUTS[make]), theirs(INPUTS[make]), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("targets", ["attention", "all"])
-def test_diffusers_draws_the_same_picture_from_our_export(tmp_path, targets):
+@pytest.mark.parametrize(("kind", "targets"), [(LoRA, "attention"), (LoRA, "all"), (DoRA, "all")])
+def test_diffusers_draws_the_same_picture_from_our_export(tmp_path, kind, targets):
     pipe = pipeline()
     base = {"unet": pipe.unet, "text_encoder": pipe.text_encoder}
     before = picture(pipe)
-    method = LoRA(rank=2, alpha=5, targets=targets)
+    method = kind(rank=2, alpha=5, targets=targets)
     adapter = trained(base, method, "diffusion")
-    handle = LoRA.attach_to(type("Base", (), {"modules": base}), adapter.tensors, adapter.card)
+    handle = kind.attach_to(type("Base", (), {"modules": base}), adapter.tensors, adapter.card)
     expected = picture(pipe)
     handle.detach()
     assert torch.equal(picture(pipe), before)
@@ -143,7 +144,8 @@ def test_diffusers_draws_the_same_picture_from_our_export(tmp_path, targets):
     theirs.load_lora_weights(tmp_path)
     torch.testing.assert_close(picture(theirs), expected, rtol=1e-3, atol=1e-4)
     again = load_adapter(tmp_path)
-    handle = LoRA.attach_to(type("Base", (), {"modules": base}), again.tensors, again.card)
+    assert again.card.method == kind.__name__.lower()
+    handle = kind.attach_to(type("Base", (), {"modules": base}), again.tensors, again.card)
     torch.testing.assert_close(picture(pipe), expected, rtol=1e-3, atol=1e-4)
     # Without its header (other programs drop it) the file still says the same.
     save_file(load_file(tmp_path / "pytorch_lora_weights.safetensors"), tmp_path / "bare.safetensors")

@@ -21,6 +21,7 @@ from graft.studio.config import to_dict
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import kohya
 from graft.studio.formats.low_rank import LowRank, to_adapter
+from graft.studio.methods.dora import DoRA
 from graft.studio.methods.lora import LoRA
 
 DEEP = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -214,12 +215,42 @@ def test_alphas_that_differ_from_module_to_module_are_taken_each_by_itself(tmp_p
     torch.testing.assert_close(picture(theirs), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_dora_scales_the_rows_of_the_changed_weight(tmp_path):
+    """W' = dora_scale (W + alpha / r B A) / || W + alpha / r B A || of each row, as ComfyUI computes it."""
+    pipe, names = sd(), ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "conv_in")
+    handle = DoRA(rank=2, alpha=5, targets=names).attach(parts(pipe))
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    expected = picture(pipe)
+    handle.detach()
+    config = to_dict(DoRA(rank=2, alpha=5, targets=names))
+    adapter = Adapter(handle.tensors(), Card("dora", config, "diffusion", sites=handle.plan.to_list()))
+    (file,) = adapter.export(tmp_path, "kohya")
+    tensors = load_file(file)
+    with torch.no_grad():
+        for name in names:
+            weight, short = pipe.unet.get_submodule(name).weight, f"lora_unet_{name.replace('.', '_')}"
+            down, up, alpha, length = (
+                tensors[f"{short}.{end}"] for end in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")
+            )
+            changed = weight.flatten(1) + alpha / len(down) * up.flatten(1) @ down.flatten(1)
+            assert length.shape == (len(weight), *[1] * (weight.dim() - 1))
+            changed = length.flatten(1) * changed / changed.norm(dim=1, keepdim=True)
+            weight.copy_(changed.view_as(weight))
+    torch.testing.assert_close(picture(pipe), expected, rtol=1e-3, atol=1e-4)
+    again, fresh = load_adapter(file), sd()
+    assert again.card.method == "dora"
+    DoRA.attach_to(SimpleNamespace(modules=parts(fresh)), again.tensors, again.card)
+    torch.testing.assert_close(picture(fresh), expected, rtol=1e-3, atol=1e-4)
+
+
 BAD = {
     "lora_unet_down_blocks_0_attentions_0_magic.lora_down.weight": "no module of Stable Diffusion",
     "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": "no module of Stable Diffusion",
     "lora_te3_encoder_block_0.lora_down.weight": "no module of Stable Diffusion",
     "lora_unet_conv_in.hada_w1_a": "not a LoRA factor",
-    "lora_unet_conv_in.dora_scale": "not a LoRA factor",
+    "lora_unet_conv_in.dora_scale": "a DoRA of the inputs",
     "lora_unet_conv_in.alpha": "an alpha without factors",
 }
 
