@@ -292,7 +292,7 @@ def attend_by(base: DiffusionBase, attention: str) -> None:
     if attention == "xformers":
         try:
             base.denoiser.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, NotImplementedError, RuntimeError) as error:
+        except (ImportError, ValueError, RuntimeError) as error:
             (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
             remedy = 'Take "sdpa" or "auto", or a build of xformers for this torch and GPU'
             raise InputError('attention = "xformers"', f"xformers does not run here ({reason})", remedy) from error

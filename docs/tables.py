@@ -18,11 +18,13 @@ from typing import Any
 from graft.studio import registry
 from graft.studio.cli import build_parser
 from graft.studio.config import field_docs
-from graft.studio.errors import SiteError
+from graft.studio.methods.lora import LoRA
 
 BLOCK = re.compile(
     r"(?P<head><!-- (?:fields (?P<place>\S+)|(?P<what>commands|site methods)) -->\n).*?(?=<!-- end -->)", re.DOTALL
 )
+LOFTQ = "graft.studio.methods.loftq:loftq"
+WHEN_LOFTQ = "a base that is quantised to few bits"
 EVERYWHERE = {"--help", "--json", "--version"}
 
 
@@ -86,26 +88,37 @@ def commands() -> str:
 
 
 def site_methods() -> str:
-    """Each method for any torch model: what it trains, its equation, its size on a ViT-S, when to use it, its paper."""
+    """Each method for any torch model: what it trains, its equation, its size on a ViT-S, when to use it, its paper.
+
+    Prefix tuning needs keys and values in a cache, and is counted on a Llama with the layers and widths of that ViT.
+    """
     import timm
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape = {"num_hidden_layers": 12, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
     with torch.device("meta"):
         vit = timm.create_model("vit_small_patch16_224", num_classes=0)
+        llama = LlamaForCausalLM(LlamaConfig(**shape))
     rows = []
-    for name, place in registry.SITE_METHODS.items():
-        cls, told = registry.site_method(name), import_module(place.partition(":")[0]).__doc__ or ""
+    for name, place in {**registry.SITE_METHODS, "loftq": LOFTQ}.items():
+        cls, told = registry.find(place), import_module(place.partition(":")[0]).__doc__ or ""
         (equation, *_) = re.findall(r"^    (\S.*)$", told, re.MULTILINE)
         papers = ", ".join(re.findall(r"arXiv:\d+\.\d+", told))
-        try:
-            count = f"{cls().plan(vit).parameters:,}"
-        except SiteError:
-            count = "-"
-        what = (cls.__doc__ or "").partition("\n")[0]
+        if name == "loftq":  # a start of LoRA
+            plan, what, when = (
+                LoRA().plan(vit),
+                "LoRA, from a start that makes up for the rounding of a base.",
+                WHEN_LOFTQ,
+            )
+        else:
+            plan, what, when = cls().plan(llama if name == "prefix_tuning" else vit), cls.__doc__ or "", cls.when
+        places = ", ".join(dict.fromkeys(site.role or site.kind for site in plan))
+        what = f"{what.partition(chr(10))[0]} At: {places}"
         equation = re.sub(r" {2,}", "  ", equation).replace("``", "").replace("|", "\\|")
-        cells = [f"`{name}`", what, f"`{equation}`", count, cls.when, papers]
-        rows.append(f"| {' | '.join(cells)} |")
-    head = "| method | what it is | equation | parameters on a ViT-S | when | paper |"
+        count = f"{plan.parameters:,}" + (" (a Llama)" if name == "prefix_tuning" else "")
+        rows.append(f"| {' | '.join([f'`{name}`', what, f'`{equation}`', count, when, papers])} |")
+    head = "| method | what it trains, and where by default | equation | parameters on a ViT-S | when | paper |"
     return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"
 
 

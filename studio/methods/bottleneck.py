@@ -38,7 +38,7 @@ Activation = Literal["relu", "gelu", "silu"]
 class Houlsby(SiteMethod):
     """Serial adapters behind attention and feed-forward."""
 
-    kinds = ("linear",)
+    kinds = ("linear", "mha")
     when = "much room to learn; every token pays at inference"
 
     width: int = 64

@@ -30,7 +30,7 @@ from graft.studio.slots import Handle
 class Compacter(SiteMethod):
     """Serial adapters from shared and rank-one Kronecker factors."""
 
-    kinds = ("linear",)
+    kinds = ("linear", "mha")
     when = "bottleneck adapters at a hundredth of the size"
 
     reduction: int = 32

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 from typing import Any, ClassVar
 
@@ -59,9 +60,11 @@ class FishMask(SiteMethod):
         """Returns the weights and biases to choose from."""
         return plan_parameters(model, self.targets, self.kinds, self.towers)
 
-    def count(self, site: Site) -> int:
-        """Returns the share of a site if all were alike; what is chosen differs."""
-        return round(self.density * prod(site.covered))
+    def plan(self, model: Model) -> Plan:
+        """Returns the sites with their share if all were alike; what is chosen differs, the sum does not."""
+        sites = self.sites(model).sites
+        ends = [round(self.density * total) for total in accumulate(prod(site.covered) for site in sites)]
+        return Plan(sites, tuple(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)))
 
     def choose(self, model: Model, losses: Iterable[Tensor]) -> dict[str, Tensor]:
         """Returns the places to train in each site, as flat indices.

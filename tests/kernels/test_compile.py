@@ -32,13 +32,15 @@ def check(kernels: list[dict]) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the assembler comes with Triton for Linux")
-def test_the_usual_shapes_stay_in_registers():
-    kernels = compiled()
-    assert len({kernel["kernel"] for kernel in kernels}) >= 6
+def test_the_usual_shape_of_a_lora_layer_stays_in_registers():
+    kernels = compiled("lora_linear")
+    assert kernels
     check(kernels)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the assembler comes with Triton for Linux")
 def test_every_shape_stays_in_registers():
-    check(compiled("every"))
+    kernels = compiled("every")
+    assert len({kernel["kernel"] for kernel in kernels}) >= 6
+    check(kernels)

@@ -38,8 +38,8 @@ def test_every_path_is_measured_and_near_the_formula(tiny, tmp_path):
 
 
 def test_one_operation_alone(tiny):
-    result = kernels.run(rounds=1, only="packed,grouped")
-    assert [row["pass"] for row in result["rows"]] == ["forward", "both"] * 2
+    result = kernels.run(rounds=1, only="class_votes,flat_adamw")
+    assert [row["operation"] for row in result["rows"]] == ["class_votes"] * 3 + ["flat_adamw"]
 
 
 def test_a_path_that_fails_is_one_less(tiny):

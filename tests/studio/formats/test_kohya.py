@@ -193,7 +193,8 @@ def test_alphas_that_differ_from_module_to_module_are_taken_each_by_itself(tmp_p
     torch.manual_seed(1)
     names = ["unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "unet.conv_in", "unet.conv_out"]
     names += [f"text_encoder.text_model.encoder.layers.0.{end}" for end in ("self_attn.v_proj", "mlp.fc1")]
-    pipe, merged, tensors = sd(), sd(), {}
+    pipe, merged = sd(), sd()
+    tensors: dict[str, torch.Tensor] = {}
     for rank, (alpha, name) in enumerate(zip((0.5, 4.0, 1.0, 8.0, 3.0), names, strict=True), 1):
         component, _, path = name.partition(".")
         root = parts(merged)[component]

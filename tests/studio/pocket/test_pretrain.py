@@ -13,6 +13,7 @@ from graft.studio.job import Job, TrainConfig
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.commands import ON_GPU, RECIPES, recipe
+from graft.studio.pocket.pretrain import unet
 from graft.studio.pocket.pretrain.autoencoder import Autoencoder
 from graft.studio.pocket.pretrain.clip import Clip
 from graft.studio.pocket.pretrain.draw import pictures, worn
@@ -89,7 +90,9 @@ def test_vit_learns_everywhere_and_its_targets_are_known_sprites():
 def unet_task(tmp_path_factory) -> UnetTask:
     parts = models.autoencoder(), models.text_encoder(), models.load_tokenizer()
     folder: Path = tmp_path_factory.mktemp("latents")
-    task = UnetTask(*parts, folder, scenes=8, batch_size=4, plain_colours=("blue",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unet, "plain_scenes", lambda colours: plain_scenes(colours)[:16])
+        task = UnetTask(*parts, folder, scenes=8, batch_size=4, plain_colours=("blue",))
     assert len(list(folder.iterdir())) == 1
     return task
 

@@ -11,7 +11,7 @@ import torch
 from graft.studio.job import TrainConfig
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.pocket.pretrain import variants
+from graft.studio.pocket.pretrain import unet, variants
 from graft.studio.pocket.pretrain.unet import Unet, UnetTask
 from graft.studio.pocket.pretrain.variants import MARK, PseudoWords, cached_variants, placed, variant
 from graft.studio.pocket.scenes import COLOURS, centred, render
@@ -95,8 +95,12 @@ def test_no_caption_has_the_mark(parts):
     assert all(mark[1] not in tokenizer(name).input_ids for name in Atlas.load().names)
 
 
-def test_a_share_of_the_batch_are_variants_and_their_words_learn(parts, tmp_path: Path):
+def test_a_share_of_the_batch_are_variants_and_their_words_learn(
+    parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     vae, tower, text, tokenizer = parts
+    plain = unet.plain_scenes
+    monkeypatch.setattr(unet, "plain_scenes", lambda colours: plain(colours)[:16])
     task = UnetTask(vae, text, tokenizer, tmp_path, scenes=8, batch_size=6, plain_colours=("blue",))
     task.add_variants(cached_variants(vae, tower, 10, tmp_path), vae.config.scaling_factor, share=0.5)
     batch = task.batch(0, torch.Generator().manual_seed(0))
