@@ -49,11 +49,14 @@ class ConceptTask(DiffusionTask):
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group without weight decay, which would pull a word's rows to the origin."""
-        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
+        """Without weight decay, which would pull a word's rows to the origin; one group, unless a method has several."""
+        groups = self.handle.param_groups() if hasattr(self.handle, "param_groups") else [{}]
+        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0} | group for group in groups]
 
     def gradients(self) -> list[list[Tensor]]:
         """The gradients of every job, which are clipped each by their own norm."""
+        if hasattr(self.handle, "gradients"):
+            return self.handle.gradients()  # type: ignore[no-any-return]
         if isinstance(self.handle, Concepts):  # a parameter per word; elsewhere a stack over slots
             return [[row.grad] for row in self.handle.bank.rows if row.grad is not None]
         grads = [p.grad for p in self.bank.parameters() if p.grad is not None]
@@ -73,6 +76,8 @@ class ConceptTask(DiffusionTask):
 
     def _inner(self, slot: int, prompt: str) -> str:
         """The prompt with the word that the job's concept has inside a shared task."""
+        if hasattr(self.handle, "spoken"):
+            return str(self.handle.spoken(slot, prompt))
         if not isinstance(self.handle, Concepts):
             return prompt
         return prompt.replace(self.subjects[slot].method.token, self.handle.methods[slot].token)
