@@ -111,14 +111,14 @@ class CustomDiffusion(DiffusionMethod):
     @property
     def phrases(self) -> tuple[str, ...]:
         """What calls each concept: its word, and what it is."""
-        return tuple(f"{a} {b}".strip() for a, b in zip(self.tokens, self._each(self.class_word, ""), strict=True))
+        return tuple(f"{a} {b}".strip() for a, b in zip(self.tokens, self.of_each(self.class_word, ""), strict=True))
 
     @property
     def trigger(self) -> str:  # type: ignore[override]
         """What calls all concepts."""
         return " and ".join(self.phrases)
 
-    def _each(self, given: str | tuple[str, ...] | None, default: Any = None) -> tuple[Any, ...]:
+    def of_each(self, given: str | tuple[str, ...] | None, default: Any = None) -> tuple[Any, ...]:
         """A setting for each of the words."""
         return given or (default,) * len(self.tokens) if isinstance(given, tuple) else (given,) * len(self.tokens)
 
@@ -167,7 +167,7 @@ class CustomDiffusion(DiffusionMethod):
         posterior = latents(base, subject.dataset, cache)
         prompts = [table.rows(slot, some) for some in told]
         yield Source(posterior["mean"], posterior["std"], prompts, rows, slot=slot)
-        classes = list(dict.fromkeys(prompt for prompt in self._each(self.class_prompt) if prompt))
+        classes = list(dict.fromkeys(prompt for prompt in self.of_each(self.class_prompt) if prompt))
         side = subject.dataset.pixels.shape[-1]
         if self.class_path is not None:
             mean, std, shown = _folder(base, self.class_path, classes, side, cache)
@@ -397,7 +397,7 @@ def attach_custom(
 def _words(method: CustomDiffusion, tokenizer: Any) -> list[TextualInversion]:
     """The method's words as Textual Inversion has them."""
     whole = [rare if len(tokenizer.tokenize(rare)) == 1 else None for rare in RARE]
-    starts = method._each(method.initializer)
+    starts = method.of_each(method.initializer)
     return [
         TextualInversion(token=token, vectors=method.vectors, initializer=start or whole[i % len(whole)])
         for i, (token, start) in enumerate(zip(method.tokens, starts, strict=True))
