@@ -28,7 +28,7 @@ from graft.diffusion.custom_diffusion_files import whole_weights, words_of
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict
 from graft.studio.errors import BaseMismatchError, InputError
-from graft.studio.sites import Plan, named_modules
+from graft.studio.sites import named_modules
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase

@@ -376,7 +376,7 @@ def attach_custom(
         InputError: a word that the tokenizer knows already or cannot keep whole, or two text encoders.
         SiteError: a denoiser without cross-attention.
     """
-    plan, words, inner = text_layers(base.modules), [], []
+    plan, words, inner = text_layers(base.modules), list[TextualInversion](), list[list[str]]()
     for method in methods:
         own = _words(method, base.tokenizer)
         if len(methods) > 1:  # jobs may have chosen the same words: in a shared batch each gets its own

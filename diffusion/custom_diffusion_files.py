@@ -2,14 +2,14 @@
 
 | format | files | who reads them |
 |---|---|---|
-| `diffusers` | `pytorch_custom_diffusion_weights.safetensors` | code that sets diffusers' `CustomDiffusionAttnProcessor` |
+| `diffusers` | `pytorch_custom_diffusion_weights.safetensors` | code with diffusers' `CustomDiffusionAttnProcessor` |
 | `merged` | `custom_diffusion_unet.safetensors` | `unet.load_state_dict(..., strict=False)` |
 | `lora` | `pytorch_lora_weights.safetensors` | every program that reads diffusers' LoRA |
 
 and in each a file per word, `<new1>.safetensors`, for `pipe.load_textual_inversion`. The first two are exact. A LoRA is
-the best approximation of the change of its rank (singular value decomposition); `lora` keeps in each layer the largest
-singular values that make up 60 % of their sum, as the authors do to save space, `lora-8` keeps eight. What it leaves out
-is logged and stands in the header as `residual`, || D - B A || / || D || over all layers.
+the best approximation of the change of its rank (singular value decomposition): `lora` keeps in each layer the largest
+singular values that make up 60 % of their sum, as the authors do to save space, `lora-8` keeps eight. What it leaves
+out is logged and stands in the header as `residual`, || D - B A || / || D || over all layers.
 """
 
 from __future__ import annotations

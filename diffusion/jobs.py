@@ -49,7 +49,7 @@ class ConceptTask(DiffusionTask):
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """Without weight decay, which would pull a word's rows to the origin; one group, unless a method has several."""
+        """One group, or those of the method, without weight decay, which would pull a word's rows to the origin."""
         groups = self.handle.param_groups() if hasattr(self.handle, "param_groups") else [{}]
         return [{"params": list(self.bank.parameters()), "weight_decay": 0.0} | group for group in groups]
 

@@ -76,6 +76,7 @@ SITE_METHODS: dict[str, str] = {
 
 BENCHMARKS: dict[str, str] = {
     "clip-speed": "graft.vlm.bench:speed",
+    "concepts": "graft.diffusion.bench:concepts",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
     "kernels": "graft.studio.bench.kernels:run",

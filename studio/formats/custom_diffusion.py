@@ -1,5 +1,5 @@
-"""Custom Diffusion in the files of diffusers' example script: ``pytorch_custom_diffusion_weights.safetensors`` with whole
-weights ``<layer>.attn2.processor.to_k_custom_diffusion.weight``, and ``<new1>.safetensors`` with the row of each word.
+"""Custom Diffusion in the files of diffusers' example script: ``pytorch_custom_diffusion_weights.safetensors`` with
+whole weights ``<layer>.attn2.processor.to_k_custom_diffusion.weight``, ``<new1>.safetensors`` with the row of a word.
 
 diffusers writes them and, up to 0.42, does not read them back: `unet.load_attn_procs` ends without an error and without
 a change. Some of its versions name a word's file ``<new1>.bin`` though it is a safetensors file, which is read; pickles
