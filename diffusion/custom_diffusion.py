@@ -87,7 +87,7 @@ class CustomDiffusion(DiffusionMethod):
     own = frozenset({"token", "folders", "class_word", "initializer", "vectors"}) | frozenset(
         {"class_prompt", "class_path", "class_pictures", "prior_weight"}
     )
-    default_learning_rate = 5e-4
+    default_learning_rate = 1e-3
 
     def __post_init__(self) -> None:
         require("method.token", self.token, 0 < len(set(self.tokens)) == len(self.tokens), "different words")

@@ -3,9 +3,9 @@
 **One concept.** New sprites x seeds x methods with default settings. `CLIP-I` is pocket-clip's and `DINO` pocket-vit's
 cosine between drawn and held-out pictures; `CLIP-T` pocket-clip's between a drawing and its prompt, in which the known
 sprite that looks most like the concept stands for its word; `recognised` as in `graft bench personalization`. `KID` is
-what else has changed: the squared distance of kernel means (Binkowski et al., 2018, arXiv:1801.01401; x 1000, unbiased,
-so about 0 for no change and possibly below) of pocket-vit's features between pictures of known sprites that the adapted
-and, from other seeds, the plain base draw.
+what else has changed: the kernel distance (Binkowski et al., 2018, arXiv:1801.01401; x 1000, unbiased, so about 0 for
+no change and possibly below) of pocket-vit's features between pictures of known sprites that the adapted and, from
+another seed, the plain base draw.
 
 **Two concepts.** Each was learnt alone; then one prompt asks for both. `both` and `one` are the shares of pictures in
 which both sprites, or at least one, are found: a window of a quarter of the picture counts if, of all new sprites and
@@ -63,7 +63,7 @@ class Eyes:
 
     clip: Clip
     vit: Any
-    known: int = 24
+    known: int = 32
     """Known sprites that `drift` draws."""
     cache: dict[str, Any] = field(default_factory=dict)
 
@@ -88,7 +88,7 @@ class Eyes:
         """Kernel distance x 1000 of what the base draws now to what it drew when this was first called."""
         prompts = [f"a photo of {with_article(name)}" for name in self.names]
         if "prior" not in self.cache:
-            self.cache["prior"] = self.look(sum(draw(base, prompts, [100, 101], PreviewConfig()), []))
+            self.cache["prior"] = self.look(sum(draw(base, prompts, [100], PreviewConfig()), []))
         return 1000 * kid(self.look(sum(draw(base, prompts, [0], PreviewConfig()), [])), self.cache["prior"])
 
     def prototypes(self, sprites: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -122,12 +122,14 @@ def _window(picture: Image.Image, x: int, y: int) -> Image.Image:
 
 
 def kid(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared distance of means under the kernel (x y / d + 1)^3, features scaled to length sqrt(d)."""
+    """Unbiased squared distance of means under the kernel (x y / d + 1)^3 of unit features scaled to length sqrt(d).
+
+    Row i of both sets answers the same prompt: such pairs are left out, as those of a row with itself are.
+    """
     a, b = (part.double() * part.shape[1] ** 0.5 for part in (a, b))
-    n, m, d = len(a), len(b), a.shape[1]
-    aa, bb, ab = ((x @ y.T / d + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    within = (aa.sum() - aa.diagonal().sum()) / (n * (n - 1)) + (bb.sum() - bb.diagonal().sum()) / (m * (m - 1))
-    return float(within - 2 * ab.mean())
+    aa, bb, ab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    of = aa + bb - ab - ab.T
+    return float((of.sum() - of.diagonal().sum()) / (len(a) * (len(a) - 1)))
 
 
 def concepts(

@@ -49,6 +49,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+CD_JOB = {"base": "pocket-sd", "data": {"path": "photos"}}
+
+
 def processors(unet: UNet2DConditionModel) -> dict[str, CustomDiffusionAttnProcessor]:
     """Those of the example script: keys and values of the text start as the base's and are trained."""
     made = {}
@@ -200,6 +203,16 @@ def test_jobs_in_one_batch_equal_each_alone(folder: Path, photos: Path, tmp_path
     steps(together, 4, start=3)
 
 
+def test_bf16_trains_close_to_fp32(folder: Path, photos: Path):
+    wide, narrow = (prepare(job(folder, photos, CD, mixed_precision=p)) for p in ("no", "bf16"))
+    batch = wide.batch(0, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = narrow(batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(wide(batch)[0].item(), rel=0.02)
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in narrow.parameters())
+
+
 @pytest.mark.slow
 def test_a_training_that_was_cut_ends_with_the_same_bits(
     folder: Path, photos: Path, base: DiffusionBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -263,6 +276,7 @@ def test_class_pictures_of_a_folder(folder: Path, photos: Path, two: Path):
     (two / "toys" / "2.txt").write_text("a toy on a toy")
     task = prepare(job(folder, photos, {**CD, "class_path": str(two), "class_prompt": "a photo of a cat"}))
     ours, theirs = task.sources
+    assert Job.load({**CD_JOB, "method": {**CD, "class_path": "pictures"}}).method["class_path"].startswith("/")
     assert theirs.mean.shape[0] == 5 and theirs.std.any()
     assert [prompts[0] for prompts in theirs.prompts] == [8, 8, 9, 8, 8]
     with pytest.raises(DataError, match="0.png has no caption"):
