@@ -113,8 +113,8 @@ class Job:
         """Return the validated job; where it does not say how to train, as is usual for its method.
 
         Args:
-            source: a job, its mapping, or the path of a TOML file. Relative paths in a file are taken from the file's folder,
-                elsewhere from the current one.
+            source: a job, its mapping, or the path of a TOML file. Relative paths in a file are taken from the file's
+                folder, elsewhere from the current one.
             overrides: "train.steps=50" and the like; the value is TOML, or a string if it is not.
 
         Raises:
