@@ -15,8 +15,8 @@ concepts of a job are learnt from mixed batches (the paper's joint training); se
 Differs from the authors' code: what is kept and trained is the change of W_K and W_V, stacked over slots, so that rows
 of one batch may belong to different adapters (for Adam the same steps as on the weights themselves); no weight decay;
 the row lives outside the token table; query and output (their `crossattn`) are not trained; their random rescaling with
-masked loss and captions such as "very small" is left out. Their recipe for Stable Diffusion 1.x: learning rate 8e-5 for
-batches of 4 with a prior (1e-5 per row), 500 steps, doubled for two concepts, 200 class pictures.
+masked loss and captions such as "very small" is left out. Their recipe for Stable Diffusion 1.x: learning rate 8e-5
+(1e-5 for each of 4 + 4 rows of a batch), 250 steps, 500 for two concepts, 200 class pictures.
 """
 
 from __future__ import annotations
@@ -282,11 +282,6 @@ class CustomConcepts:
         ends = [sum(map(len, inner[:slot])) for slot in range(len(inner) + 1)]
         self._places = [range(*pair) for pair in zip(ends, ends[1:], strict=False)]
         self.route = weights.route
-
-    @property
-    def routed(self) -> Tensor | None:
-        """Slot of each row of the batch."""
-        return self.weights.routed
 
     @property
     def known(self) -> int:

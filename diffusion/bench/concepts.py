@@ -151,17 +151,14 @@ def concepts(
         base: a base that knows the embedded world.
     """
     out = Path(out or "runs/concepts")
-    bench = _Bench(Judge(load_base(base, "cpu"), Clip("pocket-clip")), Eyes(Clip("pocket-clip"), _vit()), out, steps)
+    clip = Clip("pocket-clip")
+    bench = _Bench(Judge(load_base(base, "cpu"), clip), Eyes(clip, load_any("pocket-vit", "cpu")), out, steps)
     chosen = new_sprites(max(2, sprites))
     one = [row for sprite in chosen for row in bench.alone(sprite, seeds, methods)]
     two = [row for pair in zip(chosen[::2], chosen[1::2], strict=False) for row in bench.together(pair)]
     result: dict[str, Any] = {"one": _means(one, _ONE), "two": _means(two, _TWO), "rows": [*one, *two]}
     write_atomic(out / "concepts.json", (json.dumps(result, indent=1) + "\n").encode())
     return result | {"table": f"{table(result['one'], _ONE)}\n\n{table(result['two'], _TWO)}"}
-
-
-def _vit() -> Any:
-    return load_any("pocket-vit", "cpu")
 
 
 @dataclass
