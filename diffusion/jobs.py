@@ -49,13 +49,14 @@ class ConceptTask(DiffusionTask):
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group without weight decay, which would pull a word's rows to the origin."""
-        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
+        """One group, or those of the method, without weight decay, which would pull a word's rows to the origin."""
+        groups = self.handle.param_groups() if hasattr(self.handle, "param_groups") else [{}]
+        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0} | group for group in groups]
 
     def owned(self) -> list[tuple[nn.Parameter, int | None]]:
-        """A parameter for each word; elsewhere stacks over the jobs."""
-        if isinstance(self.handle, Concepts):
-            return [(row, slot) for slot, row in enumerate(self.handle.bank.rows)]
+        """As the handle says; else all are stacks over the jobs."""
+        if hasattr(self.handle, "owned"):
+            return self.handle.owned()  # type: ignore[no-any-return]
         return [(parameter, None) for parameter in self.bank.parameters()]
 
     def sample(self, step: int, folder: Path) -> list[Path]:
@@ -72,6 +73,8 @@ class ConceptTask(DiffusionTask):
 
     def _inner(self, slot: int, prompt: str) -> str:
         """The prompt with the word that the job's concept has inside a shared task."""
+        if hasattr(self.handle, "spoken"):
+            return str(self.handle.spoken(slot, prompt))
         if not isinstance(self.handle, Concepts):
             return prompt
         return prompt.replace(self.subjects[slot].method.token, self.handle.methods[slot].token)

@@ -173,11 +173,16 @@ class Concepts:
     def __init__(self, base: Any, methods: Sequence[TextualInversion], bank: ConceptRows, tokenizer: Any):
         self.base, self.methods, self.bank = base, methods, bank
         self._former = base.pipe.tokenizer
+        self._former_weight: nn.Parameter | None = None
         self._table = base.pipe.text_encoder.get_input_embeddings()
         state = self._table.__dict__.setdefault("concepts", (len(self._former), []))
         self._table.__class__ = ConceptEmbedding
         state[1].append(bank)
         base.pipe.tokenizer = self._own = tokenizer
+
+    def owned(self) -> list[tuple[nn.Parameter, int | None]]:
+        """Each word is a parameter of its own."""
+        return [(row, slot) for slot, row in enumerate(self.bank.rows)]
 
     def tensors(self, slot: int = 0) -> dict[str, Tensor]:
         """What a trained adapter keeps: `embedding` (n, d)."""
@@ -207,10 +212,31 @@ class Concepts:
         if dead:
             raise SiteError(", ".join(dead), "no gradient reaches the new rows", "Check the prompts and the base")
 
+    @torch.no_grad()
+    def merge(self, slot: int = 0) -> None:
+        """Makes the rows part of the table itself, so that the base can be saved with its words; `detach` restores it.
+
+        Raises:
+            InputError: other words are attached too.
+        """
+        first, banks = self._table.__dict__["concepts"]
+        if banks != [self.bank]:
+            raise InputError(self.methods[0].token, "other words are attached too", "Detach them first")
+        self._former_weight, rows = self._table.weight, self.bank().to(self._table.weight)
+        # A table may be longer than its tokenizer; ids of new words go on where the tokenizer's end.
+        grown = torch.cat([self._former_weight[:first], rows, self._former_weight[first + len(rows) :]])
+        self._set_table(nn.Parameter(grown, requires_grad=False))
+
+    def _set_table(self, weight: nn.Parameter) -> None:
+        self._table.weight, self._table.num_embeddings = weight, len(weight)
+        self.base.pipe.text_encoder.config.vocab_size = len(weight)
+
     def detach(self) -> None:
         """Restores the base bit for bit. Words attached later must be detached first."""
         if self.base.pipe.tokenizer is not self._own:
             raise InputError(self.methods[0].token, "another word was attached after it", "Detach that one first")
+        if self._former_weight is not None:
+            self._set_table(self._former_weight)
         _, banks = self._table.__dict__["concepts"]
         banks.remove(self.bank)
         if not banks:
@@ -233,7 +259,7 @@ def attach_concepts(base: Any, methods: Sequence[TextualInversion], seeds: Seque
     if "unet" not in base.modules:
         raise InputError(base.name, "Textual Inversion needs CLIP's words in every layer", "Use method lora")
     if getattr(base.pipe, "text_encoder_2", None) is not None:
-        raise InputError(base.name, "Textual Inversion trains one text encoder, it has two", "Use method lora")
+        raise InputError(base.name, "a new word is learnt in one text encoder, it has two", "Use method lora")
     table = base.pipe.text_encoder.get_input_embeddings()
     if type(table) not in (nn.Embedding, ConceptEmbedding):
         raise SiteError("text_encoder", f"its table is a {type(table).__name__}", "Detach what is attached there")

@@ -124,8 +124,8 @@ class Job:
         """Return the validated job; where it does not say how to train, as is usual for its method.
 
         Args:
-            source: a job, its mapping, or the path of a TOML file. A relative `data.path` in a file is taken from the
-                file's folder, elsewhere from the current one.
+            source: a job, its mapping, or the path of a TOML file. Relative paths in a file are taken from the file's
+                folder, elsewhere from the current one.
             overrides: "train.steps=50" and the like; the value is TOML, or a string if it is not.
 
         Raises:
@@ -176,9 +176,9 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
-    """Make `data.path` and `data.split` absolute: the job will be read again from another folder."""
-    section = data.get("data")
-    for key in ("path", "split"):
+    """Make paths of pictures and splits absolute: the job will be read again from another folder."""
+    for name, key in (("data", "path"), ("data", "split"), ("method", "class_path")):
+        section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
             section[key] = str(folder / Path(section[key]).expanduser())
 

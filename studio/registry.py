@@ -22,6 +22,7 @@ are drawn, `predict` where they are told apart; `run_settings`, what `graft eval
 method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
+    ("diffusion", "custom_diffusion"): "graft.diffusion.custom_diffusion:CustomDiffusion",
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
     ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
@@ -76,6 +77,7 @@ SITE_METHODS: dict[str, str] = {
 
 BENCHMARKS: dict[str, str] = {
     "clip-speed": "graft.vlm.bench:speed",
+    "concepts": "graft.diffusion.bench:concepts",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
     "kernels": "graft.studio.bench.kernels:run",

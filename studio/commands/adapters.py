@@ -19,19 +19,24 @@ def add(commands: Any) -> None:
         ("inspect", inspect, "show what an adapter is and what it was made from"),
         ("convert", convert, "write an adapter for another library"),
         ("verify", verify, "check that an adapter is whole and fits its base"),
-        ("merge", merge, "write a copy of the base with the adapter in its weights"),
+        ("merge", merge, "write a copy of the base with the adapter in its weights; of several, one adapter for all"),
     ):
         parser = command(inner, name, run, help)
-        parser.add_argument("name", metavar="RUN_OR_ADAPTER", help="a run, or the folder or file of an adapter")
+        many: dict[str, Any] = {"nargs": "+"} if name == "merge" else {}
+        told = "a run, or the folder or file of an adapter"
+        parser.add_argument("name", metavar="RUN_OR_ADAPTER", help=told, **many)
         if name in ("convert", "merge"):
             parser.add_argument("out", metavar="DIR", help="folder to write")
         if name == "convert":
-            formats = "diffusers, peft, kohya, loralib, torchtune, timm or native"
+            formats = "diffusers, peft, kohya, loralib, torchtune, timm, merged, lora, lora-RANK or native"
             parser.add_argument("--to", default="diffusers", metavar="FORMAT", help=formats)
             head = "width of an attention head of the base, from or to torchtune, whose files do not tell it"
             parser.add_argument("--head-dim", type=int, metavar="N", help=head)
         if name in ("verify", "merge"):
             parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
+        if name == "merge":
+            captions = "of several: a text file with captions, one a line, that should be drawn as before"
+            parser.add_argument("--captions", metavar="FILE", help=captions)
         add_runs(parser)
 
 
@@ -110,17 +115,57 @@ def verify(args: argparse.Namespace) -> Answer:
 
 
 def merge(args: argparse.Namespace) -> Answer:
-    """The base with the adapter in its weights."""
+    """The base with the adapter in its weights, or several adapters in one."""
     from graft.studio import registry
     from graft.studio.errors import InputError
 
-    adapter, _ = find_adapter(args.name, args.runs)
+    if len(args.name) > 1:
+        return _combined(args)
+    (name,) = args.name
+    adapter, _ = find_adapter(name, args.runs)
     base = load_base_of(adapter, args.base)
     domain = registry.domain(base.domain)
     with adapter.attached(base) as handle:
         if not hasattr(handle, "merge") or not hasattr(domain, "save_base"):
             reason = f"what {adapter.card.method} learns is not a change of the base's weights"
-            raise InputError(args.name, reason, "Use `graft adapters convert`")
+            raise InputError(name, reason, "Use `graft adapters convert`")
         handle.merge()
         folder = domain.save_base(base, Path(args.out))
     return Answer({"folder": str(folder)}, f"merged base written to {folder}")
+
+
+def _combined(args: argparse.Namespace) -> Answer:
+    """One adapter that does what several do."""
+    from graft.studio import registry
+    from graft.studio.disk import require_empty
+    from graft.studio.errors import InputError
+
+    adapters = [find_adapter(name, args.runs)[0] for name in args.name]
+    card = adapters[0].card
+    method = registry.method_class(card.domain, card.method) if card.domain else None
+    if not hasattr(method, "combine") or {adapter.card.method for adapter in adapters} != {card.method}:
+        given = ", ".join(dict.fromkeys(adapter.card.method for adapter in adapters))
+        raise InputError(given, "these cannot be joined", "Several adapters of custom_diffusion can")
+    require_empty(Path(args.out))
+    lines = _lines(args.captions) if args.captions else ()
+    combined = method.combine(adapters, load_base_of(adapters[0], args.base), lines)  # type: ignore[union-attr]
+    folder = combined.save(args.out)
+    told = f"one adapter written to {folder}; it is called by: {combined.card.trigger}"
+    return Answer({"folder": str(folder), "trigger": combined.card.trigger}, told)
+
+
+def _lines(path: str) -> list[str]:
+    """Lines of a text file that hold something.
+
+    Raises:
+        InputError: no such file, or none does.
+    """
+    from graft.studio.errors import InputError
+
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(path, f"cannot be read: {error}", "Give a text file with one caption a line") from None
+    if not any(lines):
+        raise InputError(path, "it is empty", "Write one caption a line, a few hundred")
+    return [line for line in lines if line]

@@ -98,5 +98,5 @@ def picture(pipe) -> np.ndarray:
 
 def test_textual_inversion_says_that_it_trains_one_encoder(xl: Path, photos: Path):
     method, data = {"name": "textual_inversion"}, {"path": str(photos)}
-    with pytest.raises(InputError, match="trains one text encoder, it has two"):
+    with pytest.raises(InputError, match="learnt in one text encoder, it has two"):
         prepare(Job.load({"base": str(xl), "method": method, "data": data, "train": {"device": "cpu"}}))

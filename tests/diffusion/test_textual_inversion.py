@@ -7,7 +7,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
-from graft.diffusion.base import DiffusionBase
+from graft.diffusion.base import DiffusionBase, save_base
 from graft.diffusion.textual_inversion import TextualInversion, attach_concepts
 from graft.studio.adapter import Adapter, Card
 from graft.studio.errors import FormatError, InputError, SiteError
@@ -128,6 +128,20 @@ def test_stock_diffusers_loads_the_export_and_draws_the_same(
     stock.load_textual_inversion(tmp_path, weight_name="learned_embeds.safetensors")
     assert np.array_equal(draw(stock, "a photo of <sprout> on the toy", seed=11), picture)
     assert not np.array_equal(draw(stock, "a photo of toy on the toy", seed=11), picture)
+
+
+def test_a_saved_base_knows_the_words(base: DiffusionBase, tmp_path: Path):
+    before, rows = states(base), len(table(base).weight)
+    handle = TextualInversion(token="<sprout>", vectors=2).attach(base, seed=3)
+    picture = draw(base.pipe, "a photo of <sprout>", seed=11)
+    handle.merge()
+    assert np.array_equal(draw(base.pipe, "a photo of <sprout>", seed=11), picture)
+    save_base(base, tmp_path / "whole")
+    handle.detach()
+    assert all(torch.equal(before[k], v) for k, v in states(base).items())
+    assert base.pipe.text_encoder.config.vocab_size == rows == table(base).num_embeddings
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "whole")
+    assert np.array_equal(draw(stock, "a photo of <sprout>", seed=11), picture)
 
 
 def test_attach_to_restores_what_was_saved(base: DiffusionBase):

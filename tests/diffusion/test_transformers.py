@@ -221,9 +221,9 @@ def picture(pipe: Any, name: str) -> np.ndarray:
 
 def test_words_are_learnt_elsewhere(family: tuple[str, Path], photos: Path):
     _, path = family
-    method = {"name": "textual_inversion"}
-    with pytest.raises(InputError, match="Use method lora"):
-        prepare(replace(job(path, photos), method=method))
+    for name in ("textual_inversion", "custom_diffusion"):
+        with pytest.raises(InputError, match="Use method lora"):
+            prepare(replace(job(path, photos), method={"name": name}))
     with pytest.raises(InputError, match="needs a multiple of 4"):
         load_base(str(path), "cpu").side(18)
 

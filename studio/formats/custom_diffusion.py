@@ -1,0 +1,84 @@
+"""Custom Diffusion in the files of diffusers' example script: ``pytorch_custom_diffusion_weights.safetensors`` with
+whole weights ``<layer>.attn2.processor.to_k_custom_diffusion.weight``, ``<new1>.safetensors`` with the row of a word.
+
+diffusers writes them and, up to 0.42, does not read them back: `unet.load_attn_procs` ends without an error and without
+a change. Some of its versions name a word's file ``<new1>.bin`` though it is a safetensors file, which is read; pickles
+are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from graft.studio.adapter import Adapter, Card
+from graft.studio.errors import FormatError
+from graft.studio.formats.files import read_tensors, write_tensors
+from graft.studio.sites import Plan, Site
+
+FILE = "pytorch_custom_diffusion_weights.safetensors"
+_END = "_custom_diffusion.weight"
+
+
+def recognises(keys: Iterable[str]) -> bool:
+    """Whether these are the keys of such a file."""
+    return any("_custom_diffusion." in key for key in keys)
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> Path:
+    """Writes whole weights, named by their layers in the UNet such as ``...attn2.to_k``."""
+    tensors = {}
+    for name, weight in weights.items():
+        layer, _, last = name.rpartition(".")
+        tensors[f"{layer}.processor.{last}{_END}"] = weight
+    return write_tensors(folder / FILE, tensors, {"format": "pt"})
+
+
+def write_word(folder: Path, token: str, rows: Tensor) -> Path:
+    """Writes the rows (n, d) of a word so that ``pipe.load_textual_inversion`` reads them; one row without its n."""
+    path = folder / f"{token.replace('/', '_')}.safetensors"
+    return write_tensors(path, {token: rows[0] if len(rows) == 1 else rows}, {"format": "pt"})
+
+
+def read(path: Path) -> Adapter:
+    """Reads a folder of the script, or its file of weights with the words' files beside it.
+
+    Raises:
+        FormatError: also trained queries (``freeze_model=crossattn``), no word, or a word in a pickle.
+    """
+    file = path / FILE if path.is_dir() else path
+    tensors, sites = {}, []
+    for key, weight in read_tensors(file)[0].items():
+        layer, mark, last = key.removesuffix(_END).partition(".processor.")
+        if not mark or not key.endswith(_END) or last not in ("to_k", "to_v"):
+            reason = "only keys and values of the text (freeze_model=crossattn_kv) are read"
+            raise FormatError(f"{file}: {key}", reason, "train with the script's default")
+        site = Site(f"unet.{layer}.{last}", "linear", tuple(weight.shape), None, "unet", last[-1])
+        sites.append(site)
+        tensors[f"{site.key}.weight"] = weight.float()
+    words = dict(word for other in sorted(file.parent.iterdir()) if (word := _word(other)) is not None)
+    if not words:
+        raise FormatError(str(file), "no file of a word stands beside it", "put <new1>.safetensors into its folder")
+    tensors |= {f"embedding.{token}": rows for token, rows in words.items()}
+    config = {"token": list(words) if len(words) > 1 else next(iter(words))}
+    plan = Plan(tuple(sites)).to_list()
+    card = Card("custom_diffusion", config, "diffusion", sites=plan, trigger=" and ".join(words))
+    return Adapter(tensors, card)
+
+
+def _word(path: Path) -> tuple[str, Tensor] | None:
+    """Word and rows (n, d) of a file that is named like a word; None for other files."""
+    if not path.name.startswith("<") or path.suffix not in (".safetensors", ".bin"):
+        return None
+    try:
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        reason = "a pickle, which can run any program when it is opened, or damaged"
+        raise FormatError(str(path), reason, "save the word again as safetensors") from error
+    if len(tensors) != 1 or (rows := next(iter(tensors.values()))).dim() not in (1, 2):
+        raise FormatError(str(path), "it does not hold the rows of one word", "save the word again")
+    return next(iter(tensors)), rows.float().reshape(-1, rows.shape[-1])
