@@ -46,17 +46,20 @@ class ConceptTask(DiffusionTask):
     def origin(self) -> dict[str, str]:
         """Digests of the base and of each job's pictures and captions."""
         data = ",".join(subject.dataset.digest for subject in self.subjects)
-        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
+        own = getattr(self.handle, "details", {})
+        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data, **own}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group without weight decay, which would pull a word's rows to the origin."""
-        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
+        """One group with the method's weight decay."""
+        return [{"params": list(self.bank.parameters()), "weight_decay": self.subjects[0].method.weight_decay}]
 
     def gradients(self) -> list[list[Tensor]]:
         """The gradients of every job, which are clipped each by their own norm."""
         if isinstance(self.handle, Concepts):  # a parameter per word; elsewhere a stack over slots
             return [[row.grad] for row in self.handle.bank.rows if row.grad is not None]
         grads = [p.grad for p in self.bank.parameters() if p.grad is not None]
+        if len(self.subjects) == 1:
+            return [grads]
         return [[grad[slot] for grad in grads] for slot in range(len(self.subjects))]
 
     def sample(self, step: int, folder: Path) -> list[Path]:
@@ -65,8 +68,12 @@ class ConceptTask(DiffusionTask):
         for slot, subject in enumerate(self.subjects):
             prompts, seeds, config = sample_settings(subject)
             with undisturbed(self.base, self), self._alone(slot):
-                drawn = draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
-                picture = grid({f"step {step}": drawn}, prompts, seeds)
+                if hasattr(self.handle, "samples"):
+                    blocks = self.handle.samples(prompts, seeds, config)
+                else:
+                    inner = [self._inner(slot, prompt) for prompt in prompts]
+                    blocks = {f"step {step}": draw(self.base, inner, seeds, config)}
+                picture = grid(blocks, prompts, seeds)
             name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
             files.append(save_png(Path(folder) / f"{name}.png", picture))
         return files
@@ -112,6 +119,7 @@ class ConceptTask(DiffusionTask):
             metrics=metrics,
             data_digest=subject.dataset.digest,
             trigger=subject.method.trigger,
+            details=getattr(self.handle, "details", {}),
         )
         return Adapter(self.handle.tensors(slot), card)
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError
-from graft.studio.formats import diffusers, kohya, loralib, peft, torchtune
+from graft.studio.formats import diffusers, ip_adapter, kohya, loralib, peft, torchtune
 from graft.studio.formats.files import PICKLES, read_tensors
 from graft.studio.formats.peft_folder import CONFIG, FILE
 
 
 def read(path: Path) -> Adapter:
-    """Reads a peft or torchtune folder, or a file of diffusers, kohya, loralib or torchtune.
+    """Reads a peft or torchtune folder, or a file of diffusers, IP-Adapter, kohya, loralib or torchtune.
 
     Raises:
         FormatError: nothing of these, or a pickle, which is never opened.
@@ -21,7 +21,7 @@ def read(path: Path) -> Adapter:
         return peft.read(path)
     file = _only(path) if path.is_dir() else path
     keys = read_tensors(file)[0]
-    library = next((each for each in (kohya, torchtune, loralib) if each.recognises(keys)), diffusers)
+    library = next((each for each in (ip_adapter, kohya, torchtune, loralib) if each.recognises(keys)), diffusers)
     return library.read(file)
 
 
