@@ -1,4 +1,4 @@
-"""Diffusion: Textual Inversion and LoRA for diffusers pipelines."""
+"""Diffusion: Textual Inversion, IP-Adapter and LoRA for diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ _PUBLIC = {
     "DiffusionBase": "base",
     "DiffusionLoRA": "lora",
     "EvaluationConfig": "evaluation",
+    "IPAdapter": "ip_adapter",
     "PreviewConfig": "previews",
     "TextualInversion": "textual_inversion",
     "evaluate": "evaluation",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase, load_base, save_base
     from graft.diffusion.data import DataConfig
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
+    from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
     from graft.diffusion.lora import DiffusionLoRA
     from graft.diffusion.previews import PreviewConfig, preview
@@ -35,6 +37,7 @@ __all__ = [
     "DiffusionBase",
     "DiffusionLoRA",
     "EvaluationConfig",
+    "IPAdapter",
     "PreviewConfig",
     "TextualInversion",
     "evaluate",

@@ -68,7 +68,7 @@ class IPAdapter(DiffusionMethod):
     kind: Literal["base", "plus"] = "base"
     """What is looked at: CLIP's one feature of the picture (base), or its patches, for more detail (plus)."""
     image_encoder: str | None = None
-    """CLIP whose image tower looks: a folder of transformers, or a hub id. None is pocket-clip's, for pocket-sd only."""
+    """CLIP whose image tower looks: a folder of transformers, or a hub id. None is pocket-clip's, and for pocket-sd."""
     init: str | None = None
     """Adapter to go on from: a folder or file, native or IP-Adapter's own. None trains from scratch, which takes many
     pictures."""
@@ -303,8 +303,8 @@ class Decoupled:
         if attn.norm_cross:
             text = attn.norm_encoder_hidden_states(text)
         query, key, value = (_heads(x, attn) for x in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)))
-        ours = (_heads(layer(shown.tokens), attn).to(query.dtype) for layer in (self.own.to_k_ip, self.own.to_v_ip))
-        picture = Group(*ours, shown.scale)
+        own = (_heads(layer(shown.tokens), attn).to(query.dtype) for layer in self.own.children())
+        picture = Group(next(own), next(own), shown.scale)
         if attention_mask is None:
             y = gated_attention(query, (Group(key, value), picture))
         else:
@@ -312,8 +312,8 @@ class Decoupled:
             mask = mask.unflatten(0, (len(query), -1))
             y = gated_attention(query, (picture,), F.scaled_dot_product_attention(query, key, value, mask))
         layer, dropout = attn.to_out
-        out = dropout(layer(y.transpose(1, 2).flatten(2)))
-        return out
+        joined: Tensor = dropout(layer(y.transpose(1, 2).flatten(2)))
+        return joined
 
 
 def _heads(x: Tensor, attn: Any) -> Tensor:
@@ -344,7 +344,8 @@ class PicturePrompts:
         self.details: dict[str, Any] = dict(details or {})
         self.now: Shown | None = None
         self.examples: Dataset | None = None
-        self._name, self._absent = encoder, None
+        self._name = encoder
+        self._absent: Tensor | None = None
         self._told: tuple[Tensor, Tensor, Tensor] | None = None
         self._strength, self._inside = 1.0, False
         self._unet = base.pipe.unet
@@ -541,13 +542,11 @@ def _same_encoder(name: str, device: torch.device, details: Mapping[str, Any]) -
 
 def _seen(encoder: ImageEncoder, dataset: Dataset, patches: bool, cache: Cache) -> Tensor:
     """What the encoder sees in every variant of every picture: (p, k, ...)."""
-    rows = [
-        [
-            cache.get("pictures", content_key("pictures-1", key, encoder.hash, patches), partial(_look, encoder, pixels, patches))
-            for key, pixels in zip(keys, variants, strict=True)
-        ]
-        for keys, variants in zip(dataset.keys, dataset.pixels, strict=True)
-    ]  # fmt: skip
+    rows = []
+    for keys, variants in zip(dataset.keys, dataset.pixels, strict=True):
+        named = [content_key("pictures-1", key, encoder.hash, patches) for key in keys]
+        looks = [partial(_look, encoder, pixels, patches) for pixels in variants]
+        rows.append([cache.get("pictures", key, look) for key, look in zip(named, looks, strict=True)])
     return torch.stack([torch.cat([entry["seen"] for entry in row]) for row in rows])
 
 

@@ -61,14 +61,14 @@ class Resampler(nn.Module):
         self.proj_in, self.proj_out = nn.Linear(given, width), nn.Linear(width, made)
         self.norm_out = nn.LayerNorm(made)
         heads = max(1, width // HEAD_WIDTH)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(width, heads), feed_forward(width)]) for _ in range(LAYERS)
-        )
+        pairs = ([PerceiverAttention(width, heads), feed_forward(width)] for _ in range(LAYERS))
+        self.layers = nn.ModuleList(nn.ModuleList(pair) for pair in pairs)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(b, n, given) -> (b, m, made)."""
         queries, patches = self.latents.expand(len(patches), -1, -1), self.proj_in(patches)
-        for attend, think in self.layers:  # type: ignore[misc]
+        for layer in self.layers:
+            attend, think = layer.children()
             queries = queries + attend(patches, queries)
             queries = queries + think(queries)
         tokens: Tensor = self.norm_out(self.proj_out(queries))

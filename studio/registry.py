@@ -78,6 +78,7 @@ BENCHMARKS: dict[str, str] = {
     "clip-speed": "graft.vlm.bench:speed",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
+    "ip-adapter": "graft.diffusion.bench:ip_adapter",
     "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
     "personalization": "graft.diffusion.bench:personalization",

@@ -16,7 +16,9 @@ from graft.studio.formats.files import read_tensors
 
 FILE = "ip_adapter.safetensors"
 _KINDS = {"base": "image_proj.proj.weight", "plus": "image_proj.latents"}
-_OURS = re.compile(r"image_proj\.(proj|norm|latents|proj_in|proj_out|norm_out|layers)\b|ip_adapter\.\d+\.to_[kv]_ip\.weight$")
+_OURS = re.compile(
+    r"image_proj\.(proj|norm|latents|proj_in|proj_out|norm_out|layers)\b|ip_adapter\.\d+\.to_[kv]_ip\.weight$"
+)
 
 
 def recognises(keys: Iterable[str]) -> bool:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -25,10 +27,9 @@ from graft.studio.adapter import load_adapter
 from graft.studio.errors import BaseMismatchError, FormatError, InputError, SiteError
 from graft.studio.job import Job
 from graft.studio.training import resume, train
-from tests.diffusion.test_jobs import same, states
-from tests.diffusion.test_sdxl import xl  # noqa: F401
 
 KINDS = ("base", "plus")
+BASE_FIRST = pytest.mark.parametrize("method", ["base", pytest.param("plus", marks=pytest.mark.slow)], indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +51,7 @@ def few(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(params=KINDS)
-def method(request: pytest.FixtureRequest, encoder: Path) -> IPAdapter:
+def method(request: pytest.FixtureRequest, encoder: Path) -> Any:
     return IPAdapter(kind=request.param, image_encoder=str(encoder), queries=5)
 
 
@@ -59,7 +60,7 @@ def pictures(photos: Path) -> list[Image.Image]:
     return [Image.open(path) for path in sorted(photos.iterdir())]
 
 
-def job(base: str | Path, photos: Path, method: IPAdapter, **train) -> Job:
+def job(base: str | Path, photos: Path, method: Any, **train) -> Job:
     section = {
         "name": "ip_adapter", "kind": method.kind, "image_encoder": method.image_encoder, "queries": method.queries,
     }  # fmt: skip
@@ -68,6 +69,14 @@ def job(base: str | Path, photos: Path, method: IPAdapter, **train) -> Job:
     return Job.load(
         {"base": str(base), "domain": "diffusion", "method": section, "data": {"path": str(photos)}, "train": train}
     )
+
+
+def states(base: DiffusionBase) -> dict[str, Tensor]:
+    return {f"{n}.{k}": v.clone() for n, m in base.modules.items() for k, v in m.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def trained(task, steps: int = 2):
@@ -79,7 +88,7 @@ def trained(task, steps: int = 2):
     return task
 
 
-def picture(pipe, prompt: str = "a photo of a toy", guidance: float = 3.0, **more) -> np.ndarray:
+def picture(pipe, prompt: str | list[str] = "a photo of a toy", guidance: float = 3.0, **more) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     prompts = [prompt] if isinstance(prompt, str) else prompt
     settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np", "guidance_scale": guidance}
@@ -87,7 +96,8 @@ def picture(pipe, prompt: str = "a photo of a toy", guidance: float = 3.0, **mor
     return pipe(prompts, generator=generators, **settings, **more).images
 
 
-def test_the_attention_is_the_papers_and_that_of_diffusers(base: DiffusionBase, method: IPAdapter):
+@BASE_FIRST
+def test_the_attention_is_the_papers_and_that_of_diffusers(base: DiffusionBase, method: Any):
     handle = method.attach(base)
     name, attention = next(iter(cross_attentions(base.pipe.unet).items()))
     x, text, tokens = torch.randn(2, 9, attention.query_dim), torch.randn(2, 7, 16), torch.randn(2, 5, 16)
@@ -118,7 +128,7 @@ def test_the_attention_is_the_papers_and_that_of_diffusers(base: DiffusionBase, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_names_and_counts_are_the_references(kind: str):
+def test_names_and_counts_are_the_references(kind: Any):
     """Of Stable Diffusion 1.5, on the meta device; the numbers of the published adapters."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
@@ -146,16 +156,19 @@ def test_names_and_counts_are_the_references(kind: str):
 def test_the_resampler_is_that_of_diffusers():
     torch.manual_seed(0)
     ours = Resampler(24, 16, 5, 128).eval()
-    unet = UNet2DConditionModel(block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=16, layers_per_block=1,
-                                down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=16, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
     theirs = unet._convert_ip_adapter_image_proj_to_diffusers(ours.state_dict())
     seen = torch.randn(3, 7, 24)
     torch.testing.assert_close(ours(seen), theirs(seen), rtol=1e-5, atol=1e-5)
 
 
-def test_the_loss_is_the_reference_recipe(folder: Path, photos: Path, method: IPAdapter):
+@BASE_FIRST
+def test_the_loss_is_the_reference_recipe(folder: Path, photos: Path, method: Any):
     """With the tokens of picture and text side by side in diffusers' own processors, at a trained step."""
-    task = trained(prepare(job(folder, photos, method)))
+    task: Any = trained(prepare(job(folder, photos, method)))
     batch, pipe = task.batch(3, torch.Generator().manual_seed(2)), task.base.pipe
     loss = task(batch)[0]
     seen, absent = batch.extras["picture"], ImageEncoder(method.image_encoder).absent(method.patches)
@@ -171,22 +184,18 @@ def test_the_loss_is_the_reference_recipe(folder: Path, photos: Path, method: IP
             theirs[name] = IPAdapterAttnProcessor2_0(size, 16, (tokens.shape[1],))
             theirs[name].to_k_ip[0], theirs[name].to_v_ip[0] = own.to_k_ip, own.to_v_ip
     pipe.unet.set_attn_processor(theirs)
-    text = [task.base.encode(task.base.tokenize([p]))[0] for _, p in task_table(task)]
-    text = torch.stack(text)[batch.prompts[batch.prompt_of]]
+    text = task.base.encode(task.base.tokenize([""])).expand(len(tokens), -1, -1)  # pictures without captions
     noisy = pipe.scheduler.add_noise(batch.mean + batch.std * batch.redraw, batch.noise, batch.levels)
     prediction = pipe.unet(noisy, batch.levels, torch.cat([text, tokens], dim=1)).sample
     expected = F.mse_loss(prediction, batch.noise)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
-def task_table(task) -> list[tuple[int, str]]:
-    return [(0, "")]  # without captions there is no other prompt
-
-
-def test_rows_go_without_picture_text_or_both(folder: Path, photos: Path, method: IPAdapter):
+@BASE_FIRST
+def test_rows_go_without_picture_text_or_both(folder: Path, photos: Path, method: Any):
     for i in range(5):
         (photos / f"{i}.txt").write_text("a photo of a cat")
-    task = prepare(job(folder, photos, method))
+    task: Any = prepare(job(folder, photos, method))
     task.sources = [replace(task.sources[0], rows=4000)]
     batch = task.batch(0, torch.Generator().manual_seed(0))
     shown = batch.extras["shown"] > 0
@@ -199,8 +208,9 @@ def test_rows_go_without_picture_text_or_both(folder: Path, photos: Path, method
     assert bool(absent.any()) == method.patches  # the encoding of nothing, or nothing
 
 
-def test_starts_from_copies_and_gradients_reach_all(folder: Path, photos: Path, method: IPAdapter):
-    task = prepare(job(folder, photos, method))
+@BASE_FIRST
+def test_starts_from_copies_and_gradients_reach_all(folder: Path, photos: Path, method: Any):
+    task: Any = prepare(job(folder, photos, method))
     attentions = cross_attentions(task.base.pipe.unet).values()
     for own, attention in zip(task.bank.ip_adapter.values(), attentions, strict=True):
         assert torch.equal(own.to_k_ip.weight, attention.to_k.weight)
@@ -211,12 +221,12 @@ def test_starts_from_copies_and_gradients_reach_all(folder: Path, photos: Path, 
     assert [g["weight_decay"] for g in task.param_groups()] == [0.01]
     assert [id(g) for g in task.gradients()[0]] == [id(p.grad) for p in task.parameters()]
     assert same(before, states(task.base))
-    other = prepare(job(folder, photos, method, seed=1))
-    assert not same(task.bank.image_proj.state_dict(), other.bank.image_proj.state_dict())
+    other = method.attach(load_base(str(folder), "cpu"), seed=1).bank
+    assert not same(task.bank.image_proj.state_dict(), other.image_proj.state_dict())
 
 
 @pytest.mark.slow
-def test_resume_is_exact(folder: Path, photos: Path, tmp_path: Path, method: IPAdapter):
+def test_resume_is_exact(folder: Path, photos: Path, tmp_path: Path, method: Any):
     settings = {"checkpoint_every": 2, "checkpoint_seconds": 0.0, "threads": 1}
     whole = train(job(folder, photos, method, **settings, steps=4), run_dir=tmp_path / "whole")
     cut = train(job(folder, photos, method, **settings, steps=2), run_dir=tmp_path / "cut")
@@ -228,8 +238,9 @@ def test_resume_is_exact(folder: Path, photos: Path, tmp_path: Path, method: IPA
     assert same(whole.adapter().tensors, again.adapter().tensors)
 
 
+@BASE_FIRST
 def test_at_scale_0_and_after_detaching_the_base_is_as_it_was(
-    base: DiffusionBase, method: IPAdapter, pictures: list[Image.Image]
+    base: DiffusionBase, method: Any, pictures: list[Image.Image]
 ):
     before, processors, plain = states(base), dict(base.pipe.unet.attn_processors), picture(base.pipe)
     handle = method.attach(base)
@@ -252,10 +263,9 @@ def test_at_scale_0_and_after_detaching_the_base_is_as_it_was(
     assert np.array_equal(plain, picture(base.pipe))
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_mixed_rows_equal_each_alone(
-    base: DiffusionBase, method: IPAdapter, pictures: list[Image.Image], guidance: float
-):
+@pytest.mark.parametrize("guidance", [pytest.param(1.0, marks=pytest.mark.slow), 3.0])
+@BASE_FIRST
+def test_mixed_rows_equal_each_alone(base: DiffusionBase, method: Any, pictures: list[Image.Image], guidance: float):
     """Of one, two and three pictures, each with its own scale."""
     handle = method.attach(base)
     rows, scales = [pictures[:1], pictures[1:3], pictures[2:5]], [1.0, 0.4, 0.7]
@@ -277,12 +287,19 @@ def stock(cls, folder: Path, written: Path):
     return pipe
 
 
-@pytest.mark.parametrize("xl_base", [False, True], ids=["sd", "sdxl"])
+@BASE_FIRST
+@pytest.mark.parametrize("xl_base", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sd", "sdxl"])
 def test_diffusers_draws_the_same_from_our_file_and_we_from_theirs(
-    folder: Path, xl: Path, photos: Path, tmp_path: Path, method: IPAdapter, pictures: list, xl_base: bool  # noqa: F811
+    folder: Path,
+    xl: Path,
+    photos: Path,
+    tmp_path: Path,
+    method: Any,
+    pictures: list,
+    xl_base: bool,
 ):
     where, cls = (xl, StableDiffusionXLPipeline) if xl_base else (folder, StableDiffusionPipeline)
-    task = trained(prepare(job(where, photos, method)))
+    task: Any = trained(prepare(job(where, photos, method)))
     files = task.adapter({}).export(tmp_path / "out", "diffusers")
     assert [file.name for file in files] == ["ip_adapter.safetensors", "image_encoder"]
     pipe, handle = stock(cls, where, tmp_path / "out"), task.handle
@@ -301,6 +318,7 @@ def test_diffusers_draws_the_same_from_our_file_and_we_from_theirs(
         np.testing.assert_allclose(theirs, picture(fresh.pipe), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_file_of_another_program_is_read_and_gone_on_from(
     folder: Path, photos: Path, tmp_path: Path, encoder: Path, pictures: list
 ):
@@ -334,10 +352,11 @@ def test_a_file_of_another_program_is_read_and_gone_on_from(
         load_adapter(out)
 
 
+@pytest.mark.slow
 def test_adapters_previews_and_samples(
-    folder: Path, base: DiffusionBase, photos: Path, tmp_path: Path, method: IPAdapter, pictures: list
+    folder: Path, base: DiffusionBase, photos: Path, tmp_path: Path, method: Any, pictures: list
 ):
-    task = trained(prepare(job(folder, photos, method)))
+    task: Any = trained(prepare(job(folder, photos, method)))
     quiet = task.batch(0, torch.Generator().manual_seed(0))
     loss = task(quiet)[0]
     [file] = task.sample(2, tmp_path / "samples")
@@ -360,7 +379,8 @@ def test_adapters_previews_and_samples(
         handle.show([pictures[:1]])
 
 
-def test_bf16_trains_close_to_fp32(folder: Path, photos: Path, method: IPAdapter):
+@pytest.mark.slow
+def test_bf16_trains_close_to_fp32(folder: Path, photos: Path, method: Any):
     wide, narrow = (prepare(job(folder, photos, method, mixed_precision=p)) for p in ("no", "bf16"))
     batch = wide.batch(0, torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16):
@@ -374,8 +394,9 @@ def test_bf16_trains_close_to_fp32(folder: Path, photos: Path, method: IPAdapter
     assert np.isfinite(picture(half.pipe)).all()
 
 
+@BASE_FIRST
 def test_what_cannot_work_is_refused_with_the_remedy(
-    folder: Path, base: DiffusionBase, photos: Path, method: IPAdapter, monkeypatch: pytest.MonkeyPatch
+    folder: Path, base: DiffusionBase, photos: Path, method: Any, monkeypatch: pytest.MonkeyPatch
 ):
     with pytest.raises(InputError, match="train one at a time|trains one at a time"):
         prepare_together([job(folder, photos, method)] * 2)
