@@ -86,7 +86,8 @@ class ImageEncoder:
 
     def save(self, folder: Path) -> Path:
         """Writes tower and processor as a folder of transformers."""
-        self.model.save_pretrained(folder)
+        with without_progress_bars():
+            self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         return folder
 

@@ -14,16 +14,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from graft.diffusion import ip_adapter
 from graft.diffusion.base import DiffusionBase, load_base
+from graft.diffusion.evaluation import EvaluationConfig, evaluate
 from graft.diffusion.image_encoder import ImageEncoder
 from graft.diffusion.ip_adapter import Bank, IPAdapter, cross_attentions
 from graft.diffusion.jobs import prepare, prepare_together
 from graft.diffusion.previews import PreviewConfig, draw, preview
 from graft.diffusion.resampler import Resampler
-from graft.studio.adapter import load_adapter
+from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.errors import BaseMismatchError, FormatError, InputError, SiteError
 from graft.studio.job import Job
 from graft.studio.training import resume, train
@@ -319,6 +320,24 @@ def test_diffusers_draws_the_same_from_our_file_and_we_from_theirs(
 
 
 @pytest.mark.slow
+def test_an_encoder_with_a_processor_of_its_own_goes_beside_the_file(
+    base: DiffusionBase, folder: Path, encoder: Path, tmp_path: Path, pictures: list
+):
+    tower = CLIPVisionModelWithProjection.from_pretrained(encoder)
+    tower.save_pretrained(tmp_path / "own")
+    processor = CLIPImageProcessor(size=16, crop_size=16, image_mean=[0.1] * 3, image_std=[0.9] * 3)
+    processor.save_pretrained(tmp_path / "own")
+    method = IPAdapter(image_encoder=str(tmp_path / "own"))
+    handle = method.attach(base)
+    config = {"kind": "base", "image_encoder": method.image_encoder}
+    Adapter(handle.tensors(), Card("ip_adapter", config, "diffusion")).export(tmp_path / "out", "diffusers")
+    pipe = stock(StableDiffusionPipeline, folder, tmp_path / "out")
+    pipe.feature_extractor = CLIPImageProcessor.from_pretrained(tmp_path / "out" / "image_encoder")
+    handle.show([pictures[:1]])
+    np.testing.assert_allclose(picture(pipe, ip_adapter_image=pictures[0]), picture(base.pipe), atol=2e-5)
+
+
+@pytest.mark.slow
 def test_a_file_of_another_program_is_read_and_gone_on_from(
     folder: Path, photos: Path, tmp_path: Path, encoder: Path, pictures: list
 ):
@@ -372,6 +391,8 @@ def test_adapters_previews_and_samples(
     for image, message in (("", "this adapter follows a picture"), (str(photos), "Give the file of a picture")):
         with pytest.raises(InputError, match=message):
             preview(base, adapter, ["a toy"], [3], tmp_path / "out", PreviewConfig(steps=2, image=image))
+    figures = evaluate(base, adapter, EvaluationConfig(path=str(photos), seeds=1, steps=2))
+    assert figures != evaluate(base, None, EvaluationConfig(path=str(photos), seeds=1, steps=2))
     assert adapter.card.details["image_encoder"] == method.image_encoder
     wrong = load_adapter(tmp_path / "result")
     wrong.card.details["image_encoder_hash"] = "another"
