@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from graft.diffusion import ip_adapter
+from graft.diffusion import aligned_start, ip_adapter
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.evaluation import EvaluationConfig, evaluate
 from graft.diffusion.image_encoder import ImageEncoder
@@ -398,6 +398,29 @@ def test_adapters_previews_and_samples(
     wrong.card.details["image_encoder_hash"] = "another"
     with wrong.attached(base) as handle, pytest.raises(BaseMismatchError, match="image encoder"):
         handle.show([pictures[:1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("xl_base", [False, True], ids=["sd", "sdxl"])
+def test_an_aligned_start_says_of_pictures_what_the_text_encoder_says_of_texts(
+    folder: Path, xl: Path, encoder: Path, pictures: list, xl_base: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """With fewer pictures than features and no ridge the map is exact; the layer norm has the states' own spread."""
+    monkeypatch.setattr(aligned_start, "RIDGE", 1e-9)
+    base, texts = load_base(str(xl if xl_base else folder), "cpu"), ["a toy", "a red cat", "cat", "a toy", "blue"]
+    method = IPAdapter(image_encoder=str(encoder))
+    adapter = aligned_start.aligned_start(base, pictures[:3] + pictures[:1] + pictures[4:], texts, method)
+    told = base.condition(base.tokenize(["a toy", "a red cat", "cat", "blue"]))["text"]
+    ends = [len(base.tokenizer(text).input_ids) - 1 for text in ("a toy", "a red cat", "cat", "blue")]
+    states = torch.stack([told[i, [end, end - 1, end - 2, end + 1]] for i, end in enumerate(ends)])
+    means, spread = states.mean((0, 1)), states.std((0, 1))
+    with adapter.attached(base) as handle:
+        seen = ImageEncoder(str(encoder)).features([*pictures[:3], pictures[4]], False)
+        found = handle.bank.image_proj.proj(seen).unflatten(-1, (4, -1))
+    torch.testing.assert_close(found, (states - means) / spread, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(adapter.tensors["image_proj.norm.weight"], spread, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="for the base kind"):
+        aligned_start.aligned_start(base, pictures, texts, replace(method, kind="plus"))
 
 
 @pytest.mark.slow
