@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,7 +14,7 @@ from torch import Tensor
 from graft.diffusion.base import without_progress_bars
 from graft.studio.adapter import base_hash
 from graft.studio.caches import content_key
-from graft.studio.errors import InputError
+from graft.studio.errors import BaseMismatchError, InputError
 
 
 class ImageEncoder:
@@ -96,3 +97,21 @@ class ImageEncoder:
 def image_encoder(name: str, device: torch.device) -> ImageEncoder:
     """The encoder of a name, kept until another one is asked for: training, samples and previews use the same."""
     return ImageEncoder(name, device)
+
+
+def same_encoder(name: str, device: torch.device, details: Mapping[str, Any]) -> ImageEncoder:
+    """The encoder that an adapter's card names.
+
+    Raises:
+        BaseMismatchError: it has other weights now, or another processor.
+    """
+    encoder, wanted = image_encoder(name, device), details.get("image_encoder_hash")
+    if wanted and encoder.hash != wanted:
+        given = f"image encoder {name} with hash {encoder.hash}"
+        raise BaseMismatchError(given, f"the adapter was trained with {wanted}", "bring that one back")
+    return encoder
+
+
+def as_picture(pixels: Tensor) -> Image.Image:
+    """(3, h, w) uint8 as a picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

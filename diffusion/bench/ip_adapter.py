@@ -25,7 +25,7 @@ from PIL import Image
 from graft.diffusion.aligned_start import aligned_start
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.evaluation import background_alignment
-from graft.diffusion.ip_adapter import PicturePrompts
+from graft.diffusion.picture_prompts import PicturePrompts
 from graft.diffusion.previews import grid, save_png, undisturbed
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
@@ -129,7 +129,7 @@ def plain(base: DiffusionBase, prompts: Sequence[str], first: int = 0) -> list[I
 
 
 def ip_adapter(
-    out: Path | None = None, pictures: int = 4000, steps: int = 1500, sprites: int = 96, base: str = "pocket-sd"
+    out: Path | None = None, pictures: int = 4000, steps: int = 1500, sprites: int = 48, base: str = "pocket-sd"
 ) -> dict[str, Any]:
     """Trains, unless it has been done, measures and returns the table.
 

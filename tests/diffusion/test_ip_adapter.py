@@ -18,9 +18,10 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from graft.diffusion import aligned_start, ip_adapter
 from graft.diffusion.base import DiffusionBase, load_base
+from graft.diffusion.decoupled_attention import Shown, cross_attentions
 from graft.diffusion.evaluation import EvaluationConfig, evaluate
 from graft.diffusion.image_encoder import ImageEncoder
-from graft.diffusion.ip_adapter import Bank, IPAdapter, cross_attentions
+from graft.diffusion.ip_adapter import Bank, IPAdapter
 from graft.diffusion.jobs import prepare, prepare_together
 from graft.diffusion.previews import PreviewConfig, draw, preview
 from graft.diffusion.resampler import Resampler
@@ -105,7 +106,7 @@ def test_the_attention_is_the_papers_and_that_of_diffusers(base: DiffusionBase, 
     scale = torch.tensor([[0.7], [0.0]])
     own = handle.bank.ip_adapter["1"]
     torch.nn.init.normal_(own.to_v_ip.weight)
-    handle.now = ip_adapter.Shown(tokens, scale)
+    handle.now = Shown(tokens, scale)
     found = attention.processor(attention, x, text)
 
     def attend(source, to_k, to_v):
@@ -123,7 +124,7 @@ def test_the_attention_is_the_papers_and_that_of_diffusers(base: DiffusionBase, 
     torch.testing.assert_close(found[:1], expected[:1], rtol=1e-5, atol=1e-6)
     mask = torch.where(torch.arange(7) < 4, 0.0, -1e4).expand(2, 1, 7)
     masked = attention.processor(attention, x, text, mask)
-    handle.now = ip_adapter.Shown(tokens, scale)
+    handle.now = Shown(tokens, scale)
     torch.testing.assert_close(masked, attention.processor(attention, x, text[:, :4]), rtol=1e-5, atol=1e-6)
     handle.detach()
 
@@ -454,8 +455,9 @@ def test_what_cannot_work_is_refused_with_the_remedy(
     handle = method.attach(base)
     with pytest.raises(SiteError, match="a Decoupled is there already"):
         method.attach(base)
-    with pytest.raises(InputError, match="do not fit"):
-        handle.show([[]])
+    for rows, scale in (([[]], 1.0), ([[Image.new("RGB", (8, 8))]], [1.0, 0.5])):
+        with pytest.raises(InputError, match="do not fit"):
+            handle.show(rows, scale)
     handle.detach()
     with pytest.raises(InputError, match="its denoiser is no UNet"):
         method.attach(SimpleNamespace(name="flux", pipe=SimpleNamespace(unet=None), device=torch.device("cpu")))
