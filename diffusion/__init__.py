@@ -1,4 +1,4 @@
-"""Diffusion: Textual Inversion, Custom Diffusion, LoRA and DoRA for diffusers pipelines."""
+"""Diffusion: Textual Inversion, Custom Diffusion, IP-Adapter, LoRA and DoRA for diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _PUBLIC = {
     "DiffusionDoRA": "lora",
     "DiffusionLoRA": "lora",
     "EvaluationConfig": "evaluation",
+    "IPAdapter": "ip_adapter",
     "PreviewConfig": "previews",
     "TextualInversion": "textual_inversion",
     "evaluate": "evaluation",
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from graft.diffusion.custom_diffusion import CustomDiffusion
     from graft.diffusion.data import DataConfig
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
+    from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
     from graft.diffusion.previews import PreviewConfig, preview
@@ -40,6 +42,7 @@ __all__ = [
     "DiffusionDoRA",
     "DiffusionLoRA",
     "EvaluationConfig",
+    "IPAdapter",
     "PreviewConfig",
     "TextualInversion",
     "evaluate",

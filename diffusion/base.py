@@ -223,7 +223,7 @@ def load_base(
     _check_attention(attention, torch.device(device))
     source = _source(name)
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             pipe = DiffusionPipeline.from_pretrained(source, use_safetensors=True, **_no_safety_checker(source))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -311,7 +311,7 @@ def _place(base: DiffusionBase, device: str | torch.device, dtype: torch.dtype) 
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Loading reports through our own progress line; two libraries' bars would tear it."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging

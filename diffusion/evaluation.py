@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 COLOURS = {name: scenes.COLOURS[name] for name in ("red", "yellow", "green", "blue", "black", "white")}
 """Colours that are asked for, as sRGB; they lie far apart, so that the nearest one is no matter of taste."""
+FOLLOWED = 4
+"""Pictures that an adapter of pictures is measured with."""
 
 
 @dataclass(frozen=True)
@@ -156,12 +158,19 @@ def evaluate(
     if not settings.path:
         raise InputError("eval.path", "there is nothing to compare with", "Name a folder of real pictures")
     clip = clip or Clip(settings.clip, base.device)
-    real = clip.images(_real(Path(settings.path)))
+    pictures = _real(Path(settings.path))
+    real = clip.images(pictures)
     word = settings.class_word if adapter is None else adapter.card.trigger or settings.class_word
     if adapter is None:
         return _measure(base, word, real, settings, clip)
-    with adapter.attached(base):
-        return _measure(base, word, real, settings, clip)
+    with adapter.attached(base) as handle:
+        if not hasattr(handle, "show"):
+            return _measure(base, word, real, settings, clip)
+        rows = []
+        for i, picture in enumerate(pictures[:FOLLOWED]):  # an adapter of pictures is compared with what it follows
+            handle.show([[picture]])
+            rows.append(_measure(base, word, real[i : i + 1], settings, clip))
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
 def _measure(base: DiffusionBase, word: str, real: Tensor, settings: EvaluationConfig, clip: Clip) -> dict[str, float]:

@@ -46,12 +46,14 @@ class ConceptTask(DiffusionTask):
     def origin(self) -> dict[str, str]:
         """Digests of the base and of each job's pictures and captions."""
         data = ",".join(subject.dataset.digest for subject in self.subjects)
-        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
+        own = getattr(self.handle, "details", {})
+        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data, **own}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group, or those of the method, without weight decay, which would pull a word's rows to the origin."""
+        """One group, or those of the method, with the method's weight decay."""
         groups = self.handle.param_groups() if hasattr(self.handle, "param_groups") else [{}]
-        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0} | group for group in groups]
+        usual = {"params": list(self.bank.parameters()), "weight_decay": self.subjects[0].method.weight_decay}
+        return [usual | group for group in groups]
 
     def owned(self) -> list[tuple[nn.Parameter, int | None]]:
         """As the handle says; else all are stacks over the jobs."""
@@ -65,8 +67,12 @@ class ConceptTask(DiffusionTask):
         for slot, subject in enumerate(self.subjects):
             prompts, seeds, config = sample_settings(subject)
             with undisturbed(self.base, self), self._alone(slot):
-                drawn = draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
-                picture = grid({f"step {step}": drawn}, prompts, seeds)
+                if hasattr(self.handle, "samples"):
+                    blocks = self.handle.samples(prompts, seeds, config)
+                else:
+                    inner = [self._inner(slot, prompt) for prompt in prompts]
+                    blocks = {f"step {step}": draw(self.base, inner, seeds, config)}
+                picture = grid(blocks, prompts, seeds)
             name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
             files.append(save_png(Path(folder) / f"{name}.png", picture))
         return files
@@ -114,6 +120,7 @@ class ConceptTask(DiffusionTask):
             metrics=metrics,
             data_digest=subject.dataset.digest,
             trigger=subject.method.trigger,
+            details=getattr(self.handle, "details", {}),
         )
         return Adapter(self.handle.tensors(slot), card)
 

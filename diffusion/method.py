@@ -41,11 +41,15 @@ class PromptTable:
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, str]] = []
+        self._places: dict[tuple[int, str], int] = {}
 
     def rows(self, slot: int, prompts: Sequence[str]) -> list[int]:
         """Rows of a slot's prompts; new ones are added."""
-        self.entries += [(slot, p) for p in dict.fromkeys(prompts) if (slot, p) not in self.entries]
-        return [self.entries.index((slot, prompt)) for prompt in prompts]
+        for prompt in prompts:
+            if (slot, prompt) not in self._places:
+                self._places[slot, prompt] = len(self.entries)
+                self.entries.append((slot, prompt))
+        return [self._places[slot, prompt] for prompt in prompts]
 
 
 class Work(NamedTuple):
@@ -70,6 +74,8 @@ class DiffusionMethod:
     """Settings in which jobs that share a batch may differ."""
     default_learning_rate: ClassVar[float]
     """Peak learning rate where the job names none."""
+    weight_decay: ClassVar[float] = 0.0
+    """Of AdamW. It would pull a word's rows to the origin."""
     trigger: str
     """The word that calls the concept."""
     snr_gamma: float | None

@@ -23,6 +23,7 @@ method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "custom_diffusion"): "graft.diffusion.custom_diffusion:CustomDiffusion",
+    ("diffusion", "ip_adapter"): "graft.diffusion.ip_adapter:IPAdapter",
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
     ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
@@ -80,6 +81,7 @@ BENCHMARKS: dict[str, str] = {
     "concepts": "graft.diffusion.bench:concepts",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
+    "ip-adapter": "graft.diffusion.bench:ip_adapter",
     "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
     "many": "graft.diffusion.bench:many",

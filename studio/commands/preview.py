@@ -68,15 +68,15 @@ def preview(args: argparse.Namespace) -> Answer:
         raise InputError("graft preview", f"an adapter of {base.domain} draws no pictures", "Use graft predict")
     config = from_dict(domain.PreviewConfig, settings(args.set), "preview")
     word = adapter.card.trigger or ""
-    prompts = [prompt.replace("{token}", word) for prompt in args.prompt or _prompts(run)]
+    prompts = [prompt.replace("{token}", word) for prompt in args.prompt or _prompts(run, word)]
     files = domain.preview(base, adapter, prompts, args.seed or [0, 1, 2, 3], Path(args.out), config)
     document = {"files": [str(path) for path in files], "prompts": prompts}
     return Answer(document, f"{files[0]}  and {len(files) - 1} more")
 
 
-def _prompts(run: Run | None) -> list[str]:
+def _prompts(run: Run | None, word: str) -> list[str]:
     sampled = list(run.job.sample.prompts) if run is not None else []
-    return sampled or ["a photo of {token}", "{token} on a blue background"]
+    return sampled or (["a photo of {token}", "{token} on a blue background"] if word else ["", "on a blue background"])
 
 
 def predict(args: argparse.Namespace) -> Answer:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError
-from graft.studio.formats import custom_diffusion, diffusers, kohya, loralib, peft, torchtune
+from graft.studio.formats import custom_diffusion, diffusers, ip_adapter, kohya, loralib, peft, torchtune
 from graft.studio.formats.files import PICKLES, read_tensors
 from graft.studio.formats.peft_folder import CONFIG, FILE
 
 
 def read(path: Path, head_dim: int | None = None) -> Adapter:
-    """Reads a folder of peft, torchtune or diffusers, or a file of diffusers, kohya, loralib or torchtune.
+    """Reads a folder of peft, torchtune or diffusers, or a file of diffusers, IP-Adapter, kohya, loralib or torchtune.
 
     Args:
         path: folder or file.
@@ -29,7 +29,9 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
     keys = read_tensors(file)[0]
     if torchtune.recognises(keys):
         return torchtune.read(file, head_dim)
-    library = next((each for each in (kohya, loralib, custom_diffusion) if each.recognises(keys)), diffusers)
+    library = next(
+        (each for each in (ip_adapter, kohya, loralib, custom_diffusion) if each.recognises(keys)), diffusers
+    )
     return library.read(file)
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.bench import many, textual_inversion
 from graft.diffusion.bench.concepts import kid
+from graft.diffusion.bench.ip_adapter import classifier, followed, write_training
 from graft.diffusion.bench.personalization import summary, table
 from graft.diffusion.bench.pictures import (
     held_out_pictures,
@@ -37,6 +39,18 @@ def test_folders_hold_what_they_say(tmp_path: Path):
     write_phone_photos(tmp_path / "phone", sprite, count=1)
     [photo] = (tmp_path / "phone").iterdir()
     assert Image.open(photo).size == (4000, 3000)
+
+
+def test_pictures_to_follow_are_known_and_on_another_background_than_asked(tmp_path: Path):
+    told = followed(8)
+    assert set(told.sprites) <= set(Atlas.load().known) and classifier()(told.pictures).tolist() == told.sprites
+    folder = write_training(tmp_path / "train", 3)
+    first = (folder / "00001.png").read_bytes()
+    assert (write_training(tmp_path / "more", 5) / "00001.png").read_bytes() == first
+    captions = [json.loads(line)["text"] for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert len(captions) == 3 and all(text.endswith("background") for text in captions)
+    trained = {picture.tobytes() for picture in map(Image.open, sorted(folder.glob("*.png")))}
+    assert not trained & {picture.tobytes() for picture in told.pictures}
 
 
 def test_match_finds_the_sprite_by_its_pixels():
