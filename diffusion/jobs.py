@@ -49,11 +49,15 @@ class ConceptTask(DiffusionTask):
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group without weight decay, which would pull a word's rows to the origin."""
+        """The handle's own, or one group without weight decay, which would pull a word's rows to the origin."""
+        if hasattr(self.handle, "param_groups"):
+            return list(self.handle.param_groups())
         return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
 
     def gradients(self) -> list[list[Tensor]]:
         """The gradients of every job, which are clipped each by their own norm."""
+        if hasattr(self.handle, "gradients"):
+            return list(self.handle.gradients())
         if isinstance(self.handle, Concepts):  # a parameter per word; elsewhere a stack over slots
             return [[row.grad] for row in self.handle.bank.rows if row.grad is not None]
         grads = [p.grad for p in self.bank.parameters() if p.grad is not None]
@@ -66,7 +70,8 @@ class ConceptTask(DiffusionTask):
             prompts, seeds, config = sample_settings(subject)
             with undisturbed(self.base, self), self._alone(slot):
                 drawn = draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
-                picture = grid({f"step {step}": drawn}, prompts, seeds)
+                shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
+                picture = grid({**shown, f"step {step}": drawn}, prompts, seeds)
             name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
             files.append(save_png(Path(folder) / f"{name}.png", picture))
         return files
@@ -112,6 +117,7 @@ class ConceptTask(DiffusionTask):
             metrics=metrics,
             data_digest=subject.dataset.digest,
             trigger=subject.method.trigger,
+            details=getattr(self.handle, "details", {}),
         )
         return Adapter(self.handle.tensors(slot), card)
 
@@ -119,7 +125,7 @@ class ConceptTask(DiffusionTask):
 def sample_settings(subject: Subject) -> tuple[list[str], list[int], PreviewConfig]:
     """Prompts, seeds and settings of a job's samples; the method's first prompt when it names none."""
     sample = subject.job.sample
-    prompts = list(sample.prompts) or subject.method.prompts(None)[:2]
+    prompts = list(sample.prompts) or subject.method.sample_prompts(subject.dataset)
     config = PreviewConfig(steps=sample.steps, guidance=sample.guidance, resolution=subject.data.resolution)
     return [p.replace("{token}", subject.method.trigger) for p in prompts], list(sample.seeds), config
 

@@ -41,11 +41,15 @@ class PromptTable:
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, str]] = []
+        self._places: dict[tuple[int, str], int] = {}
 
     def rows(self, slot: int, prompts: Sequence[str]) -> list[int]:
         """Rows of a slot's prompts; new ones are added."""
-        self.entries += [(slot, p) for p in dict.fromkeys(prompts) if (slot, p) not in self.entries]
-        return [self.entries.index((slot, prompt)) for prompt in prompts]
+        for entry in [(slot, prompt) for prompt in prompts]:
+            if entry not in self._places:
+                self._places[entry] = len(self.entries)
+                self.entries.append(entry)
+        return [self._places[slot, prompt] for prompt in prompts]
 
 
 class Work(NamedTuple):
@@ -79,6 +83,10 @@ class DiffusionMethod:
         """Training prompts of a picture with this caption, of which each step draws one."""
         raise NotImplementedError
 
+    def sample_prompts(self, dataset: Dataset) -> list[str]:
+        """What is drawn on the way when the job does not say."""
+        return self.prompts(None)[:2]
+
     def sources(
         self, base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
     ) -> Iterator[Source]:
@@ -92,7 +100,8 @@ class DiffusionMethod:
         """Attaches what all jobs train, a slot each, and returns its handle and the way from prompts to conditions.
 
         A handle has `bank`, `tensors(slot)`, `probe`, `detach`, and `denoise(noisy, timesteps, condition)` if the
-        denoiser is to be called in another way than `DiffusionBase.denoise`.
+        denoiser is to be called in another way than `DiffusionBase.denoise`. It may have `param_groups()` and
+        `gradients()` for the loop, `details` for the card, and `tiles(prompts)`, what samples show beside what is drawn.
         """
         raise NotImplementedError
 

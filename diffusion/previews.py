@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
+from graft.studio.adapter import load_adapter
 from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError
 
@@ -44,6 +45,15 @@ class PreviewConfig:
     """What to keep away from."""
     batch_size: int = 8
     """Pictures drawn at once."""
+    condition: str | tuple[str, ...] = ()
+    """For ControlNets, one each: a picture, from which the map is made as in training (a depth map and its like: the
+    map itself), or a folder with one for each prompt."""
+    ready: bool = False
+    """The conditions are finished maps: nothing is made from them."""
+    beside: str | tuple[str, ...] = ()
+    """Further adapters of the base, attached at the same time."""
+    weights: tuple[float, ...] = ()
+    """Strength of each ControlNet; empty is 1 for all."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.resolution < 0:
@@ -86,6 +96,8 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
     with undisturbed(base), mixed(base):
         for start in range(0, len(wanted), config.batch_size):
             some = wanted[start : start + config.batch_size]
+            for choose in base.choosers:
+                choose([(start + i) // len(seeds) for i in range(len(some))])
             drawn += base.pipe(
                 [prompt for prompt, _ in some],
                 negative_prompt=[config.negative_prompt] * len(some) if config.guidance > 1 else None,
@@ -95,6 +107,8 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
                 guidance_scale=config.guidance,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in some],
             ).images
+    for choose in base.choosers:
+        choose(None)
     return [drawn[row * len(seeds) : (row + 1) * len(seeds)] for row in range(len(prompts))]
 
 
@@ -123,12 +137,40 @@ def preview(
         BaseMismatchError: the adapter belongs to another base.
     """
     config = settings or PreviewConfig()
-    without = draw(base, prompts, seeds, config)
     if adapter is None:
-        return save_pictures(Path(out), {"base": without}, prompts, seeds)
-    with adapter.attached(base):
+        return save_pictures(Path(out), {"base": draw(base, prompts, seeds, config)}, prompts, seeds)
+    with ExitStack() as stack:
+        adapters = [adapter, *(load_adapter(path) for path in _several(config.beside))]
+        handles = [stack.enter_context(each.attached(base)) for each in adapters]
+        shown = _conditions(base, handles, config, len(prompts))
         adapted = draw(base, prompts, seeds, config)
-    return save_pictures(Path(out), {"without": without, "with": adapted}, prompts, seeds)
+    without = draw(base, prompts, seeds, config)
+    return save_pictures(Path(out), {**shown, "without": without, "with": adapted}, prompts, seeds)
+
+
+def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConfig, rows: int) -> dict[str, Pictures]:
+    """Gives every ControlNet among what is attached its own condition; returns their pictures, a row per prompt.
+
+    Raises:
+        InputError: as many conditions, or weights, as ControlNets are needed.
+    """
+    controls = [handle for handle in handles if hasattr(handle, "show_files")]
+    paths, weights = _several(config.condition), config.weights or (1.0,) * len(controls)
+    for name, given in (("condition", paths), ("weights", weights)):
+        if len(given) != len(controls):
+            reason = f"{len(controls)} ControlNets are attached, so as many are needed"
+            raise InputError(f"{name} = {list(given)}", reason, f"Add --set {name}=... or leave it out")
+    shown: dict[str, Pictures] = {}
+    for i, (control, path, weight) in enumerate(zip(controls, paths, weights, strict=True)):
+        control.show_files(Path(path), base.side(config.resolution), rows, config.ready)
+        control.scale *= weight
+        blocks = control.tiles(rows)
+        shown |= blocks if len(controls) == 1 else {f"{name} {i + 1}": tiles for name, tiles in blocks.items()}
+    return shown
 
 
 def save_pictures(out: Path, blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
@@ -136,7 +178,8 @@ def save_pictures(out: Path, blocks: dict[str, Pictures], prompts: Sequence[str]
     files = [save_png(out / "grid.png", grid(blocks, prompts, seeds))]
     for name, rows in blocks.items():
         for i, row in enumerate(rows):
-            files += [save_png(out / f"{name}-{i}-seed{seed}.png", tile) for tile, seed in zip(row, seeds, strict=True)]
+            ends = [f"-seed{seed}" for seed in seeds] if len(row) == len(seeds) else [""]
+            files += [save_png(out / f"{name}-{i}{end}.png", tile) for tile, end in zip(row, ends, strict=True)]
     return files
 
 
@@ -150,15 +193,14 @@ def save_png(path: Path, picture: Image.Image) -> Path:
 
 
 def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
-    """One picture: a row per prompt, the blocks side by side, a column per seed in each."""
+    """One picture: a row per prompt, the blocks side by side, a column per seed in each, or one for all seeds."""
     side = max(TILE, next(iter(blocks.values()))[0][0].width)
-    gap, label, columns = 8, 18, len(seeds)
-    width = len(blocks) * (columns * side + gap) + gap
+    gap, label, left = 8, 18, 8
+    width = sum(len(rows[0]) * side + gap for rows in blocks.values()) + gap
     sheet = Image.new("RGB", (width, label + len(prompts) * (side + label) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for b, (name, rows) in enumerate(blocks.items()):
-        left = gap + b * (columns * side + gap)
-        for column, seed in enumerate(seeds):
+    for name, rows in blocks.items():
+        for column, seed in enumerate(seeds[: len(rows[0])]):
             title = name if column == 0 else f"seed {seed}"
             pen.text((left + column * side, 3), title, "black", font)
         for r, row in enumerate(rows):
@@ -166,6 +208,7 @@ def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[in
             for column, tile in enumerate(row):
                 enlarged = tile.resize((side, side), Image.Resampling.NEAREST if tile.width < side else None)
                 sheet.paste(enlarged, (left + column * side, top))
+        left += len(rows[0]) * side + gap
     for r, prompt in enumerate(prompts):
         pen.text((gap, label + r * (side + label) + 3), prompt, "black", font)
     return sheet

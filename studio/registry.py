@@ -22,6 +22,7 @@ are drawn, `predict` where they are told apart; `run_settings`, what `graft eval
 method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
+    ("diffusion", "controlnet"): "graft.diffusion.controlnet:ControlNet",
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
