@@ -1,4 +1,4 @@
-"""Diffusion: Textual Inversion and LoRA for diffusers pipelines."""
+"""Diffusion: Textual Inversion, LoRA and ControlNet for diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module that defines it. Resolved on first use, so that the command line starts without torch.
 _PUBLIC = {
+    "ControlNet": "controlnet",
     "DataConfig": "data",
     "DiffusionBase": "base",
     "DiffusionLoRA": "lora",
@@ -23,6 +24,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase, load_base, save_base
+    from graft.diffusion.controlnet import ControlNet
     from graft.diffusion.data import DataConfig
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
     from graft.diffusion.jobs import prepare, prepare_together
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from graft.diffusion.textual_inversion import TextualInversion
 
 __all__ = [
+    "ControlNet",
     "DataConfig",
     "DiffusionBase",
     "DiffusionLoRA",

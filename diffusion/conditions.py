@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,10 +27,18 @@ THRESHOLDS = (100, 200)
 """Of Canny's gradients: edges begin above the second and go on above the first. The ControlNet authors' default."""
 
 
+def _opencv() -> Any:
+    try:
+        import cv2
+    except ModuleNotFoundError as error:
+        reason = "maps are made from pictures by OpenCV, which is not installed"
+        raise InputError("method.condition", reason, 'Run: pip install "graft-studio[diffusion]"') from error
+    return cv2
+
+
 def canny(picture: np.ndarray) -> np.ndarray:
     """Canny's edges, one pixel wide, 0 or 255: (h, w, 3) uint8 -> (h, w) uint8."""
-    import cv2
-
+    cv2 = _opencv()
     return np.asarray(cv2.Canny(np.ascontiguousarray(picture), *THRESHOLDS), np.uint8)
 
 
@@ -38,8 +47,7 @@ def soft_edge(picture: np.ndarray) -> np.ndarray:
 
     The authors' soft edges are those of a network (HED); this one needs no weights.
     """
-    import cv2
-
+    cv2 = _opencv()
     smooth = cv2.GaussianBlur(np.asarray(picture, np.float32), (0, 0), 1.0)
     across, down = (cv2.Sobel(smooth, cv2.CV_32F, *order, ksize=3) for order in ((1, 0), (0, 1)))
     strength = np.hypot(across, down).max(axis=2)
@@ -48,8 +56,7 @@ def soft_edge(picture: np.ndarray) -> np.ndarray:
 
 def scribble(picture: np.ndarray) -> np.ndarray:
     """Edges of the blurred picture as lines three pixels thick: coarse, as a hand draws."""
-    import cv2
-
+    cv2 = _opencv()
     smooth = cv2.GaussianBlur(np.asarray(picture), (0, 0), 1.5)
     return np.asarray(cv2.dilate(cv2.Canny(smooth, *THRESHOLDS), np.ones((3, 3), np.uint8)), np.uint8)
 
@@ -65,7 +72,7 @@ KINDS = (*MADE, *GIVEN, "inpaint")
 
 
 def hint(maps: Tensor) -> Tensor:
-    """What a ControlNet takes: (b, c, h, w) of 0 to 255, in any type -> (b, 3, h, w) in [0, 1]; masked places are -1."""
+    """What a ControlNet takes: (b, c, h, w) of 0 to 255 -> (b, 3, h, w) in [0, 1]; masked places are -1."""
     maps = maps if maps.is_floating_point() else maps.float()
     if maps.shape[1] == 1:
         return (maps / 255).expand(-1, 3, -1, -1)
@@ -132,7 +139,9 @@ def maps_of_files(path: Path, kind: str, side: int, ready: bool = False) -> Tens
     try:
         loaded = [load_pixels(checked_bytes(file, config.max_megapixels), side, config) for file in files]
         if not ready and kind == "inpaint":
-            loaded = [torch.cat([pixels, _mask_of(file, side, config)]) for pixels, file in zip(loaded, files)]
+            loaded = [
+                torch.cat([pixels, _mask_of(file, side, config)]) for pixels, file in zip(loaded, files, strict=True)
+            ]
     except BROKEN as error:
         raise InputError(f"condition {path}", complaint(error), "Give a picture, or a folder of them") from error
     if not loaded:

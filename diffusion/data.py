@@ -192,7 +192,7 @@ def map_beside(path: Path) -> Path | None:
 
 
 def _metadata(root: Path, problems: list[str]) -> tuple[dict[Path, str], dict[Path, Path]]:
-    """Captions and condition maps of metadata.jsonl: per line one object with `file_name`, and `text` or `condition`."""
+    """Captions and condition maps of metadata.jsonl: per line an object with `file_name`, and `text` or `condition`."""
     file = root / "metadata.jsonl"
     captions: dict[Path, str] = {}
     maps: dict[Path, Path] = {}

@@ -160,7 +160,12 @@ def evaluate(
     word = settings.class_word if adapter is None else adapter.card.trigger or settings.class_word
     if adapter is None:
         return _measure(base, word, real, settings, clip)
-    with adapter.attached(base):
+    with adapter.attached(base) as handle:
+        if hasattr(handle, "show_files"):
+            reason = "a ControlNet draws after a condition, and these measures show it none"
+            raise InputError(
+                "evaluate", reason, "Look at it with graft preview, or measure it with graft bench control"
+            )
         return _measure(base, word, real, settings, clip)
 
 

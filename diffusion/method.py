@@ -101,7 +101,7 @@ class DiffusionMethod:
 
         A handle has `bank`, `tensors(slot)`, `probe`, `detach`, and `denoise(noisy, timesteps, condition)` if the
         denoiser is to be called in another way than `DiffusionBase.denoise`. It may have `param_groups()` and
-        `gradients()` for the loop, `details` for the card, and `tiles(prompts)`, what samples show beside what is drawn.
+        `gradients()` for the loop, `details` for the card, and `tiles(prompts)`, what samples show beside pictures.
         """
         raise NotImplementedError
 

@@ -76,6 +76,8 @@ SITE_METHODS: dict[str, str] = {
 
 BENCHMARKS: dict[str, str] = {
     "clip-speed": "graft.vlm.bench:speed",
+    "control": "graft.diffusion.bench:control",
+    "controlnet": "graft.diffusion.bench:controlnet",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
     "kernels": "graft.studio.bench.kernels:run",

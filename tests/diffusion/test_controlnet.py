@@ -10,6 +10,8 @@ from PIL import Image
 
 import graft
 from graft.diffusion.base import DiffusionBase, load_base
+from graft.diffusion.bench.control import checks, edge_scores, table
+from graft.diffusion.bench.control_speed import compared
 from graft.diffusion.conditions import condition_maps, hint, maps_of_files, picture_of
 from graft.diffusion.controlnet import ControlNet
 from graft.diffusion.data import DataConfig, load_dataset
@@ -17,6 +19,7 @@ from graft.diffusion.jobs import prepare, prepare_together
 from graft.diffusion.previews import PreviewConfig, draw, preview
 from graft.studio.adapter import Adapter
 from graft.studio.caches import Cache
+from graft.studio.cli import main
 from graft.studio.errors import DataError, FormatError, InputError
 from graft.studio.job import Job
 from graft.studio.training import resume
@@ -94,8 +97,8 @@ def test_it_starts_at_the_base_bit_for_bit_and_leaves_no_trace(base: DiffusionBa
     assert not base.choosers and not base.denoiser._forward_pre_hooks
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.6])
-def test_the_loss_is_the_papers(folder: Path, mapped: Path, scale: float):
+def test_the_loss_is_the_papers(folder: Path, mapped: Path):
+    scale = 0.6
     task = trained(folder, mapped, {**DEPTH, "scale": scale, "empty_prompts": 0.5})
     batch, pipe = task.batch(7, torch.Generator().manual_seed(7)), task.base.pipe
     copy = ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(16, 32))
@@ -133,7 +136,9 @@ def test_maps_are_made_from_the_picture(tmp_path: Path, kind: str):
     maps = condition_maps(dataset, config, kind, Cache())
     assert maps.shape == (1, 2, 1, 40, 40) and maps.dtype == torch.uint8
     edge = maps[0, 0, 0]
-    assert edge[20, 9:12].max() > 100 and edge[20, 18:22].max() > 100 and not edge[20, 14:16].any() and not edge[:6].any()
+    assert (
+        edge[20, 9:12].max() > 100 and edge[20, 18:22].max() > 100 and not edge[20, 14:16].any() and not edge[:6].any()
+    )
     assert int(edge.max()) == 255
     assert hint(maps[0]).shape == (2, 3, 40, 40) and float(hint(maps[0]).max()) == 1
 
@@ -248,6 +253,7 @@ def test_stock_diffusers_draws_the_same_from_the_export(folder: Path, mapped: Pa
         ControlNet.attach_to(base, short, adapter.card)
 
 
+@pytest.mark.slow
 def test_previews_show_each_prompt_after_its_own_map(folder: Path, mapped: Path, base: DiffusionBase, tmp_path: Path):
     adapter = trained(folder, mapped).adapter({})
     two = tmp_path / "two"
@@ -257,7 +263,9 @@ def test_previews_show_each_prompt_after_its_own_map(folder: Path, mapped: Path,
     config = PreviewConfig(steps=2, batch_size=3, condition=str(two))
     files = preview(base, adapter, ["a cat", "a toy"], [0, 1], tmp_path / "both", config)
     assert [file.name for file in files[:3]] == ["grid.png", "condition-0.png", "condition-1.png"]
-    alone = preview(base, adapter, ["a toy"], [1], tmp_path / "one", PreviewConfig(steps=2, condition=str(two / "1.png")))
+    alone = preview(
+        base, adapter, ["a toy"], [1], tmp_path / "one", PreviewConfig(steps=2, condition=str(two / "1.png"))
+    )
     pictures = [np.asarray(Image.open(p)).astype(int) for p in (tmp_path / "both" / "with-1-seed1.png", alone[-1])]
     assert alone[-1].name == "with-0-seed1.png" and np.abs(pictures[0] - pictures[1]).max() <= 1
     with pytest.raises(InputError, match="2 pictures for 3 prompts"):
@@ -268,6 +276,7 @@ def test_previews_show_each_prompt_after_its_own_map(folder: Path, mapped: Path,
         preview(base, adapter, ["a"], [0], tmp_path / "n", PreviewConfig(condition=str(tmp_path / "nothing.png")))
 
 
+@pytest.mark.slow
 def test_several_controlnets_add_up_as_in_diffusers(folder: Path, mapped: Path, base: DiffusionBase, tmp_path: Path):
     first = trained(folder, mapped).adapter({})
     second = trained(folder, mapped, {"name": "controlnet", "condition": "soft_edge"}).adapter({})
@@ -287,8 +296,10 @@ def test_several_controlnets_add_up_as_in_diffusers(folder: Path, mapped: Path, 
         networks.append(ControlNetModel.from_pretrained(tmp_path / f"net{i}"))
     pipe = StableDiffusionControlNetPipeline.from_pretrained(folder, controlnet=networks, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    stock = pipe("a red cat", maps, height=8, width=8, num_inference_steps=3, guidance_scale=3.0,
-                 controlnet_conditioning_scale=[0.5, 0.8], generator=torch.Generator().manual_seed(5)).images[0]  # fmt: skip
+    stock = pipe(
+        "a red cat", maps, height=8, width=8, num_inference_steps=3, guidance_scale=3.0,
+        controlnet_conditioning_scale=[0.5, 0.8], generator=torch.Generator().manual_seed(5),
+    ).images[0]  # fmt: skip
     ours = np.asarray(Image.open(files[-1])).astype(int)
     assert np.abs(ours - np.asarray(stock)).max() <= 1
 
@@ -314,6 +325,7 @@ def test_through_the_loop_with_samples_and_exact_resume(folder: Path, mapped: Pa
     assert len(whole.metrics()) >= 1 and whole.adapter().card.details["controlnet"]["in_channels"] == 4
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_fp32(folder: Path, mapped: Path):
     wide, narrow = (prepare(Job.load(job(folder, mapped, mixed_precision=p))) for p in ("no", "bf16"))
     batch = wide.batch(0, torch.Generator().manual_seed(0))
@@ -322,3 +334,51 @@ def test_bf16_trains_close_to_fp32(folder: Path, mapped: Path):
     loss.backward()
     assert loss.item() == pytest.approx(wide(batch)[0].item(), rel=0.02)
     assert {p.dtype for p in narrow.parameters()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_conditions(folder: Path, mapped: Path, tmp_path: Path):
+    trained(folder, mapped).adapter({}).save(tmp_path / "edges")
+    options = [
+        "--device",
+        "cpu",
+        "--seed",
+        "0",
+        "--prompt",
+        "a cat",
+        "--set",
+        "steps=1",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert main(["preview", str(tmp_path / "edges"), *options, "--set", f"condition={mapped / '0.png'}"]) == 0
+    assert (tmp_path / "out" / "condition-0-seed0.png").exists()
+    assert main(["preview", str(tmp_path / "edges"), *options]) == 2
+    assert main(["eval", str(tmp_path / "edges"), "--data", str(mapped), "--set", "seeds=1", "--set", "steps=1"]) == 2
+
+
+def test_edges_are_found_within_a_pixel():
+    asked, drawn = np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8)
+    asked[2], drawn[3] = 255, 255
+    assert edge_scores(drawn, asked) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
+    assert edge_scores(drawn, asked, reach=0)["f1"] == 0
+    drawn[6] = 255
+    assert edge_scores(drawn, asked) == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
+
+
+def test_promises_of_control_are_checked():
+    row = {"precision": 0.5, "recall": 0.5, "exact": 0.2}
+    judged: dict[str, dict[str, float]] = {
+        "base": {**row, "f1": 0.3, "clip": 0.8},
+        "control": {**row, "f1": 0.75, "clip": 0.75},
+    }
+    found = checks(judged)
+    assert [check["ok"] for check in found.values()] == [True, False, False]
+    assert table({"steps": 1, "minutes": 1.0, "measures": judged, "checks": found}).count("MISSED") == 2
+
+
+@pytest.mark.slow
+def test_both_loops_of_the_benchmark_have_the_same_losses(folder: Path, tmp_path: Path):
+    found = compared(tmp_path, str(folder), batch_size=4, rounds=2)
+    assert found["equal"] and found["ratio"] > 0
+    assert found["parts"]["plain"].keys() - found["parts"]["ours"].keys() == {"VAE", "text encoder"}
