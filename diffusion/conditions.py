@@ -18,7 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from graft.diffusion.data import CONDITIONS, TRANSFORM, DataConfig, Dataset, Picture, load_dataset, load_pixels
+from graft.diffusion.data import (
+    CONDITIONS,
+    TRANSFORM,
+    DataConfig,
+    Dataset,
+    Picture,
+    load_dataset,
+    load_pixels,
+    map_beside,
+)
 from graft.studio.caches import Cache, content_key
 from graft.studio.errors import DataError, InputError
 from graft.studio.pictures import BROKEN, checked_bytes, complaint, find_pictures
@@ -137,7 +146,8 @@ def maps_of_files(path: Path, kind: str, side: int, ready: bool = False) -> Tens
         return condition_maps(load_dataset(config, side, cache), config, kind, cache)[:, 0]
     files = find_pictures(path) if path.is_dir() else [path]
     try:
-        loaded = [load_pixels(checked_bytes(file, config.max_megapixels), side, config) for file in files]
+        data = [checked_bytes(file, config.max_megapixels) for file in files]
+        loaded = [load_pixels(each, side, config, resample=_filter(kind if kind in NAMES else "")) for each in data]
         if not ready and kind == "inpaint":
             loaded = [
                 torch.cat([pixels, _mask_of(file, side, config)]) for pixels, file in zip(loaded, files, strict=True)
@@ -147,6 +157,10 @@ def maps_of_files(path: Path, kind: str, side: int, ready: bool = False) -> Tens
     if not loaded:
         raise InputError(f"condition {path}", "the folder holds no pictures", "Give a picture, or a folder of them")
     return torch.stack([_made(kind, pixels) if kind in MADE and not ready else pixels for pixels in loaded])
+
+
+def _filter(kind: str) -> Image.Resampling:
+    return Image.Resampling.NEAREST if kind in (*NAMES, "inpaint") else Image.Resampling.BICUBIC
 
 
 def _made(kind: str, pixels: Tensor) -> Tensor:
@@ -159,13 +173,10 @@ def _key(picture: Picture, kind: str, key: str) -> str:
 
 def _read(picture: Picture, kind: str, side: int, config: DataConfig, variant: int, key: str) -> dict[str, Tensor]:
     assert picture.condition is not None
-    resample = Image.Resampling.NEAREST if kind in (*NAMES, "inpaint") else Image.Resampling.BICUBIC
-    return {"map": load_pixels(picture.condition.read_bytes(), side, config, variant, key, resample)}
+    return {"map": load_pixels(picture.condition.read_bytes(), side, config, variant, key, _filter(kind))}
 
 
 def _mask_of(file: Path, side: int, config: DataConfig) -> Tensor:
-    from graft.diffusion.data import map_beside
-
     mask = map_beside(file)
     if mask is None:
         raise InputError(f"condition {file}", "it has no mask", f"Put one into {CONDITIONS}/ beside it, under its name")

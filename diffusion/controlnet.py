@@ -108,7 +108,7 @@ class ControlNet(DiffusionMethod):
         handle = subject.method.attach(work.base, subject.job.train.seed)
         for module in (handle.bank, work.base.denoiser):  # half of the work is convolutions, a twentieth faster so
             nn.Module.to(module, memory_format=torch.channels_last)
-        handle.maps = source.extras["control"][:, 0]
+        handle.maps = source.extras["control"][:16, 0]  # for samples
         return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in told.items()}
 
     def attach(self, base: DiffusionBase, seed: int = 0) -> Control:
@@ -212,26 +212,25 @@ class Control:
         """Adds what the network says to the inputs of the denoiser; other ControlNets may have been before."""
         if self._hint is None:
             return None
-        sample, timestep = args
-        rounds, rest = divmod(len(sample), len(self._hint))  # guidance doubles the rows, prompt by prompt
+        given = dict(zip(("sample", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        count = len(given["sample"])
+        rounds, rest = divmod(count, len(self._hint))  # guidance doubles the rows, prompt by prompt
         if rest:
-            raise InputError(
-                f"{len(self._hint)} conditions", f"{len(sample)} pictures are drawn", "Give one, or as many"
-            )
+            raise InputError(f"{len(self._hint)} conditions", f"{count} pictures are drawn", "Give one, or as many")
         down, middle = self.bank(
-            sample,
-            timestep,
-            encoder_hidden_states=kwargs["encoder_hidden_states"],
+            given["sample"],
+            given["timestep"],
+            encoder_hidden_states=given["encoder_hidden_states"],
             controlnet_cond=self._hint.repeat(rounds, 1, 1, 1),
             conditioning_scale=self.scale,
-            added_cond_kwargs=kwargs.get("added_cond_kwargs"),
+            added_cond_kwargs=given.get("added_cond_kwargs"),
             return_dict=False,
         )
-        before, mid = kwargs.get("down_block_additional_residuals"), kwargs.get("mid_block_additional_residual")
+        before, mid = given.get("down_block_additional_residuals"), given.get("mid_block_additional_residual")
         if before is not None:
             down, middle = [a + b for a, b in zip(before, down, strict=True)], mid + middle
         led = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        return args, kwargs | led
+        return (), given | led
 
     def param_groups(self) -> list[dict[str, Any]]:
         """All of the network, with the job's weight decay: it is no small word but a denoiser's half."""

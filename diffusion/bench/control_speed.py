@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from graft.diffusion.base import load_base
+from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.bench.control import scenes
 from graft.diffusion.conditions import canny
 from graft.diffusion.jobs import ConceptTask, prepare
@@ -67,15 +67,16 @@ class PlainLoop:
     """What an example script does in a step.
 
     Args:
-        task: ours, whose base, pictures and first weights are taken over.
+        task: ours, whose pictures and first weights are taken over.
+        base: the same base, loaded anew: ours lies otherwise in memory.
         maps: folder of maps, under the names of the pictures.
         rate: learning rate.
     """
 
-    def __init__(self, task: ConceptTask, maps: Path, rate: float):
+    def __init__(self, task: ConceptTask, base: DiffusionBase, maps: Path, rate: float):
         from diffusers import ControlNetModel
 
-        self.base, self.maps, self.lap = task.base, maps, Laps()
+        self.base, self.maps, self.lap = base, maps, Laps()
         self.network = ControlNetModel.from_config(task.handle.details["controlnet"]).train()
         self.network.load_state_dict(task.bank.state_dict())
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=rate, weight_decay=0.01)
@@ -187,11 +188,10 @@ def compared(out: Path, base: str, batch_size: int, rounds: int, count: int = 8)
     task = prepare(Job.load({"base": base, "method": {"name": "controlnet"}, "data": {"path": str(pictures)},
                              "train": train}))  # fmt: skip
     once = time.process_time() - start
-    theirs, ours = PlainLoop(task, out / "maps", rate), OurLoop(task, rate)
+    theirs, ours = PlainLoop(task, loaded, out / "maps", rate), OurLoop(task, rate)
     losses = []
     for step in range(rounds + 1):
         batch = task.batch(step, torch.Generator().manual_seed(step))
-        # our network stands before the same denoiser; it is silent where no map is shown
         losses.append((theirs.step(batch), ours.step(batch)))
     task.handle.detach()
     apart = max(abs(a - b) / a for a, b in losses)

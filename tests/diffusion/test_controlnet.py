@@ -1,6 +1,7 @@
 """ControlNet, against diffusers' own classes and the paper's formula."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -323,6 +324,17 @@ def test_through_the_loop_with_samples_and_exact_resume(folder: Path, mapped: Pa
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.adapter().tensors.items())
     assert again.job.train.weight_decay == 0.01
     assert len(whole.metrics()) >= 1 and whole.adapter().card.details["controlnet"]["in_channels"] == 4
+
+
+def test_the_frozen_encoder_keeps_nothing_for_a_backward_pass(folder: Path, mapped: Path):
+    task = prepare(Job.load(job(folder, mapped)))
+    seen: dict[str, Any] = {}
+    for name in ("down_blocks.1", "mid_block", "up_blocks.0"):
+        part = task.base.denoiser.get_submodule(name)
+        part.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, out))
+    task(task.batch(0, torch.Generator().manual_seed(0)))
+    needs = {name: (out[0] if isinstance(out, tuple) else out).requires_grad for name, out in seen.items()}
+    assert needs == {"down_blocks.1": False, "mid_block": False, "up_blocks.0": True}
 
 
 @pytest.mark.slow
