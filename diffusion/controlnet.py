@@ -50,7 +50,7 @@ class ControlNet(DiffusionMethod):
 
     Example:
         >>> control = ControlNet(condition="canny").attach(base)  # doctest: +SKIP
-        >>> control.show_files("sketch.png")  # doctest: +SKIP
+        >>> control.follow_files("sketch.png")  # doctest: +SKIP
     """
 
     condition: str = "canny"
@@ -108,6 +108,7 @@ class ControlNet(DiffusionMethod):
         handle = subject.method.attach(work.base, subject.job.train.seed)
         for module in (handle.bank, work.base.denoiser):  # half of the work is convolutions, a twentieth faster so
             nn.Module.to(module, memory_format=torch.channels_last)
+        handle.weight_decay = subject.job.train.weight_decay
         handle.maps = source.extras["control"][:16, 0]  # for samples
         return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in told.items()}
 
@@ -158,6 +159,7 @@ class Control:
 
     def __init__(self, base: DiffusionBase, method: ControlNet, network: Any):
         self.base, self.method, self.bank, self.scale = base, method, network, method.scale
+        self.weight_decay = method.train_defaults["weight_decay"]
         self.maps: Tensor | None = None
         self._hint: Tensor | None = None
         self._hook = base.denoiser.register_forward_pre_hook(self._lead, with_kwargs=True)
@@ -168,12 +170,12 @@ class Control:
         """What the card keeps: the network's own config."""
         return {"controlnet": json.loads(self.bank.to_json_string())}
 
-    def show(self, maps: Tensor) -> None:
+    def follow(self, maps: Tensor) -> None:
         """Sets what is drawn after: (r, c, h, w) uint8, one map for all prompts or one for each."""
         self.maps = maps
         self._choose(None)
 
-    def show_files(self, path: str | Path, side: int = 0, prompts: int = 0, ready: bool = False) -> None:
+    def follow_files(self, path: str | Path, side: int = 0, prompts: int = 0, ready: bool = False) -> None:
         """Sets what is drawn after from a picture, or from a folder with one for each prompt.
 
         Args:
@@ -188,7 +190,7 @@ class Control:
         maps = maps_of_files(Path(path), self.method.condition, self.base.side(side), ready)
         if prompts and len(maps) not in (1, prompts):
             raise InputError(f"condition {path}", f"{len(maps)} pictures for {prompts} prompts", "Give one, or as many")
-        self.show(maps)
+        self.follow(maps)
 
     def tiles(self, prompts: int) -> dict[str, list[list[Image.Image]]]:
         """What is drawn after, as pictures: a row for each prompt."""
@@ -234,7 +236,7 @@ class Control:
 
     def param_groups(self) -> list[dict[str, Any]]:
         """All of the network, with the job's weight decay: it is no small word but a denoiser's half."""
-        return [{"params": list(self.bank.parameters())}]
+        return [{"weight_decay": self.weight_decay}]
 
     def gradients(self) -> list[list[Tensor]]:
         """All gradients, which are clipped by one norm."""

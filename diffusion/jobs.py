@@ -49,15 +49,14 @@ class ConceptTask(DiffusionTask):
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data}
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """The handle's own, or one group without weight decay, which would pull a word's rows to the origin."""
-        if hasattr(self.handle, "param_groups"):
-            return list(self.handle.param_groups())
-        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0}]
+        """One group, or those of the method, without weight decay, which would pull a word's rows to the origin."""
+        groups = self.handle.param_groups() if hasattr(self.handle, "param_groups") else [{}]
+        return [{"params": list(self.bank.parameters()), "weight_decay": 0.0} | group for group in groups]
 
     def gradients(self) -> list[list[Tensor]]:
         """The gradients of every job, which are clipped each by their own norm."""
         if hasattr(self.handle, "gradients"):
-            return list(self.handle.gradients())
+            return self.handle.gradients()  # type: ignore[no-any-return]
         if isinstance(self.handle, Concepts):  # a parameter per word; elsewhere a stack over slots
             return [[row.grad] for row in self.handle.bank.rows if row.grad is not None]
         grads = [p.grad for p in self.bank.parameters() if p.grad is not None]

@@ -158,7 +158,7 @@ def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConf
     Raises:
         InputError: as many conditions, or weights, as ControlNets are needed.
     """
-    controls = [handle for handle in handles if hasattr(handle, "show_files")]
+    controls = [handle for handle in handles if hasattr(handle, "follow_files")]
     paths, weights = _several(config.condition), config.weights or (1.0,) * len(controls)
     for name, given in (("condition", paths), ("weights", weights)):
         if len(given) != len(controls):
@@ -166,7 +166,7 @@ def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConf
             raise InputError(f"{name} = {list(given)}", reason, f"Add --set {name}=... or leave it out")
     shown: dict[str, Pictures] = {}
     for i, (control, path, weight) in enumerate(zip(controls, paths, weights, strict=True)):
-        control.show_files(Path(path), base.side(config.resolution), rows, config.ready)
+        control.follow_files(Path(path), base.side(config.resolution), rows, config.ready)
         control.scale *= weight
         blocks = control.tiles(rows)
         shown |= blocks if len(controls) == 1 else {f"{name} {i + 1}": tiles for name, tiles in blocks.items()}

@@ -136,7 +136,7 @@ def judge(
     config = PreviewConfig(guidance=guidance, batch_size=16)
     plain = [row[0] for row in draw(base, prompts, [0], config)]
     with adapter.attached(base) as handle:
-        handle.show(maps)
+        handle.follow(maps)
         led = [row[0] for row in draw(base, prompts, [0], config)]
     clip = Clip("pocket-clip")
     drawn = {"base": plain, "control": led, "the scene, autoencoded": autoencoded(base, pictures)}

@@ -89,7 +89,7 @@ def test_it_starts_at_the_base_bit_for_bit_and_leaves_no_trace(base: DiffusionBa
     config, maps = PreviewConfig(steps=2), torch.randint(0, 256, (1, 3, 8, 8), dtype=torch.uint8)
     plain = draw(base, ["a red cat"], [3], config)[0][0].tobytes()
     handle = ControlNet().attach(base)
-    handle.show(maps)
+    handle.follow(maps)
     assert draw(base, ["a red cat"], [3], config)[0][0].tobytes() == plain
     torch.nn.init.ones_(handle.bank.controlnet_mid_block.weight)
     assert draw(base, ["a red cat"], [3], config)[0][0].tobytes() != plain
@@ -119,7 +119,7 @@ def test_the_loss_is_the_papers(folder: Path, mapped: Path):
 def test_rows_go_without_their_prompt(folder: Path, mapped: Path):
     task = prepare(Job.load(job(folder, mapped, {**DEPTH, "empty_prompts": 0.25}, batch_size=5)))
     shares = []
-    for step in range(200):
+    for step in range(100):
         batch = task.batch(step, torch.Generator().manual_seed(step))
         shares.append((batch.prompts[batch.prompt_of] == 0).float().mean())
         assert batch.extras["control"].flatten(1).any(1).all()
@@ -240,7 +240,7 @@ def test_stock_diffusers_draws_the_same_from_the_export(folder: Path, mapped: Pa
     base = load_base(str(folder), "cpu")
     plain = base.pipe("a red cat", generator=torch.Generator().manual_seed(5), **settings).images[0]
     with Adapter.load(tmp_path / "native").attached(base) as control:
-        control.show_files(tmp_path / "map.png")
+        control.follow_files(tmp_path / "map.png")
         ours = base.pipe("a red cat", generator=torch.Generator().manual_seed(5), **settings).images[0]
     np.testing.assert_allclose(ours, stock, atol=1e-6)
     assert np.abs(ours - plain).max() > 1e-3

@@ -117,7 +117,7 @@ def test_a_controlnet_trains_and_stock_diffusers_draws_the_same(xl: Path, photos
     base = load_base(str(xl), "cpu")
     plain = picture(base.pipe)
     with adapter.attached(base) as control:
-        control.show(torch.from_numpy(np.asarray(shown).copy()).permute(2, 0, 1)[None])
+        control.follow(torch.from_numpy(np.asarray(shown).copy()).permute(2, 0, 1)[None])
         ours = picture(base.pipe)
     np.testing.assert_allclose(picture(stock, image=shown), ours, atol=1e-5)
     assert np.abs(ours - plain).max() > 1e-3
