@@ -1,4 +1,4 @@
-"""Diffusion: Textual Inversion, Custom Diffusion, IP-Adapter, LoRA and DoRA for diffusers pipelines."""
+"""Diffusion: Textual Inversion, Custom Diffusion, ControlNet, IP-Adapter, LoRA and DoRA for diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 # Public name -> module that defines it. Resolved on first use, so that the command line starts without torch.
 _PUBLIC = {
+    "ControlNet": "controlnet",
     "CustomDiffusion": "custom_diffusion",
     "DataConfig": "data",
     "DiffusionBase": "base",
@@ -26,6 +27,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase, load_base, save_base
+    from graft.diffusion.controlnet import ControlNet
     from graft.diffusion.custom_diffusion import CustomDiffusion
     from graft.diffusion.data import DataConfig
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from graft.diffusion.textual_inversion import TextualInversion
 
 __all__ = [
+    "ControlNet",
     "CustomDiffusion",
     "DataConfig",
     "DiffusionBase",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +42,9 @@ class DiffusionBase:
     """What computes the denoiser's attention: auto, sdpa or xformers; `attend_by` sets it."""
     domain: str = field(default="diffusion", init=False)
     """Registry name of this domain."""
+    choosers: list[Callable[[Sequence[int] | None], None]] = field(default_factory=list, init=False, repr=False)
+    """Told, before pictures are drawn, which prompt each of them is of; None when all are drawn. What is attached and
+    differs from prompt to prompt adds itself here."""
 
     def __post_init__(self) -> None:
         for module in self.modules.values():

@@ -25,7 +25,8 @@ from graft.studio.errors import DataError
 from graft.studio.pictures import BROKEN, SUFFIXES, checked_bytes, complaint, find_pictures, open_picture
 
 TRANSFORM = "pixels-1"  # part of every cache key: change it when `load_pixels` changes
-
+CONDITIONS = "conditions"
+"""Sub-folder beside pictures: condition maps under their names, which are no pictures to learn from."""
 
 TEMPLATES = {
     "object": (
@@ -55,7 +56,8 @@ class DataConfig:
     """The `[data]` section of a job."""
 
     path: str
-    """Folder of pictures, searched with its sub-folders. Captions: metadata.jsonl, or name.txt beside name.jpg."""
+    """Folder of pictures, searched with its sub-folders. Captions: metadata.jsonl, or name.txt beside name.jpg.
+    Condition maps: a `condition` column there, or the same name in a folder `conditions` beside the picture."""
     caption: str | None = None
     """For pictures without a caption of their own. `{folder}` is the picture's folder, `{token}` the method's word for
     the concept. None leaves the choice to the method's templates."""
@@ -90,6 +92,10 @@ class Picture:
     """SHA-256 of the file's bytes."""
     caption: str | None
     """Its own caption, or the configured one; None leaves it to the method."""
+    condition: Path | None = None
+    """File of its condition map, if it has one."""
+    condition_digest: str = ""
+    """SHA-256 of that file's bytes."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,9 @@ class Dataset:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of pictures, transforms and captions: what the card of a trained adapter names."""
-        return content_key([[keys, picture.caption] for keys, picture in zip(self.keys, self.pictures, strict=True)])
+        """SHA-256 of pictures, transforms, captions and condition maps: what the card of a trained adapter names."""
+        rows = zip(self.keys, self.pictures, strict=True)
+        return content_key([[keys, p.caption, *([p.condition_digest] if p.condition else [])] for keys, p in rows])
 
 
 def load_dataset(config: DataConfig, resolution: int, cache: Cache) -> Dataset:
@@ -123,8 +130,11 @@ def load_dataset(config: DataConfig, resolution: int, cache: Cache) -> Dataset:
     side = config.resolution or resolution
     problems: list[str] = []
     pictures, keys, pixels = [], [], []
-    for path, caption in _found(config, problems):
+    for path, caption, condition in _found(config, problems):
+        file = condition or path  # whose fault it is
         try:
+            mapped = checked_bytes(condition, config.max_megapixels) if condition else b""
+            file = path
             data = checked_bytes(path, config.max_megapixels)
             digest = hashlib.sha256(data).hexdigest()
             row = [content_key(TRANSFORM, digest, side, config.crop, config.flip, config.background, k)
@@ -133,9 +143,10 @@ def load_dataset(config: DataConfig, resolution: int, cache: Cache) -> Dataset:
                 cache.get("pixels", key, _decoder(data, side, config, k, key))["pixels"] for k, key in enumerate(row)
             ]
         except BROKEN as error:
-            problems.append(f"{path.relative_to(config.path)}: {complaint(error)}")
+            problems.append(f"{file.relative_to(config.path)}: {complaint(error)}")
             continue
-        pictures.append(Picture(path, digest, caption))
+        told = hashlib.sha256(mapped).hexdigest() if condition else ""
+        pictures.append(Picture(path, digest, caption, condition, told))
         keys.append(row)
         pixels.append(torch.stack(decoded))
     if problems:
@@ -148,31 +159,52 @@ def _decoder(data: bytes, side: int, config: DataConfig, variant: int, key: str)
     return lambda: {"pixels": load_pixels(data, side, config, variant, key)}
 
 
-def _found(config: DataConfig, problems: list[str]) -> list[tuple[Path, str | None]]:
-    """Pictures of the folder with their captions; complaints go to `problems`."""
+def _found(config: DataConfig, problems: list[str]) -> list[tuple[Path, str | None, Path | None]]:
+    """Pictures of the folder with their captions and condition maps; complaints go to `problems`."""
     root = Path(config.path)
     if not root.is_dir():
         raise DataError(config.path, "there is no such folder", "Give data.path a folder of pictures")
-    paths = find_pictures(root)
+    own, maps = _metadata(root, problems)
+    listed = {path.resolve() for path in maps.values()}
+    paths = [
+        path
+        for path in find_pictures(root)
+        if CONDITIONS not in path.relative_to(root).parts[:-1] and path.resolve() not in listed
+    ]
     if not paths:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DataError(config.path, f"the folder holds no pictures ({kinds})", "Put the pictures there")
-    own = _metadata(root, problems)
-    return [(path, own.get(path.resolve()) or _beside(path, problems) or _configured(path, config)) for path in paths]
+    return [
+        (
+            path,
+            own.get(path.resolve()) or _beside(path, problems) or _configured(path, config),
+            maps.get(path.resolve()) or map_beside(path),
+        )
+        for path in paths
+    ]
 
 
-def _metadata(root: Path, problems: list[str]) -> dict[Path, str]:
-    """Captions of metadata.jsonl: one object with `file_name` and `text` per line."""
+def map_beside(path: Path) -> Path | None:
+    """The condition map of a picture in the folder `conditions` beside it: its name, or that with another ending."""
+    folder = path.parent / CONDITIONS
+    names = [path.name, *(path.stem + suffix for suffix in sorted(SUFFIXES))]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _metadata(root: Path, problems: list[str]) -> tuple[dict[Path, str], dict[Path, Path]]:
+    """Captions and condition maps of metadata.jsonl: per line an object with `file_name`, and `text` or `condition`."""
     file = root / "metadata.jsonl"
     captions: dict[Path, str] = {}
+    maps: dict[Path, Path] = {}
     if not file.exists():
-        return captions
+        return captions, maps
     for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             target, text = (root / entry["file_name"]).resolve(), entry.get("text", entry.get("caption"))
+            told = root / entry["condition"] if "condition" in entry else None
         except (ValueError, KeyError, TypeError):
             problems.append(f'{file.name}:{number}: expected {{"file_name": "...", "text": "..."}}')
             continue
@@ -180,11 +212,16 @@ def _metadata(root: Path, problems: list[str]) -> dict[Path, str]:
             problems.append(f"{file.name}:{number}: {entry['file_name']} lies outside the folder")
         elif not target.is_file():
             problems.append(f"{file.name}:{number}: there is no {entry['file_name']}")
-        elif not isinstance(text, str) or not text.strip():
+        elif told is not None and not told.resolve().is_relative_to(root.resolve()):
+            problems.append(f"{file.name}:{number}: {entry['condition']} lies outside the folder")
+        elif told is not None and not told.is_file():
+            problems.append(f"{file.name}:{number}: there is no {entry['condition']}")
+        elif told is None and (not isinstance(text, str) or not text.strip()):
             problems.append(f"{file.name}:{number}: no text")
         else:
-            captions[target] = text.strip()
-    return captions
+            captions |= {target: text.strip()} if isinstance(text, str) and text.strip() else {}
+            maps |= {target: told} if told is not None else {}
+    return captions, maps
 
 
 def _beside(path: Path, problems: list[str]) -> str | None:
@@ -205,7 +242,14 @@ def _configured(path: Path, config: DataConfig) -> str | None:
     return config.caption.replace("{folder}", path.parent.resolve().name.replace("_", " ")).strip() or None
 
 
-def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, key: str = "") -> Tensor:
+def load_pixels(
+    data: bytes,
+    side: int,
+    config: DataConfig,
+    variant: int = 0,
+    key: str = "",
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
     """One variant of a picture as (3, side, side) uint8.
 
     Args:
@@ -214,17 +258,19 @@ def load_pixels(data: bytes, side: int, config: DataConfig, variant: int = 0, ke
         config: crop, flip and background.
         variant: number of the crop and flip.
         key: seeds the random crop, so that a variant is the same on every machine.
+        resample: NEAREST keeps the values of a map that are names, not amounts.
 
     Raises:
         OSError: the picture is truncated or damaged.
     """
-    image = open_picture(data, config.background, near=side)
+    amounts = resample != Image.Resampling.NEAREST
+    image = open_picture(data, config.background, near=side if amounts else 0)
     edge = min(image.size)
     dice = np.random.default_rng(int(key[:16] or "0", 16))
     along = dice.random(2) if config.crop == "random" else np.full(2, 0.5)
     left, top = (int(round((length - edge) * at)) for length, at in zip(image.size, along, strict=True))
     box = (left, top, left + edge, top + edge)
-    image = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    image = image.resize((side, side), resample, box=box, reducing_gap=3.0 if amounts else None)
     if config.flip and variant % 2:
         image = ImageOps.mirror(image)
     return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).contiguous()

@@ -70,8 +70,9 @@ class ConceptTask(DiffusionTask):
                 if hasattr(self.handle, "samples"):
                     blocks = self.handle.samples(prompts, seeds, config)
                 else:
-                    inner = [self._inner(slot, prompt) for prompt in prompts]
-                    blocks = {f"step {step}": draw(self.base, inner, seeds, config)}
+                    drawn = draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
+                    shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
+                    blocks = {**shown, f"step {step}": drawn}
                 picture = grid(blocks, prompts, seeds)
             name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
             files.append(save_png(Path(folder) / f"{name}.png", picture))
@@ -128,7 +129,7 @@ class ConceptTask(DiffusionTask):
 def sample_settings(subject: Subject) -> tuple[list[str], list[int], PreviewConfig]:
     """Prompts, seeds and settings of a job's samples; the method's first prompt when it names none."""
     sample = subject.job.sample
-    prompts = list(sample.prompts) or subject.method.prompts(None)[:2]
+    prompts = list(sample.prompts) or subject.method.sample_prompts(subject.dataset)
     config = PreviewConfig(steps=sample.steps, guidance=sample.guidance, resolution=subject.data.resolution)
     return [p.replace("{token}", subject.method.trigger) for p in prompts], list(sample.seeds), config
 

@@ -85,6 +85,10 @@ class DiffusionMethod:
         """Training prompts of a picture with this caption, of which each step draws one."""
         raise NotImplementedError
 
+    def sample_prompts(self, dataset: Dataset) -> list[str]:
+        """What is drawn on the way when the job does not say."""
+        return self.prompts(None)[:2]
+
     def sources(
         self, base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
     ) -> Iterator[Source]:
@@ -98,7 +102,9 @@ class DiffusionMethod:
         """Attaches what all jobs train, a slot each, and returns its handle and the way from prompts to conditions.
 
         A handle has `bank`, `tensors(slot)`, `probe`, `detach`, and `denoise(noisy, timesteps, condition)` if the
-        denoiser is to be called in another way than `DiffusionBase.denoise`.
+        denoiser is to be called in another way than `DiffusionBase.denoise`. It may have `param_groups()` and
+        `owned()` for the loop, `details` for the card, `tiles(prompts)`, what samples show beside pictures, or
+        `samples(prompts, seeds, config)`, all that they show.
         """
         raise NotImplementedError
 

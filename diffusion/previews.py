@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
+from graft.studio.adapter import load_adapter
 from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError
 from graft.studio.pictures import BROKEN, checked_bytes, complaint, open_picture
@@ -49,6 +50,15 @@ class PreviewConfig:
     """File of the picture that an adapter of pictures is shown."""
     scale: float = 1.0
     """How strongly it is followed: 1 as trained, about 0.5 beside a text that is to count."""
+    condition: str | tuple[str, ...] = ()
+    """For ControlNets, one each: a picture, from which the map is made as in training (a depth map and its like: the
+    map itself), or a folder with one for each prompt."""
+    ready: bool = False
+    """The conditions are finished maps: nothing is made from them."""
+    beside: str | tuple[str, ...] = ()
+    """Further adapters of the base, attached at the same time."""
+    weights: tuple[float, ...] = ()
+    """Strength of each ControlNet; empty is 1 for all."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.resolution < 0:
@@ -91,6 +101,8 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
     with undisturbed(base), mixed(base):
         for start in range(0, len(wanted), config.batch_size):
             some = wanted[start : start + config.batch_size]
+            for choose in base.choosers:
+                choose([(start + i) // len(seeds) for i in range(len(some))])
             drawn += base.pipe(
                 [prompt for prompt, _ in some],
                 negative_prompt=[config.negative_prompt] * len(some) if config.guidance > 1 else None,
@@ -100,6 +112,8 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
                 guidance_scale=config.guidance,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in some],
             ).images
+    for choose in base.choosers:
+        choose(None)
     return [drawn[row * len(seeds) : (row + 1) * len(seeds)] for row in range(len(prompts))]
 
 
@@ -128,37 +142,67 @@ def preview(
         BaseMismatchError: the adapter belongs to another base.
     """
     config = settings or PreviewConfig()
-    without = draw(base, prompts, seeds, config)
     if adapter is None:
-        return save_pictures(Path(out), {"base": without}, prompts, seeds)
-    with adapter.attached(base) as handle:
-        shown = _show(handle, config)
+        return save_pictures(Path(out), {"base": draw(base, prompts, seeds, config)}, prompts, seeds)
+    with ExitStack() as stack:
+        adapters = [adapter, *(load_adapter(path) for path in _several(config.beside))]
+        handles = [stack.enter_context(each.attached(base)) for each in adapters]
+        shown = _shown(base, handles, config, len(prompts), len(seeds))
+        shown |= _conditions(base, handles, config, len(prompts))
         adapted = draw(base, prompts, seeds, config)
-    side = base.side(config.resolution)
-    tiles = [] if shown is None else [ImageOps.fit(shown, (side, side))] * len(seeds)
-    blocks = {"shown": [tiles] * len(prompts)} if tiles else {}
-    return save_pictures(Path(out), {**blocks, "without": without, "with": adapted}, prompts, seeds)
+    without = draw(base, prompts, seeds, config)
+    return save_pictures(Path(out), {**shown, "without": without, "with": adapted}, prompts, seeds)
 
 
-def _show(handle: Any, config: PreviewConfig) -> Image.Image | None:
-    """Shows the configured picture to an adapter that follows pictures.
+def _shown(
+    base: DiffusionBase, handles: Sequence[Any], config: PreviewConfig, rows: int, columns: int
+) -> dict[str, Pictures]:
+    """Shows the configured picture to the adapters that follow one; returns it, in the places of what is drawn.
 
     Raises:
-        InputError: there is none, or an adapter that follows none.
+        InputError: there is none, or no adapter follows it.
     """
-    if hasattr(handle, "show") != bool(config.image):
-        given, reason = f"image = {config.image!r}", "this adapter follows no picture"
+    followers = [handle for handle in handles if hasattr(handle, "show")]
+    if bool(followers) != bool(config.image):
+        given = f"image = {config.image!r}"
         if config.image:
-            raise InputError(given, reason, "Leave it out")
+            raise InputError(given, "this adapter follows no picture", "Leave it out")
         raise InputError(given, "this adapter follows a picture", "Add --set image=FILE")
     if not config.image:
-        return None
+        return {}
     try:
         picture = open_picture(checked_bytes(Path(config.image), 120.0), "white")
     except BROKEN as error:
         raise InputError(config.image, complaint(error), "Give the file of a picture") from error
-    handle.show([[picture]], config.scale)
-    return picture
+    for handle in followers:
+        handle.show([[picture]], config.scale)
+    side = base.side(config.resolution)
+    return {"shown": [[ImageOps.fit(picture, (side, side))] * columns] * rows}
+
+
+def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConfig, rows: int) -> dict[str, Pictures]:
+    """Gives every ControlNet among what is attached its own condition; returns their pictures, a row per prompt.
+
+    Raises:
+        InputError: as many conditions, or weights, as ControlNets are needed.
+    """
+    controls = [handle for handle in handles if hasattr(handle, "follow_files")]
+    paths, weights = _several(config.condition), config.weights or (1.0,) * len(controls)
+    for name, given in (("condition", paths), ("weights", weights)):
+        if len(given) != len(controls):
+            reason = f"{len(controls)} ControlNets are attached, so as many are needed"
+            raise InputError(f"{name} = {list(given)}", reason, f"Add --set {name}=... or leave it out")
+    shown: dict[str, Pictures] = {}
+    for i, (control, path, weight) in enumerate(zip(controls, paths, weights, strict=True)):
+        control.follow_files(Path(path), base.side(config.resolution), rows, config.ready)
+        control.scale *= weight
+        blocks = control.tiles(rows)
+        shown |= blocks if len(controls) == 1 else {f"{name} {i + 1}": tiles for name, tiles in blocks.items()}
+    return shown
 
 
 def save_pictures(out: Path, blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
@@ -166,7 +210,8 @@ def save_pictures(out: Path, blocks: dict[str, Pictures], prompts: Sequence[str]
     files = [save_png(out / "grid.png", grid(blocks, prompts, seeds))]
     for name, rows in blocks.items():
         for i, row in enumerate(rows):
-            files += [save_png(out / f"{name}-{i}-seed{seed}.png", tile) for tile, seed in zip(row, seeds, strict=True)]
+            ends = [f"-seed{seed}" for seed in seeds] if len(row) == len(seeds) else [""]
+            files += [save_png(out / f"{name}-{i}{end}.png", tile) for tile, end in zip(row, ends, strict=True)]
     return files
 
 
@@ -180,15 +225,14 @@ def save_png(path: Path, picture: Image.Image) -> Path:
 
 
 def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
-    """One picture: a row per prompt, the blocks side by side, a column per seed in each."""
+    """One picture: a row per prompt, the blocks side by side, a column per seed in each, or one for all seeds."""
     side = max(TILE, next(iter(blocks.values()))[0][0].width)
-    gap, label, columns = 8, 18, len(seeds)
-    width = len(blocks) * (columns * side + gap) + gap
+    gap, label, left = 8, 18, 8
+    width = sum(len(rows[0]) * side + gap for rows in blocks.values()) + gap
     sheet = Image.new("RGB", (width, label + len(prompts) * (side + label) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for b, (name, rows) in enumerate(blocks.items()):
-        left = gap + b * (columns * side + gap)
-        for column, seed in enumerate(seeds):
+    for name, rows in blocks.items():
+        for column, seed in enumerate(seeds[: len(rows[0])]):
             title = name if column == 0 else f"seed {seed}"
             pen.text((left + column * side, 3), title, "black", font)
         for r, row in enumerate(rows):
@@ -196,6 +240,7 @@ def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[in
             for column, tile in enumerate(row):
                 enlarged = tile.resize((side, side), Image.Resampling.NEAREST if tile.width < side else None)
                 sheet.paste(enlarged, (left + column * side, top))
+        left += len(rows[0]) * side + gap
     for r, prompt in enumerate(prompts):
         pen.text((gap, label + r * (side + label) + 3), prompt, "black", font)
     return sheet

@@ -22,6 +22,7 @@ are drawn, `predict` where they are told apart; `run_settings`, what `graft eval
 method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
+    ("diffusion", "controlnet"): "graft.diffusion.controlnet:ControlNet",
     ("diffusion", "custom_diffusion"): "graft.diffusion.custom_diffusion:CustomDiffusion",
     ("diffusion", "ip_adapter"): "graft.diffusion.ip_adapter:IPAdapter",
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
@@ -79,6 +80,8 @@ SITE_METHODS: dict[str, str] = {
 BENCHMARKS: dict[str, str] = {
     "clip-speed": "graft.vlm.bench:speed",
     "concepts": "graft.diffusion.bench:concepts",
+    "control": "graft.diffusion.bench:control",
+    "controlnet": "graft.diffusion.bench:controlnet",
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
     "ip-adapter": "graft.diffusion.bench:ip_adapter",

@@ -1,9 +1,11 @@
 """What the diffusion domain is judged by, one function for each name of `graft bench`."""
 
 from graft.diffusion.bench.concepts import concepts
+from graft.diffusion.bench.control import control
+from graft.diffusion.bench.control_speed import controlnet
 from graft.diffusion.bench.ip_adapter import ip_adapter
 from graft.diffusion.bench.many import many
 from graft.diffusion.bench.personalization import personalization
 from graft.diffusion.bench.speed import textual_inversion
 
-__all__ = ["concepts", "ip_adapter", "many", "personalization", "textual_inversion"]
+__all__ = ["concepts", "control", "controlnet", "ip_adapter", "many", "personalization", "textual_inversion"]

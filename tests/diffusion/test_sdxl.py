@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import ControlNetModel, StableDiffusionXLControlNetPipeline, StableDiffusionXLPipeline
+from PIL import Image
 
 from graft.diffusion.base import SDXLBase, load_base
 from graft.diffusion.jobs import prepare
@@ -58,10 +59,36 @@ def test_a_lora_trains_and_stock_diffusers_draws_the_same(xl: Path, photos: Path
         np.testing.assert_allclose(picture(fresh.pipe), picture(stock), atol=1e-5)
 
 
-def picture(pipe) -> np.ndarray:
+@pytest.mark.slow
+def test_a_controlnet_trains_and_stock_diffusers_draws_the_same(xl: Path, photos: Path, tmp_path: Path):
+    (photos / "conditions").mkdir()
+    for path in sorted(photos.glob("*.png")):
+        (photos / "conditions" / path.name).write_bytes(path.read_bytes())
+    method, train = {"name": "controlnet", "condition": "map"}, {"batch_size": 2, "device": "cpu"}
+    task = prepare(Job.load({"base": str(xl), "method": method, "data": {"path": str(photos)}, "train": train}))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        task(task.batch(step, torch.Generator().manual_seed(step)))[0].backward()
+        optimizer.step()
+    assert all(p.grad is not None for p in task.parameters())
+    adapter = task.adapter({})
+    adapter.export(tmp_path, "diffusers")
+    network, shown = ControlNetModel.from_pretrained(tmp_path), Image.new("RGB", (8, 8), "red")
+    stock = StableDiffusionXLControlNetPipeline.from_pretrained(xl, controlnet=network, add_watermarker=False)
+    base = load_base(str(xl), "cpu")
+    plain = picture(base.pipe)
+    with adapter.attached(base) as control:
+        control.follow(torch.from_numpy(np.asarray(shown).copy()).permute(2, 0, 1)[None])
+        ours = picture(base.pipe)
+    np.testing.assert_allclose(picture(stock, image=shown), ours, atol=1e-5)
+    assert np.abs(ours - plain).max() > 1e-3
+
+
+def picture(pipe, **more) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(11)
-    settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np"}
+    settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "np", **more}
     return pipe("a photo of sks", generator=generator, **settings).images[0]
 
 

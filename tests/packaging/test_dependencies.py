@@ -11,6 +11,7 @@ FOLDERS = {"studio", "vision", "vlm", "diffusion", "llm_mm", "kernels", "app"}
 # Import name -> distribution, where they differ; triton comes with torch.
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "open_clip": "open_clip_torch",
     "tomli_w": "tomli-w",
     "triton": "torch",

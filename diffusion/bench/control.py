@@ -1,0 +1,190 @@
+"""How well a ControlNet follows the edges that it is asked for, on scenes of the embedded world that it never saw.
+
+A ControlNet is trained on `scenes` pictures of known sprites with captions, by Canny's edges. Then held-out scenes are
+drawn from their caption and their edges, and what is drawn is judged by its own edges: precision, recall and F1 against
+those that were asked for, where an edge counts as found if there is one within a pixel (`exact`: F1 without that
+pixel). Beside it stand the base, which is told the caption alone, and the scene itself through the autoencoder, which
+no drawing can be expected to beat. `clip` is pocket-clip's cosine between picture and caption: following the edges must
+not cost the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from graft.diffusion.base import DiffusionBase, load_base
+from graft.diffusion.conditions import canny, picture_of
+from graft.diffusion.evaluation import Clip
+from graft.diffusion.previews import PreviewConfig, draw, grid, save_png
+from graft.studio.adapter import Adapter
+from graft.studio.disk import write_atomic
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.scenes import caption, render, sample_scene
+
+LIMITS = {"f1": 0.7, "f1 over base": 3.0, "loss of clip": 0.05}
+"""What is promised: F1, how many times the base's it is, and the share of the base's prompt alignment that it costs."""
+
+
+def scenes(count: int, seed: int) -> list[tuple[np.ndarray, str]]:
+    """Pictures (64, 64, 3) uint8 of known sprites, with captions; a seed names them."""
+    rng = np.random.default_rng([seed, 20])
+    drawn = [sample_scene(rng, Atlas.load().known) for _ in range(count)]
+    return [(render(scene), caption(scene, rng)) for scene in drawn]
+
+
+def write_scenes(folder: Path, count: int, seed: int = 0) -> Path:
+    """Writes scenes as a data folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for k, (pixels, text) in enumerate(scenes(count, seed)):
+        Image.fromarray(pixels).save(folder / f"{k:05d}.png")
+        lines.append(json.dumps({"file_name": f"{k:05d}.png", "text": text}))
+    write_atomic(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
+    return folder
+
+
+def edge_scores(drawn: np.ndarray, asked: np.ndarray, reach: int = 1) -> dict[str, float]:
+    """Precision, recall and F1 of edges: (h, w) each, of which what is not 0 is an edge.
+
+    Args:
+        drawn: edges of what was drawn.
+        asked: edges that were asked for.
+        reach: pixels in every direction within which an edge counts as found.
+    """
+    a, b = (torch.from_numpy(edges > 0).float()[None, None] for edges in (drawn, asked))
+    wide = [F.max_pool2d(edges, 2 * reach + 1, 1, reach) for edges in (a, b)]
+    precision = float((a * wide[1]).sum() / a.sum().clamp(min=1))
+    recall = float((b * wide[0]).sum() / b.sum().clamp(min=1))
+    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-9)}
+
+
+def control(
+    out: Path | None = None,
+    count: int = 2000,
+    steps: int = 1600,
+    batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    empty_prompts: float = 0.3,
+    held_out: int = 64,
+    guidance: float = 3.0,
+    base: str = "pocket-sd",
+) -> dict[str, Any]:
+    """Trains, unless that was done before, measures and returns the table.
+
+    Args:
+        out: folder for pictures, the run and `control.json`; None takes `runs/control`.
+        count: scenes to train on.
+        steps: of the training.
+        batch_size: of the training.
+        learning_rate: of the training; it ends at zero by a cosine.
+        empty_prompts: share of rows that are trained without their caption.
+        held_out: scenes to measure on.
+        guidance: of the pictures that are measured.
+        base: a base that knows the embedded world.
+    """
+    from graft.studio.runs.folder import open_run
+    from graft.studio.training import resume, train
+
+    out = Path(out or "runs/control")
+    where = out / "run"
+    if (where / "result").exists():
+        run = open_run(where)
+    elif where.exists():
+        run = resume(where)
+    else:
+        run = train(
+            {
+                "base": base,
+                "method": {"name": "controlnet", "condition": "canny", "empty_prompts": empty_prompts},
+                "data": {"path": str(write_scenes(out / "scenes", count))},
+                "train": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
+                          "schedule": "cosine", "warmup_steps": min(100, steps // 10)},
+            },
+            run_dir=where,
+        )  # fmt: skip
+    judged = judge(load_base(base, "cpu"), run.adapter(), scenes(held_out, seed=1), guidance, out / "grid.png")
+    minutes = run.metrics()[-1]["seconds"] / 60
+    result = {"steps": run.state["step"], "minutes": minutes, "measures": judged, "checks": checks(judged)}
+    write_atomic(out / "control.json", (json.dumps(result, indent=1) + "\n").encode())
+    return result | {"table": table(result)}
+
+
+def judge(
+    base: DiffusionBase, adapter: Adapter, held_out: list[tuple[np.ndarray, str]], guidance: float, sheet: Path | None
+) -> dict[str, dict[str, float]]:
+    """Draws held-out scenes and measures them.
+
+    Args:
+        base: the adapter's own.
+        adapter: a ControlNet on Canny's edges.
+        held_out: pictures and captions.
+        guidance: classifier-free guidance scale.
+        sheet: gets the first pictures side by side.
+    """
+    pictures, prompts = [pixels for pixels, _ in held_out], [text for _, text in held_out]
+    asked = [canny(pixels) for pixels in pictures]
+    maps = torch.from_numpy(np.stack(asked))[:, None]
+    config = PreviewConfig(guidance=guidance, batch_size=16)
+    plain = [row[0] for row in draw(base, prompts, [0], config)]
+    with adapter.attached(base) as handle:
+        handle.follow(maps)
+        led = [row[0] for row in draw(base, prompts, [0], config)]
+    clip = Clip("pocket-clip")
+    drawn = {"base": plain, "control": led, "the scene, autoencoded": autoencoded(base, pictures)}
+    if sheet is not None:
+        shown = {"condition": [picture_of(each) for each in maps], "base": plain, "control": led}
+        save_png(sheet, grid({name: [[p] for p in row[:6]] for name, row in shown.items()}, prompts[:6], [0]))
+    return {name: _measures(clip, row, asked, prompts) for name, row in drawn.items()}
+
+
+def _measures(clip: Clip, drawn: list[Image.Image], asked: list[np.ndarray], prompts: list[str]) -> dict[str, float]:
+    scores = [edge_scores(canny(np.asarray(p)), edges) for p, edges in zip(drawn, asked, strict=True)]
+    told = float((clip.images(drawn) * clip.texts(prompts)).sum(-1).mean())
+    exact = [edge_scores(canny(np.asarray(p)), edges, 0)["f1"] for p, edges in zip(drawn, asked, strict=True)]
+    return {**{name: mean(score[name] for score in scores) for name in scores[0]}, "exact": mean(exact), "clip": told}
+
+
+@torch.no_grad()
+def autoencoded(base: DiffusionBase, pictures: list[np.ndarray]) -> list[Image.Image]:
+    """Pictures after encoding and decoding."""
+    vae = base.pipe.vae
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    decoded: Tensor = vae.decode(base.posterior(pixels)["mean"] / vae.config.scaling_factor).sample
+    found: list[Image.Image] = base.pipe.image_processor.postprocess(decoded)
+    return found
+
+
+def checks(judged: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """The promises: {name: {"value", "limit", "ok"}}."""
+    base, control = judged["base"], judged["control"]
+    values = {
+        "f1": control["f1"],
+        "f1 over base": control["f1"] / max(base["f1"], 1e-9),
+        "loss of clip": 1 - control["clip"] / base["clip"],
+    }
+    kept = {name: value <= LIMITS[name] if name == "loss of clip" else value >= LIMITS[name]
+            for name, value in values.items()}  # fmt: skip
+    return {name: {"value": value, "limit": LIMITS[name], "ok": kept[name]} for name, value in values.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as text."""
+    lines = [f"{result['steps']} steps, {result['minutes']:.1f} minutes", ""]
+    columns = ("precision", "recall", "f1", "exact", "clip")
+    lines.append(f"{'':24}" + " ".join(f"{name:>9}" for name in columns))
+    for name, row in result["measures"].items():
+        lines.append(f"{name:24}" + " ".join(f"{row[key]:9.3f}" for key in columns))
+    lines.append("")
+    for name, check in result["checks"].items():
+        verdict = "ok" if check["ok"] else "MISSED"
+        lines.append(f"{name:24} {check['value']:7.3f}  limit {check['limit']:.2f}  {verdict}")
+    return "\n".join(lines)
