@@ -105,6 +105,7 @@ def test_a_command_that_fails_says_why(folder: Path, tmp_path: Path):
         work.time(work.theirs(script, tmp_path, tmp_path), tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_many_jobs_together_end_where_they_end_alone(folder: Path, tmp_path: Path):
     result = many(tmp_path, jobs=2, steps=2, base=str(folder))
     for row in result["rows"]:
