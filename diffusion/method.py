@@ -83,7 +83,7 @@ class DiffusionMethod:
 
     def prompts(self, caption: str | None) -> list[str]:
         """Training prompts of a picture with this caption, of which each step draws one."""
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} must define attach_jobs")
 
     def sample_prompts(self, dataset: Dataset) -> list[str]:
         """What is drawn on the way when the job does not say."""
@@ -106,7 +106,7 @@ class DiffusionMethod:
         `owned()` for the loop, `details` for the card, `tiles(prompts)`, what samples show beside pictures, or
         `samples(prompts, seeds, config)`, all that they show.
         """
-        raise NotImplementedError
+        raise TypeError(f"{cls.__name__} must define attach_jobs")
 
 
 def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:

@@ -53,7 +53,9 @@ def _sources(module: str, name: str) -> list[ast.ClassDef]:
 def _settings(cls: ast.ClassDef) -> dict[str, dict[str, Any]]:
     from graft.studio.config import documented
 
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
+    if not any("dataclass" in ast.unparse(decorator) for decorator in cls.decorator_list):
+        return rows  # what it annotates are no fields
     for name, field, meaning in documented(cls):
         kind = ast.unparse(field.annotation)
         if not kind.startswith("ClassVar"):
