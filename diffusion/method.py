@@ -83,7 +83,7 @@ class DiffusionMethod:
 
     def prompts(self, caption: str | None) -> list[str]:
         """Training prompts of a picture with this caption, of which each step draws one."""
-        raise TypeError(f"{cls.__name__} must define attach_jobs")
+        raise TypeError(f"{type(self).__name__} must define prompts")
 
     def sample_prompts(self, dataset: Dataset) -> list[str]:
         """What is drawn on the way when the job does not say."""
