@@ -15,6 +15,7 @@ _PUBLIC = {
     "DiffusionLoRA": "lora",
     "EvaluationConfig": "evaluation",
     "IPAdapter": "ip_adapter",
+    "PivotalTuning": "pivotal",
     "PreviewConfig": "previews",
     "TextualInversion": "textual_inversion",
     "evaluate": "evaluation",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
+    from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
     from graft.diffusion.textual_inversion import TextualInversion
 
@@ -46,6 +48,7 @@ __all__ = [
     "DiffusionLoRA",
     "EvaluationConfig",
     "IPAdapter",
+    "PivotalTuning",
     "PreviewConfig",
     "TextualInversion",
     "evaluate",

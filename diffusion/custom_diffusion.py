@@ -275,13 +275,18 @@ class DenseSlot(Slot):
 class CustomConcepts:
     """Concepts attached to a base: words and changes; `bank` holds what is trained, a slot for each method."""
 
-    def __init__(self, words: Concepts, weights: Handle, methods: Sequence[CustomDiffusion], inner: list[list[str]]):
+    def __init__(self, words: Concepts, weights: Handle, methods: Sequence[Any], inner: list[list[str]]):
         self.words, self.weights, self.methods, self.plan = words, weights, methods, weights.plan
         self.bank = nn.ModuleDict({"words": words.bank, "weights": weights.bank})
         self._inner = inner
         ends = [sum(map(len, inner[:slot])) for slot in range(len(inner) + 1)]
         self._places = [range(*pair) for pair in zip(ends, ends[1:], strict=False)]
         self.route = weights.route
+
+    @property
+    def routed(self) -> Tensor | None:
+        """What `route` was told last."""
+        return self.weights.routed
 
     @property
     def known(self) -> int:

@@ -27,6 +27,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "ip_adapter"): "graft.diffusion.ip_adapter:IPAdapter",
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
     ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
+    ("diffusion", "pivotal"): "graft.diffusion.pivotal:PivotalTuning",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",

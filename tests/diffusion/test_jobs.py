@@ -59,10 +59,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 DORA = {**LORA, "name": "dora"}
+PIVOTAL = {"name": "pivotal", "rank": 2, "trigger": "<cat>"}
 
 
 @pytest.fixture(
-    params=[TI, LORA, {**LORA, "targets": "all", "text_encoder": True}, DORA], ids=["ti", "lora", "lora-all", "dora"]
+    params=[TI, LORA, {**LORA, "targets": "all", "text_encoder": True}, DORA, PIVOTAL],
+    ids=["ti", "lora", "lora-all", "dora", "pivotal"],
 )
 def method(request: pytest.FixtureRequest) -> dict:
     return request.param
@@ -188,6 +190,21 @@ def test_stock_diffusers_draws_the_same_from_the_lora_file(folder: Path, photos:
     np.testing.assert_allclose(theirs, ours, atol=1e-5)
 
 
+def test_stock_diffusers_draws_the_same_from_the_word_and_its_factors(folder: Path, photos: Path, tmp_path: Path):
+    task = prepare(job(folder, photos, {**PIVOTAL, "text_encoder": True}))
+    steps(task)
+    files = task.adapter({}).export(tmp_path, format="diffusers")
+    assert [file.name for file in files] == ["pytorch_lora_weights.safetensors", "<cat>.safetensors"]
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    stock.load_textual_inversion(files[1], token="<cat>")
+    plain = picture(stock, "a photo of <cat>")
+    stock.load_lora_weights(tmp_path, weight_name=files[0].name)
+    ours = picture(task.base.pipe, "a photo of <cat>")
+    assert np.abs(plain - ours).max() > 1e-3
+    np.testing.assert_allclose(picture(stock, "a photo of <cat>"), ours, atol=1e-5)
+
+
 def picture(pipe, prompt: str) -> np.ndarray:
     generator = torch.Generator().manual_seed(11)
     return pipe(prompt, num_inference_steps=3, height=8, width=8, generator=generator, output_type="np").images[0]
@@ -210,7 +227,11 @@ def test_prior_preservation_adds_the_bases_own_pictures(folder: Path, photos: Pa
     assert torch.equal(wide.sources[1].mean[:3], theirs.mean)
 
 
-@pytest.mark.parametrize("method", [TI, LORA, {**LORA, "text_encoder": True}], ids=["ti", "lora", "lora-text"])
+@pytest.mark.parametrize(
+    "method",
+    [TI, LORA, {**LORA, "text_encoder": True}, {**PIVOTAL, "text_encoder": True}],
+    ids=["ti", "lora", "lora-text", "pivotal"],
+)
 def test_jobs_trained_together_equal_each_alone(folder: Path, photos: Path, tmp_path: Path, method: dict):
     other = tmp_path / "others"
     other.mkdir()
