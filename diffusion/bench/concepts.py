@@ -47,6 +47,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "textual_inversion": {"name": "textual_inversion"},
     "custom_diffusion": {"name": "custom_diffusion"},
     "custom_diffusion, prior": {"name": "custom_diffusion", "class_prompt": "a photo of a {}"},
+    "pivotal": {"name": "pivotal"},
     "lora": {"name": "lora"},
     "lora, prior": {"name": "lora", "class_prompt": "a photo of a {}"},
 }
