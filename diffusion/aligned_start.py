@@ -2,8 +2,8 @@ r"""A start for IP-Adapter that needs no training: a picture's tokens are what t
 
 The denoiser knows how to read text, and keys and values for pictures start as copies of those for text. So the nearer
 the projection's tokens are to the states s of a text that tells what is in the picture, the less is left to learn. With
-features f of pictures, and y = (s - b) / g for the means b and the deviations g of all states by channel, a linear map
-is found in closed form,
+features f of pictures, and y = (s - b) / g, where g and b are those of the text encoder's last layer norm (where states
+come from before it, as with XL, deviations and means of all states by channel), a linear map is found in closed form,
 
     W = argmin_W sum_i || W f_i - y_i ||^2 + ridge || W ||^2
 
@@ -24,7 +24,7 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError
 
-RIDGE = 1e-2
+RIDGE = 1e-3
 """Of the features' variance."""
 ROWS = 64
 """Pictures or texts that are encoded at once."""
@@ -53,7 +53,7 @@ def aligned_start(
     features = torch.cat(parts).double().cpu()
     unique = list(dict.fromkeys(texts))
     states = torch.cat([_states(base, unique[i : i + ROWS]) for i in range(0, len(unique), ROWS)]).double()
-    means, deviations = states.mean((0, 1)), states.std((0, 1)) + 1e-6
+    deviations, means = _norm(base, states)
     places = {text: i for i, text in enumerate(unique)}
     wanted = ((states - means) / deviations).flatten(1)[[places[text] for text in texts]]
     centre, level = features.mean(0), wanted.mean(0)
@@ -70,6 +70,15 @@ def aligned_start(
     tensors |= {f"image_proj.{name}": tensor.float() for name, tensor in projection.items()}
     card = Card("ip_adapter", to_dict(method), "diffusion", base.name, base.hash, details=details)
     return Adapter(tensors, card)
+
+
+def _norm(base: DiffusionBase, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Factor and shift by channel, (d,) each."""
+    encoder = base.pipe.text_encoder
+    last = next((part for name, part in encoder.named_modules() if name.endswith("final_layer_norm")), None)
+    if last is None or getattr(base.pipe, "text_encoder_2", None) is not None:
+        return states.std((0, 1)) + 1e-6, states.mean((0, 1))
+    return last.weight.double().cpu(), last.bias.double().cpu()
 
 
 def _states(base: DiffusionBase, texts: Sequence[str]) -> Tensor:

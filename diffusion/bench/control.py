@@ -77,6 +77,7 @@ def control(
     held_out: int = 64,
     guidance: float = 3.0,
     base: str = "pocket-sd",
+    init: str = "",
 ) -> dict[str, Any]:
     """Trains, unless that was done before, measures and returns the table.
 
@@ -90,6 +91,7 @@ def control(
         held_out: scenes to measure on.
         guidance: of the pictures that are measured.
         base: a base that knows the embedded world.
+        init: folder of a ControlNet of diffusers to go on from.
     """
     from graft.studio.runs.folder import open_run
     from graft.studio.training import resume, train
@@ -104,7 +106,7 @@ def control(
         run = train(
             {
                 "base": base,
-                "method": {"name": "controlnet", "condition": "canny", "empty_prompts": empty_prompts},
+                "method": {"name": "controlnet", "empty_prompts": empty_prompts} | ({"init": init} if init else {}),
                 "data": {"path": str(write_scenes(out / "scenes", count))},
                 "train": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
                           "schedule": "cosine", "warmup_steps": min(100, steps // 10)},

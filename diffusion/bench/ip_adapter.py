@@ -1,7 +1,7 @@
 """Whether a picture works as a prompt: an IP-Adapter for `pocket-sd`, trained on generated pictures and measured.
 
-The training pictures show known sprites on plain backgrounds; their captions tell the background and nothing else, so
-what is in front only the picture tells. The training goes on from `graft.diffusion.aligned_start`, with the sprites'
+The training pictures show known sprites on plain backgrounds; their captions tell the background or nothing, so what is
+in front only the picture tells. The training goes on from `graft.diffusion.aligned_start`, with the sprites'
 names: from nothing it takes many times as long.
 
 Measured are drawings that follow other pictures of known sprites: how often pocket-vit calls the drawing by the
@@ -37,7 +37,7 @@ ASKED = ("red", "yellow", "green", "blue")
 LIMITS = {"named": 0.5, "background": 0.8}
 """What is promised: of drawings that follow a picture alone, and of those that follow one beside text."""
 TRAIN = {
-    "batch_size": 16, "learning_rate": 5e-4, "schedule": "cosine", "warmup_steps": 50, "log_every": 50, "threads": 1,
+    "batch_size": 16, "learning_rate": 1e-4, "schedule": "cosine", "warmup_steps": 20, "log_every": 50, "threads": 1,
     "mixed_precision": "no", "device": "cpu",
 }  # fmt: skip
 """How the adapter is trained."""
@@ -72,7 +72,8 @@ def write_training(folder: Path, count: int, seed: int = 0) -> Path:
         colour = colours[rng.integers(len(colours))]
         name = f"{i:05d}.png"
         Image.fromarray(render(portrait(rng, known[i % len(known)], colour))).save(folder / name)
-        lines.append(json.dumps({"file_name": name, "text": asking(colour, int(rng.integers(4)))}))
+        form = int(rng.integers(6))
+        lines.append(json.dumps({"file_name": name, "text": asking(colour, form) if form < 4 else "a picture"}))
     write_atomic(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return folder
 
@@ -129,7 +130,7 @@ def plain(base: DiffusionBase, prompts: Sequence[str], first: int = 0) -> list[I
 
 
 def ip_adapter(
-    out: Path | None = None, pictures: int = 4000, steps: int = 1500, sprites: int = 48, base: str = "pocket-sd"
+    out: Path | None = None, pictures: int = 4000, steps: int = 800, sprites: int = 48, base: str = "pocket-sd"
 ) -> dict[str, Any]:
     """Trains, unless it has been done, measures and returns the table.
 

@@ -415,6 +415,8 @@ def test_an_aligned_start_says_of_pictures_what_the_text_encoder_says_of_texts(
     ends = [len(base.tokenizer(text).input_ids) - 1 for text in ("a toy", "a red cat", "cat", "blue")]
     states = torch.stack([told[i, [end, end - 1, end - 2, end + 1]] for i, end in enumerate(ends)])
     means, spread = states.mean((0, 1)), states.std((0, 1))
+    if not xl_base:
+        means, spread = (getattr(base.pipe.text_encoder.final_layer_norm, name) for name in ("bias", "weight"))
     with adapter.attached(base) as handle:
         seen = ImageEncoder(str(encoder)).features([*pictures[:3], pictures[4]], False)
         found = handle.bank.image_proj.proj(seen).unflatten(-1, (4, -1))
