@@ -31,8 +31,8 @@ _CHUNK = 2**17
 """Elements of a dropout mask drawn at once on CPU: temporaries stay in cache (twice as fast as one large mask)."""
 
 _KEPT = 512
-"""Width of x from which a product that has a gain is kept, if it is not wider than x, which is kept anyway: each
-number of it would take so many multiplications to compute again."""
+"""Width of x from which a product that has a gain is kept: each number of it would take so many multiplications to
+compute again."""
 
 
 class Term(NamedTuple):
@@ -201,7 +201,7 @@ def _forward(
         products.append(None)
         if gain is not None:
             part, gain = _columns(_grouped(y, route), rows), _gains(gain, route)
-            if wanted and wanted[k] and _KEPT <= x.shape[-1] >= part.shape[-1]:
+            if wanted and wanted[k] and x.shape[-1] >= _KEPT:
                 products[k] = part.clone()
             part.mul_(gain)
             if bias is not None:  # the gain is not for the bias; so written, a gain of 1 changes no bit

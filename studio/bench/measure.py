@@ -36,14 +36,14 @@ def one_thread() -> Iterator[None]:
 
 
 def interleaved(works: Mapping[str, Work], rounds: int) -> Seconds:
-    """Returns the seconds of each work in each round, after two that warm up.
+    """Returns the seconds of each work in each round, after one that warms up.
 
     Every other round is reversed, so that a busy machine hurts all alike.
     """
     seconds: Seconds = {name: [] for name in works}
-    for work in works.values():
-        work()
-    repeats = {name: ceil(_SHORTEST / max(timed(work)[0], 1e-4)) for name, work in works.items()}
+    first = {name: timed(work)[0] for name, work in works.items()}
+    warm = {name: min(took, timed(works[name])[0]) if took < _SHORTEST else took for name, took in first.items()}
+    repeats = {name: ceil(_SHORTEST / max(took, 1e-4)) for name, took in warm.items()}
     for turn in range(rounds):
         for name in list(works)[:: 1 if turn % 2 else -1]:
             seconds[name].append(timed(works[name], repeats[name]))
