@@ -17,17 +17,22 @@ Letters: b batch rows, n tokens, i input width, o output width, r rank, k slots 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from graft.kernels.dispatch import LIBRARY, autocast, fastest, refusals
 
 _CHUNK = 2**17
 """Elements of a dropout mask drawn at once on CPU: temporaries stay in cache (twice as fast as one large mask)."""
+
+_KEPT = 512
+"""Width of x from which a product that has a gain is kept: each number of it would take so many multiplications to
+compute again."""
 
 
 class Term(NamedTuple):
@@ -92,6 +97,8 @@ def lora_linear(
     routes: list[Tensor] = []  # each once: terms share theirs, and the compiler takes no tensor twice
     plan = tuple((term.rows, term.dropout, term.seed, _place(term.route, routes)) for term in terms)
     tensors = [tensor for term in terms for tensor in (term.down, term.up, term.scale, term.gain)]
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, plan, [*tensors, *routes])[0]
     y: Tensor = _LoRALinear.apply(x, weight, bias, plan, *tensors, *routes)
     return y
 
@@ -180,38 +187,57 @@ def bands(terms: tuple[Term, ...], width: int) -> int:
     return width // size if fits and len(set(rows)) == len(rows) else 0
 
 
+def _forward(
+    x: Tensor, weight: Any, bias: Any, plan: tuple, tensors: Any, wanted: tuple[bool, ...] | None = None
+) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """The output, and what backward needs: A drop(x)' of each term, and the products of gains that are cheap to keep.
+
+    ``wanted`` says of each term whether its gain needs a gradient; None that there will be no backward pass.
+    """
+    width = tensors[1].shape[1] if weight is None else weight.shape[0]
+    y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
+    hiddens, products = [], []
+    for k, ((rows, *_), (_, _, _, route, gain)) in enumerate(zip(plan, _unpacked(plan, tensors), strict=True)):
+        products.append(None)
+        if gain is not None:
+            part, gain = _columns(_grouped(y, route), rows), _gains(gain, route)
+            if wanted and wanted[k] and x.shape[-1] >= _KEPT:
+                products[k] = part.clone()
+            part.mul_(gain)
+            if bias is not None:  # the gain is not for the bias; so written, a gain of 1 changes no bit
+                part.add_((bias if rows is None else bias[slice(*rows)]) * (1 - gain))
+    for (rows, dropout, seed, _), (down, up, scale, route, _) in zip(plan, _unpacked(plan, tensors), strict=True):
+        x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
+        if wanted is None and (order := _order(x3, down, route, dropout)):
+            _by_slot(x3, part, down, up, scale, order)
+            continue
+        down, up, scale = _pick(down, up, scale, route, x.dtype, dropout)
+        hidden = _through(x3, down, dropout, seed)
+        part.baddbmm_((hidden * scale).mT, up.mT)
+        hiddens.append(hidden)
+    return y, hiddens, products
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, plan: tuple, *tensors: Any) -> Tensor:
-        width = tensors[1].shape[1] if weight is None else weight.shape[0]
-        y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
-        hiddens = []
-        for (rows, *_), (_, _, _, route, gain) in zip(plan, _unpacked(plan, tensors), strict=True):
-            if gain is not None:
-                part, gain = _columns(_grouped(y, route), rows), _gains(gain, route)
-                part.mul_(gain)
-                if bias is not None:  # the gain is not for the bias; so written, a gain of 1 changes no bit
-                    part.add_((bias if rows is None else bias[slice(*rows)]) * (1 - gain))
-        for (rows, dropout, seed, _), (down, up, scale, route, _) in zip(plan, _unpacked(plan, tensors), strict=True):
-            down, up, scale = _pick(down, up, scale, route, x.dtype, dropout)
-            x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
-            hidden = _through(x3, down, dropout, seed)
-            part.baddbmm_((hidden * scale).mT, up.mT)
-            hiddens.append(hidden)
+        wanted = ctx.needs_input_grad[7::4]
+        y, hiddens, products = _forward(x, weight, bias, plan, tensors, wanted)
         ctx.plan = plan
         # x is the only tensor of its size that is kept, and only for the gradients that need it.
         keep_x = any(ctx.needs_input_grad[4::4]) or any(ctx.needs_input_grad[7::4]) or ctx.needs_input_grad[1]
         ctx.shape = x.shape
-        ctx.save_for_backward(x if keep_x else None, weight, *hiddens, *tensors)
+        ctx.save_for_backward(x if keep_x else None, weight, bias, *hiddens, *products, *tensors)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         needs = ctx.needs_input_grad
-        x, weight, *rest = ctx.saved_tensors
-        hiddens, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
-        through, grad_gains = _through_gains(grad, x, weight, ctx.plan, tensors, needs)
+        x, weight, bias, *rest = ctx.saved_tensors
+        count = len(ctx.plan)
+        hiddens, products, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        through, grad_gains = _through_gains(grad, x, weight, bias, products, ctx.plan, tensors, needs)
         grad_x = None
         if needs[0]:
             grad_x = grad.new_zeros(ctx.shape) if weight is None else (through @ weight).contiguous()
@@ -235,9 +261,16 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _through_gains(
-    grad: Tensor, x: Tensor | None, weight: Tensor | None, plan: tuple, tensors: Any, needs: tuple[bool, ...]
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    products: list[Tensor | None],
+    plan: tuple,
+    tensors: Any,
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The gradient of the base's product, and those of the gains, for which the product is computed again."""
+    """The gradient of the base's product, and those of the gains, for which it is computed again unless kept."""
     grads: list[Tensor | None] = []
     through = grad
     for k, ((rows, *_), (_, _, _, route, gain)) in enumerate(zip(plan, _unpacked(plan, tensors), strict=True)):
@@ -245,13 +278,21 @@ def _through_gains(
         if gain is None:
             continue
         assert weight is not None
-        through = grad.clone(memory_format=torch.contiguous_format) if through is grad else through
-        _columns(_grouped(through, route), rows).mul_(_gains(gain, route))
         if needs[7 + 4 * k] and x is not None:
-            product = _grouped(F.linear(x, weight if rows is None else weight[slice(*rows)]), route)
-            part = _columns(_grouped(grad, route), rows)
-            sums = (part * product).sum(1, dtype=gain.dtype)
+            part, product = _columns(_grouped(grad, route), rows), products[k]
+            if product is None:
+                product = _grouped(F.linear(x, weight if rows is None else weight[slice(*rows)]), route)
+                sums = product.mul_(part).sum(1, dtype=gain.dtype)
+            else:
+                sums = (part * product).sum(1, dtype=gain.dtype)
+                if bias is not None:  # a kept product has it
+                    sums -= (bias if rows is None else bias[slice(*rows)]) * part.sum(1, dtype=gain.dtype)
             grads[k] = _spread(sums if route is None else sums * (route >= 0)[:, None], gain, route)
+        if rows is None:
+            through = (_grouped(through, route) * _gains(gain, route)).to(grad.dtype).view(grad.shape)
+        else:
+            through = grad.clone(memory_format=torch.contiguous_format) if through is grad else through
+            _columns(_grouped(through, route), rows).mul_(_gains(gain, route))
     return through, grads
 
 
@@ -260,6 +301,38 @@ def _gains(gain: Tensor, route: Tensor | None) -> Tensor:
     if route is None:
         return gain[:1, None]
     return torch.where((route >= 0)[:, None], gain[route.clamp(min=0)], 1.0)[:, None]
+
+
+def _order(x: Tensor, down: Tensor, route: Tensor | None, dropout: float) -> tuple[list[int], Tensor, Tensor] | None:
+    """How to sort the rows of x (b, n, i) by slot, where that moves less than a copy of the factors for each row."""
+    if route is None or x.device.type != "cpu" or is_compiling() or _threshold(dropout) or x.shape[1] > down.shape[1]:
+        return None
+    return _sorted(tuple(route.tolist()))
+
+
+@lru_cache(64)
+def _sorted(route: tuple[int, ...]) -> tuple[list[int], Tensor, Tensor] | None:
+    """The slots in use, their rows (g m) padded to equal numbers, and which are no padding (g, 1, m, 1)."""
+    slots = sorted(set(route) - {-1})
+    rows = [[row for row, slot in enumerate(route) if slot == each] for each in slots]
+    most = max(map(len, rows), default=0)
+    if not most or most * len(slots) > 2 * len(route):
+        return None
+    padded = torch.tensor([each + each[:1] * (most - len(each)) for each in rows])
+    real = torch.tensor([[1.0] * len(each) + [0.0] * (most - len(each)) for each in rows])
+    return slots, padded.flatten(), real[:, None, :, None]
+
+
+def _by_slot(x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: Tensor, order: tuple[list[int], Tensor, Tensor]) -> None:
+    """Adds ``s B A x`` to y (b, n, o) in place, all rows of a slot in one product."""
+    slots, rows, real = order
+    if len(slots) < len(down):
+        chosen = torch.tensor(slots)
+        down, up, scale = (stack.index_select(0, chosen) for stack in (down, up, scale))
+    sorted_x = x.index_select(0, rows).view(len(slots), -1, x.shape[-1])
+    hidden = (down.to(x.dtype) @ sorted_x.mT).unflatten(2, (-1, x.shape[1]))  # (g, r, m, n)
+    hidden = hidden.mul_((real * scale.view(-1, 1, 1, 1)).to(x.dtype)).flatten(2)
+    y.index_add_(0, rows, (hidden.mT @ up.to(x.dtype).mT).view(-1, *y.shape[1:]))
 
 
 def _through(x: Tensor, down: Tensor, dropout: float, seed: int) -> Tensor:
@@ -318,7 +391,9 @@ def _pick(
         down, up, scale = down[:1], up[:1], scale[:1]
     else:
         slot = route.clamp(min=0)
-        down, up, scale = down[slot], up[slot], scale[slot] * (route >= 0)
+        # Indexing by a tensor does the same, three times slower on CPU.
+        down, up, scale = (stack.index_select(0, slot) for stack in (down, up, scale))
+        scale = scale * (route >= 0)
     if dropped := _threshold(dropout):
         scale = scale * (256 / (256 - dropped))
     return down.to(dtype), up.to(dtype), scale.to(dtype).view(-1, 1, 1)

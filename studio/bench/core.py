@@ -1,243 +1,249 @@
-"""The cost of LoRA on a vision transformer, beside the frozen model and beside peft, in one process.
+"""The cost of adapters beside the frozen model and beside peft, in one process, on four models.
 
-Every variant runs the same step (forward, backward from the same gradient) on the same weights and pictures. Rounds are
-interleaved and reversed every other time, so a busy machine hurts all alike; ratios are medians over rounds of paired
-process CPU times, on one thread. Saved activations are counted to the byte.
+Every variant takes the same step (forward, backward from the same gradient) on the same weights, inputs and factors, and
+how far its results are from peft's stands beside its speed. Ratios are medians over interleaved rounds of process CPU
+times on one thread. Saved activations are counted to the byte. A peak is how far resident memory rises in one step.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from graft.studio.bench import core_attention
+from graft.studio.bench.core_models import SUBJECTS, Subject, subject
+from graft.studio.bench.core_table import table
+from graft.studio.bench.core_variants import (
+    ADAPTERS,
+    DROPOUT,
+    RANK,
+    Step,
+    Variant,
+    differences,
+    dora,
+    draw,
+    furthest,
+    load,
+    lora,
+    mixed_differences,
+    names,
+    ours,
+    theirs,
+)
+from graft.studio.bench.measure import Seconds, Work, interleaved, medians, one_thread, peak_rise, ratio, timed
 from graft.studio.disk import write_json
-from graft.studio.errors import InputError
-from graft.studio.methods.lora import LoRA
-from graft.studio.slots import Handle
 
-TARGETS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-LIMITS = {"step over frozen": 1.20, "saved bytes over peft": 1.0, "dropout over none": 1.10, "8 adapters over 1": 1.15}
-"""What the core promises; `run` reports each with its measured value."""
-
-_RANK, _BATCH, _ADAPTERS, _DROPOUT = 8, 16, 8, 0.1
-
-
-@dataclass
-class Variant:
-    """One way to take the step."""
-
-    model: nn.Module
-    """Called on the pictures."""
-    parameters: list[nn.Parameter]
-    """Their gradients are part of the step."""
-    handle: Handle | None = None
-    """Ours, when it is ours."""
-
-    def step(self, x: Tensor, upstream: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Returns the output and the gradients of the parameters (of the input, without any)."""
-        wanted: list[Tensor] = [*self.parameters]
-        if not wanted:  # x itself stays as it is: the others must not keep more for its sake
-            wanted = [x := x.detach().requires_grad_()]
-        y = self.model(x)
-        return y.detach(), torch.autograd.grad(y, wanted, upstream)
+LIMITS = {
+    "LoRA step over peft's": 0.95,
+    "DoRA step over peft's": 0.88,
+    "DoRA saved bytes over peft's": 0.60,
+    "dropout saved bytes over peft's": 0.75,
+    "bf16 base saved bytes over peft's": 0.70,
+    "8 adapters over 1, step": 1.15,
+    "8 adapters over 1, 16 rows of one token": 1.15,
+    "MHA step over peft's": 0.65,
+    "MHA inference over peft's": 0.35,
+}
+"""What the core promises, of every model; `run` reports each with its measured values."""
 
 
-def run(out: Path | None = None, rounds: int = 7, depth: int = 12, width: int = 384) -> dict[str, Any]:
-    """Measures and returns the table; writes ``core.json`` into ``out`` if given.
+def run(
+    out: Path | None = None, rounds: int = 5, models: str = ",".join(SUBJECTS), mha: bool = True, tiny: bool = False
+) -> dict[str, Any]:
+    """Measures, and returns checks, figures and a table; writes them as ``core.json`` into ``out`` if given.
 
     Args:
         out: folder of the result.
-        rounds: interleaved rounds; about 40 CPU seconds each at the default size.
-        depth: transformer blocks.
-        width: token width.
+        rounds: interleaved rounds; about two CPU minutes each for all models.
+        models: which, joined by commas.
+        mha: whether to measure torch's MultiheadAttention too.
+        tiny: models of one block and width 64, to see that it works.
 
     Raises:
-        InputError: timm or peft is not installed.
+        InputError: an unknown model, or a library that is not installed.
     """
-    torch.manual_seed(0)
-    variants, x, upstream = _variants(depth, width)
-    with _one_thread():
-        seconds = _time(variants, x, upstream, rounds)
-        saved = {name: _saved_bytes(variants[name], x, upstream) for name in variants}
-        agreement = _agreement(variants, x, upstream)
-    ratios = {
-        "step over frozen": _ratio(seconds, "lora", "frozen"),
-        "saved bytes over peft": saved["lora"] / saved["peft"],
-        "dropout over none": _ratio(seconds, "lora, dropout", "lora"),
-        "8 adapters over 1": _ratio(seconds, "lora, 8 adapters", "lora"),
-    }
-    beside = {
-        "peft step over frozen": _ratio(seconds, "peft", "frozen"),
-        "peft step over ours": _ratio(seconds, "peft", "lora"),
-        "peft dropout over none, seconds": _ratio(seconds, "peft, dropout", "peft"),
-        "peft dropout over none, saved bytes": saved["peft, dropout"] / saved["peft"],
-        "our dropout over none, saved bytes": saved["lora, dropout"] / saved["lora"],
-    }
-    result = {
-        "work": f"ViT {depth} x {width}, batch {_BATCH}, LoRA rank {_RANK} on {', '.join(TARGETS)}",
-        "how": f"one thread, medians of {rounds} interleaved rounds, CPU seconds",
-        "checks": {name: {"value": ratios[name], "limit": limit} for name, limit in LIMITS.items()},
-        "passed": all(ratios[name] <= limit for name, limit in LIMITS.items()),
-        "beside": beside,
-        "cpu_seconds": {name: median(cpu for cpu, _ in times) for name, times in seconds.items()},
-        "wall_seconds": {name: median(wall for _, wall in times) for name, times in seconds.items()},
-        "saved_mib": {name: count / 2**20 for name, count in saved.items()},
-        "largest_difference_to_peft": agreement,
+    reports = {}
+    with one_thread():
+        for name in models.split(","):
+            torch.manual_seed(0)
+            reports[name] = _report(subject(name, tiny), rounds)
+        if mha:
+            torch.manual_seed(0)
+            reports["mha"] = _attention_report(tiny, rounds)
+    checks = {}
+    for name, limit in LIMITS.items():
+        values = {model: report["promised"][name] for model, report in reports.items() if name in report["promised"]}
+        if values:
+            checks[name] = {"values": values, "limit": limit, "passed": max(values.values()) <= limit}
+    result: dict[str, Any] = {
+        "how": f"one thread, medians of {rounds} interleaved rounds of CPU seconds, batch 8, rank {RANK}; "
+        f"torch {torch.__version__}, peft {version('peft')}",
+        "checks": checks,
+        "passed": all(check["passed"] for check in checks.values()),
+        "models": reports,
     }
     if out is not None:
         write_json(out / "core.json", result)
-    return result
+    return {**result, "table": table(result)}
 
 
-def _variants(depth: int, width: int) -> tuple[dict[str, Variant], Tensor, Tensor]:
-    try:
-        import peft
-        import timm
-    except ImportError as error:
-        raise InputError("bench core", f"{error.name} is not installed", "pip install 'graft-studio[dev]'") from error
-    heads = max(1, width // 64)
-    base = timm.create_model(
-        "vit_small_patch16_224", depth=depth, embed_dim=width, num_heads=heads, class_token=False, global_pool="avg"
-    )
-    base = base.requires_grad_(False).eval()
-
-    def ours(dropout: float = 0.0, slots: int = 1) -> Variant:
-        model = deepcopy(base)
-        handle = LoRA(rank=_RANK, alpha=16, dropout=dropout, targets=TARGETS).attach(model, slots=slots)
-        if slots > 1:
-            handle.route(torch.arange(_BATCH) % slots)
-        return Variant(model, list(handle.bank.parameters()), handle)
-
-    def theirs(dropout: float = 0.0) -> Variant:
-        config = peft.LoraConfig(r=_RANK, lora_alpha=16, lora_dropout=dropout, target_modules=r".*\.(qkv|proj|fc1|fc2)")
-        config.exclude_modules = r"patch_embed\..*"
-        model = peft.get_peft_model(deepcopy(base), config)  # type: ignore[arg-type]
-        model.train(dropout > 0)
-        return Variant(model, [p for p in model.parameters() if p.requires_grad])
-
-    variants = {
-        "frozen": Variant(deepcopy(base), []),
-        "lora": ours(),
-        "peft": theirs(),
-        "lora, dropout": ours(_DROPOUT),
-        "peft, dropout": theirs(_DROPOUT),
-        "lora, 8 adapters": ours(slots=_ADAPTERS),
+def _report(subject: Subject, rounds: int) -> dict[str, Any]:
+    """Everything about one model, but its attention in the packed form."""
+    variants = _variants(subject)
+    route, small_route = (torch.arange(len(inputs[0])) % ADAPTERS for inputs in (subject.inputs, subject.small))
+    eight = _handle(variants["lora, 8 adapters"])
+    eight.route(route)
+    upstream = torch.randn_like(variants["frozen"].infer(subject.inputs)) / len(subject.inputs[0])
+    apart = _differences(variants, subject.inputs, upstream, route)
+    steps = {name: partial(variants[name].step, subject.inputs, upstream) for name in variants if name != _MIXED}
+    seconds = interleaved(steps, rounds)
+    large = interleaved(_inference(variants, subject.inputs, route), rounds)
+    memory: dict[str, Any] = {
+        name: {"saved": variants[name].saved(subject.inputs), "peak": peak_rise(step)} for name, step in steps.items()
     }
-    _same_factors(variants)
-    return variants, torch.randn(_BATCH, 3, 224, 224), torch.randn(_BATCH, 1000) / _BATCH
+    eight.route(small_route)
+    small = interleaved(_inference(variants, subject.small, small_route), 3 * rounds)
+    half, apart[_HALF] = _half(subject, upstream)
+    saved = {name: row["saved"] for name, row in (memory | half).items()}
+    return {
+        "work": subject.work,
+        "promised": _promised(seconds, small, saved),
+        "beside": _beside(seconds, large, small, saved),
+        "step": {name: medians(seconds[name]) | memory[name] for name in seconds},
+        "step of one row": half,
+        "inference": {name: medians(times) for name, times in large.items()},
+        "inference, 16 rows of one token": {name: medians(times) for name, times in small.items()},
+        "differences": apart,
+    }
 
 
-def _same_factors(variants: dict[str, Variant]) -> None:
-    """Gives every variant, and every slot, the same random factors."""
-    handle = variants["lora"].handle
-    assert handle is not None
-    with torch.no_grad():
-        for name, parameter in handle.bank.named_parameters():
-            nn.init.normal_(parameter, std=0.02 if name.endswith("B") else 0.05)
-    tensors = handle.tensors()
-    for variant in variants.values():
-        if variant.handle is not None:
-            for slot in range(variant.handle.slots):
-                variant.handle.load(tensors, slot)
-        else:
-            with torch.no_grad():
-                for name, parameter in variant.model.named_parameters():
-                    if "lora_" in name:
-                        parameter.copy_(tensors[_our_name(name)])
+def _promised(seconds: Seconds, small: Seconds, saved: dict[str, int]) -> dict[str, float]:
+    return {
+        "LoRA step over peft's": ratio(seconds, "lora", "peft lora"),
+        "DoRA step over peft's": ratio(seconds, "dora", "peft dora"),
+        "DoRA saved bytes over peft's": saved["dora"] / saved["peft dora"],
+        "dropout saved bytes over peft's": saved["lora, dropout"] / saved["peft lora, dropout"],
+        "bf16 base saved bytes over peft's": saved[_HALF] / saved[f"peft {_HALF}"],
+        "8 adapters over 1, step": ratio(seconds, "lora, 8 adapters", "lora"),
+        "8 adapters over 1, 16 rows of one token": ratio(small, "lora, 8 adapters", "lora"),
+    }
 
 
-def _our_name(name: str) -> str:
-    site, _, end = name.removeprefix("base_model.model.").partition(".lora_")
-    return f"{site}.{end[0]}"
+_MIXED = "peft lora, 8 adapters"
+"""Which peft cannot train."""
+_HALF = "lora, bf16 base"
 
 
-def _time(
-    variants: dict[str, Variant], x: Tensor, upstream: Tensor, rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """(CPU, wall) seconds of each variant's step in each round; the first round warms up and is dropped."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        order = list(variants) if turn % 2 else list(variants)[::-1]
-        for name in order:
-            cpu, wall = time.process_time(), time.perf_counter()
-            variants[name].step(x, upstream)
-            if turn:
-                seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return seconds
+def _variants(subject: Subject) -> dict[str, Variant]:
+    variants = {
+        "frozen": Variant(deepcopy(subject.model), inside=subject.inside),
+        "lora": ours(subject, lora(subject)),
+        "peft lora": theirs(subject),
+        "lora, dropout": ours(subject, lora(subject, DROPOUT)),
+        "peft lora, dropout": theirs(subject, lora_dropout=DROPOUT),
+        "dora": ours(subject, dora(subject)),
+        "peft dora": theirs(subject, use_dora=True),
+        "lora, 8 adapters": ours(subject, lora(subject), slots=ADAPTERS),
+        _MIXED: theirs(subject, ADAPTERS),
+    }
+    adapters = [draw(_handle(variants["lora"]), seed) for seed in range(ADAPTERS)]
+    lengths = draw(_handle(variants["dora"]), 0) | adapters[0]
+    for name, variant in variants.items():
+        if name != "frozen":
+            load(variant, adapters if "8" in name else [lengths if "dora" in name else adapters[0]])
+    return variants
 
 
-def _ratio(seconds: dict[str, list[tuple[float, float]]], name: str, over: str) -> float:
-    return median(a[0] / b[0] for a, b in zip(seconds[name], seconds[over], strict=True))
+def _handle(variant: Variant) -> Any:
+    assert variant.handle is not None
+    return variant.handle
 
 
-def _saved_bytes(variant: Variant, x: Tensor, upstream: Tensor) -> int:
-    """Bytes of the distinct storages kept for backward, without those of parameters, buffers and the input."""
-    own: list[Tensor] = [x, *variant.model.parameters(), *variant.model.buffers(), *variant.parameters]
-    own += variant.handle.bank.buffers() if variant.handle is not None else []
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        variant.step(x, upstream)
-    return sum(storage.nbytes() for storage in kept.values())
+def _inference(variants: dict[str, Variant], inputs: tuple[Tensor, ...], route: Tensor) -> dict[str, Work]:
+    called = [names(ADAPTERS)[slot] for slot in route.tolist()]
+    plain = ("frozen", "lora", "peft lora", "lora, 8 adapters")
+    works: dict[str, Work] = {name: partial(variants[name].infer, inputs) for name in plain}
+    return works | {_MIXED: partial(variants[_MIXED].infer, inputs, adapter_names=called)}
 
 
-def _agreement(variants: dict[str, Variant], x: Tensor, upstream: Tensor) -> dict[str, float]:
-    """Largest differences to peft, relative to the largest value, of outputs and gradients."""
-    expected, gradients = variants["peft"].step(x, upstream)
-    names = [_our_name(name) for name, p in variants["peft"].model.named_parameters() if p.requires_grad]
-    theirs = dict(zip(names, gradients, strict=True))
-    differences = {}
-    for name in ("lora", "lora, 8 adapters"):
-        variant = variants[name]
-        assert variant.handle is not None
-        y, ours = variant.step(x, upstream)
-        differences[f"{name}: output"] = float((y - expected).abs().max() / expected.abs().max())
-        worst = 0.0
-        for (key, _), grad in zip(variant.handle.bank.named_parameters(), ours, strict=True):
-            # All slots hold the same factors, so their gradients sum to that of one adapter.
-            worst = max(worst, float((grad.sum(0) - theirs[key]).abs().max() / theirs[key].abs().max()))
-        differences[f"{name}: gradients"] = worst
-    return differences
+def _differences(
+    variants: dict[str, Variant], inputs: tuple[Tensor, ...], upstream: Tensor, route: Tensor
+) -> dict[str, dict[str, float]]:
+    """How far ours are from peft's; dropout in evaluation, since its draws differ."""
+    found = {name: differences(variants[name], variants[f"peft {name}"], inputs, upstream) for name in ("lora", "dora")}
+    mine, peft = variants["lora, dropout"], variants["peft lora, dropout"]
+    for part, mode in ((_handle(mine).bank, mine), (peft.model, peft)):
+        part.eval()
+    found["lora, dropout (in evaluation)"] = differences(mine, peft, inputs, upstream)
+    _handle(mine).bank.train()
+    peft.model.train()
+    mixed = mixed_differences(variants["lora, 8 adapters"], variants[_MIXED], inputs, upstream, route)
+    return found | {"lora, 8 adapters": mixed}
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _half(subject: Subject, upstream: Tensor) -> tuple[dict[str, Any], dict[str, float]]:
+    """LoRA on a base in bfloat16, one row and one step: a CPU without instructions for it is slow at it."""
+    dtype = torch.bfloat16
+    inputs, up = tuple(x[:1].to(dtype) for x in subject.inputs), upstream[:1].to(dtype)
+    pair = {_HALF: ours(subject, lora(subject), dtype=dtype), f"peft {_HALF}": theirs(subject, dtype=dtype)}
+    factors = draw(_handle(pair[_HALF]), 0)
+    rows: dict[str, Any] = {}
+    steps: list[Step] = []
+    for name, variant in pair.items():
+        load(variant, [factors])
+        seconds: list[tuple[float, float]] = []
+        step = partial(variant.step, inputs, up)
+        peak = peak_rise(partial(_keep, seconds, partial(timed, partial(_keep, steps, step))))
+        rows[name] = medians(seconds) | {"saved": variant.saved(inputs), "peak": peak}
+    return rows, furthest(*steps)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Returns the result of `run` as text."""
-    lines = [result["work"], result["how"], ""]
-    for name, check in result["checks"].items():
-        verdict = "ok" if check["value"] <= check["limit"] else "MISSED"
-        lines.append(f"{name:38} {check['value']:8.3f}  limit {check['limit']:.2f}  {verdict}")
-    lines += [f"{name:38} {value:8.3f}" for name, value in result["beside"].items()]
-    lines.append("")
-    for name, cpu in result["cpu_seconds"].items():
-        wall, saved = result["wall_seconds"][name], result["saved_mib"][name]
-        lines.append(f"{name:38} {cpu:8.3f} s CPU {wall:8.3f} s wall {saved:8.1f} MiB saved")
-    lines += [
-        f"{'difference, ' + name:38} {value:8.1e}" for name, value in result["largest_difference_to_peft"].items()
-    ]
-    return "\n".join(lines)
+def _keep(results: list[Any], work: Work) -> None:
+    results.append(work())
+
+
+def _beside(seconds: Seconds, large: Seconds, small: Seconds, saved: dict[str, int]) -> dict[str, float]:
+    """Figures that explain the promised ones."""
+    eight, one = "lora, 8 adapters", "lora"
+    return {
+        "LoRA step over frozen": ratio(seconds, "lora", "frozen"),
+        "peft LoRA step over frozen": ratio(seconds, "peft lora", "frozen"),
+        "LoRA saved bytes over peft's": saved["lora"] / saved["peft lora"],
+        "dropout step over none": ratio(seconds, "lora, dropout", "lora"),
+        "peft dropout step over none": ratio(seconds, "peft lora, dropout", "peft lora"),
+        "dropout step over peft's": ratio(seconds, "lora, dropout", "peft lora, dropout"),
+        "dropout saved bytes over none": saved["lora, dropout"] / saved["lora"],
+        "peft dropout saved bytes over none": saved["peft lora, dropout"] / saved["peft lora"],
+        "DoRA step over LoRA": ratio(seconds, "dora", "lora"),
+        "8 adapters over 1, inference": ratio(large, eight, one),
+        "peft 8 adapters over 1, inference": ratio(large, f"peft {eight}", f"peft {one}"),
+        "peft 8 adapters over 1, 16 rows of one token": ratio(small, f"peft {eight}", f"peft {one}"),
+        "8 adapters over peft's 8, 16 rows of one token": ratio(small, eight, f"peft {eight}"),
+    }
+
+
+def _attention_report(tiny: bool, rounds: int) -> dict[str, Any]:
+    """torch's MultiheadAttention: the promise is of the layer, the tower around it stands beside."""
+    layer, tower = (core_attention.measure(subject, rounds) for subject in core_attention.subjects(tiny))
+    report: dict[str, Any] = {"work": f"{layer['work']}; tower: {tower['work']}", "promised": {}, "beside": {}}
+    for kind in ("step", "inference"):
+        report["promised"][f"MHA {kind} over peft's"] = ratio(layer[kind], "lora", "peft lora")
+    for where, found in {"MHA": layer, "tower": tower}.items():
+        for kind in ("step", "inference"):
+            if where == "tower":
+                report["beside"][f"tower {kind} over peft's"] = ratio(found[kind], "lora", "peft lora")
+            own = ratio(found[kind], core_attention.OWN, "peft lora")
+            report["beside"][f"{where} {kind}, own A for q, k and v, over peft's"] = own
+        report["beside"][f"{where} saved bytes over peft's"] = found["saved"]["lora"] / found["saved"]["peft lora"]
+        report[f"{where}, step"] = {
+            name: medians(times) | {"saved": found["saved"][name], "peak": found["peak"][name]}
+            for name, times in found["step"].items()
+        }
+        report[f"{where}, inference of one row"] = {name: medians(times) for name, times in found["inference"].items()}
+    return report | {"differences": layer["differences"] | tower["differences"]}

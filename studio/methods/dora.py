@@ -101,7 +101,8 @@ class DirectedSlot(LowRankSlot):
     def across(self, base: Base, down: Tensor) -> Tensor:
         """Returns W A' of all slots, (k, o, r)."""
         if base.weight is not None:
-            return base.weight.flatten(1).to(down.dtype) @ down.mT
+            weight = base.weight.flatten(1).to(down.dtype)
+            return (down.flatten(0, 1) @ weight.T).unflatten(0, down.shape[:2]).mT  # rank first: twice as fast
         assert base.product is not None
         return base.product(down.flatten(0, 1)).to(down.dtype).unflatten(0, down.shape[:2]).mT
 
