@@ -70,7 +70,7 @@ def edge_scores(drawn: np.ndarray, asked: np.ndarray, reach: int = 1) -> dict[st
 def control(
     out: Path | None = None,
     count: int = 2000,
-    steps: int = 1600,
+    steps: int = 4000,
     batch_size: int = 8,
     learning_rate: float = 1e-3,
     empty_prompts: float = 0.3,
