@@ -196,7 +196,8 @@ def _forward(
     """
     width = tensors[1].shape[1] if weight is None else weight.shape[0]
     y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
-    hiddens, products = [], []
+    hiddens: list[Tensor] = []
+    products: list[Tensor | None] = []
     for k, ((rows, *_), (_, _, _, route, gain)) in enumerate(zip(plan, _unpacked(plan, tensors), strict=True)):
         products.append(None)
         if gain is not None:
@@ -323,7 +324,9 @@ def _sorted(route: tuple[int, ...]) -> tuple[list[int], Tensor, Tensor] | None:
     return slots, padded.flatten(), real[:, None, :, None]
 
 
-def _by_slot(x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: Tensor, order: tuple[list[int], Tensor, Tensor]) -> None:
+def _by_slot(
+    x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: Tensor, order: tuple[list[int], Tensor, Tensor]
+) -> None:
     """Adds ``s B A x`` to y (b, n, o) in place, all rows of a slot in one product."""
     slots, rows, real = order
     if len(slots) < len(down):

@@ -1,8 +1,8 @@
 """The cost of adapters beside the frozen model and beside peft, in one process, on four models.
 
-Every variant takes the same step (forward, backward from the same gradient) on the same weights, inputs and factors, and
-how far its results are from peft's stands beside its speed. Ratios are medians over interleaved rounds of process CPU
-times on one thread. Saved activations are counted to the byte. A peak is how far resident memory rises in one step.
+Every variant takes the same step (forward, backward from the same gradient) on the same weights, inputs and factors,
+and how far its results are from peft's stands beside its speed. Ratios are medians over interleaved rounds of process
+CPU times on one thread. Saved activations are counted to the byte. A peak is how far resident memory rises in one step.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _differences(
     """How far ours are from peft's; dropout in evaluation, since its draws differ."""
     found = {name: differences(variants[name], variants[f"peft {name}"], inputs, upstream) for name in ("lora", "dora")}
     mine, peft = variants["lora, dropout"], variants["peft lora, dropout"]
-    for part, mode in ((_handle(mine).bank, mine), (peft.model, peft)):
+    for part in (_handle(mine).bank, peft.model):
         part.eval()
     found["lora, dropout (in evaluation)"] = differences(mine, peft, inputs, upstream)
     _handle(mine).bank.train()
@@ -201,7 +201,7 @@ def _half(subject: Subject, upstream: Tensor) -> tuple[dict[str, Any], dict[str,
         step = partial(variant.step, inputs, up)
         peak = peak_rise(partial(_keep, seconds, partial(timed, partial(_keep, steps, step))))
         rows[name] = medians(seconds) | {"saved": variant.saved(inputs), "peak": peak}
-    return rows, furthest(*steps)
+    return rows, furthest(steps[0], steps[1])
 
 
 def _keep(results: list[Any], work: Work) -> None:

@@ -29,8 +29,8 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _cells(values: Mapping[str, float], limit: float | None = None) -> str:
-    cells = (f"{model} {value:.3f}{'!' if limit is not None and value > limit else ' '}" for model, value in values.items())
-    return " ".join(cells).rstrip()
+    marks = {model: "!" if limit is not None and value > limit else " " for model, value in values.items()}
+    return " ".join(f"{model} {value:.3f}{marks[model]}" for model, value in values.items()).rstrip()
 
 
 def _row(name: str, row: Mapping[str, float | None]) -> str:

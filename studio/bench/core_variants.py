@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +20,7 @@ from graft.studio.slots import Handle
 
 RANK, ALPHA, ADAPTERS, DROPOUT = 8, 16, 8, 0.1
 
-Factors = Mapping[str, Tensor]
+Factors = dict[str, Tensor]
 """An adapter as ``<site>.<tensor>``, as `Handle.tensors` gives it."""
 
 
