@@ -41,8 +41,8 @@ TRAIN = {
     "mixed_precision": "no", "device": "cpu",
 }  # fmt: skip
 """How the adapter is trained."""
-SCALES = (1.0, 0.5)
-"""Strengths beside text; the last one is what the promise is about."""
+SCALES = (0.5, 1.0, 1.5)
+"""Strengths beside text; the last one is judged and shown."""
 STEPS, GUIDANCE, BATCH = 25, 3.0, 24
 Classify = Callable[[Sequence[Image.Image]], torch.Tensor]
 """Pictures to the atlas index of the known sprite that is seen in each, (b,)."""
@@ -207,7 +207,7 @@ def _sheet(told: Followed, drawn: dict[str, list[Image.Image]], rows: int = 6) -
     beside = drawn[f"picture beside text, scale {SCALES[-1]:g}"]
     columns = {"shown": told.pictures, "drawn": drawn["picture alone"], "and text": beside}
     blocks = {name: [[tile] for tile in tiles[:rows]] for name, tiles in columns.items()}
-    return grid(blocks, [asking(colour) for colour in told.asked[:rows]], [0]).quantize(128)
+    return grid(blocks, [asking(colour) for colour in told.asked[:rows]], [0]).quantize(256)
 
 
 def table(result: dict[str, Any]) -> str:
