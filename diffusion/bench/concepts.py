@@ -52,7 +52,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Rows of the first table: method sections, where {} is the known sprite that looks most like the concept."""
 PAIR = ("{} and {}", "{} left of {}", "{} and {} on a green background")
-NEAR = 0.8
+NEAR = 0.5
 _ONE = ("CLIP-I", "DINO", "CLIP-T", "background", "recognised", "KID", "seconds", "parameters", "KB")
 _TWO = ("both", "one")
 
