@@ -231,9 +231,7 @@ class _Bench:
         from graft.studio.training import train
 
         if not (where / "result").exists():
-            settings: dict[str, Any] = {"seed": seed, "device": "cpu"}
-            if self.steps:
-                settings["steps"] = self.steps * (2 if isinstance(section.get("token"), tuple) else 1)
+            settings: dict[str, Any] = {"seed": seed, "device": "cpu"} | ({"steps": self.steps} if self.steps else {})
             job = {"base": base or self.base.name, "domain": "diffusion", "method": section, "train": settings}
             train(job | {"data": {"path": str(pictures)}}, run_dir=where)
         return Adapter.load(where / "result")
@@ -268,7 +266,7 @@ class _Bench:
         return self.eyes.find(sum(pictures, []), sprites)
 
     def joint(self, pair: tuple[int, int]) -> Adapter:
-        """Both sprites in one training of twice the length."""
+        """Both sprites in one training, as long as that of one."""
         folder = self.out / "pictures" / "-".join(map(str, pair))
         for place, sprite in enumerate(pair):
             write_pictures(folder / str(place), sprite)
