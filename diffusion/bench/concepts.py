@@ -53,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Rows of the first table: method sections, where {} is the known sprite that looks most like the concept."""
 PAIR = ("{} and {}", "{} left of {}", "{} and {} on a green background")
-NEAR = 0.8
+NEAR = 0.5
 _ONE = ("CLIP-I", "DINO", "CLIP-T", "background", "recognised", "KID", "seconds", "parameters", "KB")
 _TWO = ("both", "one")
 
@@ -232,9 +232,7 @@ class _Bench:
         from graft.studio.training import train
 
         if not (where / "result").exists():
-            settings: dict[str, Any] = {"seed": seed, "device": "cpu"}
-            if self.steps:
-                settings["steps"] = self.steps * (2 if isinstance(section.get("token"), tuple) else 1)
+            settings: dict[str, Any] = {"seed": seed, "device": "cpu"} | ({"steps": self.steps} if self.steps else {})
             job = {"base": base or self.base.name, "domain": "diffusion", "method": section, "train": settings}
             train(job | {"data": {"path": str(pictures)}}, run_dir=where)
         return Adapter.load(where / "result")
@@ -269,7 +267,7 @@ class _Bench:
         return self.eyes.find(sum(pictures, []), sprites)
 
     def joint(self, pair: tuple[int, int]) -> Adapter:
-        """Both sprites in one training of twice the length."""
+        """Both sprites in one training, as long as that of one."""
         folder = self.out / "pictures" / "-".join(map(str, pair))
         for place, sprite in enumerate(pair):
             write_pictures(folder / str(place), sprite)
