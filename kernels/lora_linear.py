@@ -30,9 +30,9 @@ from graft.kernels.dispatch import LIBRARY, autocast, fastest, refusals
 _CHUNK = 2**17
 """Elements of a dropout mask drawn at once on CPU: temporaries stay in cache (twice as fast as one large mask)."""
 
-_KEPT = 512
-"""Width of x from which a product that has a gain is kept: each number of it would take so many multiplications to
-compute again."""
+_KEPT = 384
+"""Width of x from which the product of a gain is kept, for as many features as twice that width: each of its numbers
+would take so many multiplications to compute again."""
 
 
 class Term(NamedTuple):
@@ -202,11 +202,14 @@ def _forward(
         products.append(None)
         if gain is not None:
             part, gain = _columns(_grouped(y, route), rows), _gains(gain, route)
+            offset = bias if bias is None or rows is None else bias[slice(*rows)]
             if wanted and wanted[k] and x.shape[-1] >= _KEPT:
-                products[k] = part.clone()
-            part.mul_(gain)
-            if bias is not None:  # the gain is not for the bias; so written, a gain of 1 changes no bit
-                part.add_((bias if rows is None else bias[slice(*rows)]) * (1 - gain))
+                kept = part[..., : 2 * x.shape[-1]]
+                products[k] = kept.clone() if offset is None else kept - offset[: kept.shape[-1]]
+            if offset is None:
+                part.mul_(gain)
+            else:  # the gain is not for the bias; so written, a gain of 1 changes no bit
+                torch.addcmul(offset * (1 - gain), part, gain, out=part)
     for (rows, dropout, seed, _), (down, up, scale, route, _) in zip(plan, _unpacked(plan, tensors), strict=True):
         x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
         if wanted is None and (order := _order(x3, down, route, dropout)):
@@ -228,17 +231,17 @@ class _LoRALinear(torch.autograd.Function):
         # x is the only tensor of its size that is kept, and only for the gradients that need it.
         keep_x = any(ctx.needs_input_grad[4::4]) or any(ctx.needs_input_grad[7::4]) or ctx.needs_input_grad[1]
         ctx.shape = x.shape
-        ctx.save_for_backward(x if keep_x else None, weight, bias, *hiddens, *products, *tensors)
+        ctx.save_for_backward(x if keep_x else None, weight, *hiddens, *products, *tensors)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         needs = ctx.needs_input_grad
-        x, weight, bias, *rest = ctx.saved_tensors
+        x, weight, *rest = ctx.saved_tensors
         count = len(ctx.plan)
         hiddens, products, tensors = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        through, grad_gains = _through_gains(grad, x, weight, bias, products, ctx.plan, tensors, needs)
+        through, grad_gains = _through_gains(grad, x, weight, products, ctx.plan, tensors, needs)
         grad_x = None
         if needs[0]:
             grad_x = grad.new_zeros(ctx.shape) if weight is None else (through @ weight).contiguous()
@@ -265,7 +268,6 @@ def _through_gains(
     grad: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
-    bias: Tensor | None,
     products: list[Tensor | None],
     plan: tuple,
     tensors: Any,
@@ -280,14 +282,16 @@ def _through_gains(
             continue
         assert weight is not None
         if needs[7 + 4 * k] and x is not None:
-            part, product = _columns(_grouped(grad, route), rows), products[k]
-            if product is None:
-                product = _grouped(F.linear(x, weight if rows is None else weight[slice(*rows)]), route)
-                sums = product.mul_(part).sum(1, dtype=gain.dtype)
-            else:
-                sums = (part * product).sum(1, dtype=gain.dtype)
-                if bias is not None:  # a kept product has it
-                    sums -= (bias if rows is None else bias[slice(*rows)]) * part.sum(1, dtype=gain.dtype)
+            part, kept = _columns(_grouped(grad, route), rows), products[k]
+            at, end = rows or (0, weight.shape[0])
+            sums = []
+            if kept is not None:
+                sums.append((part[..., : kept.shape[-1]] * kept).sum(1, dtype=gain.dtype))
+                at += kept.shape[-1]
+            if at < end:
+                product = _grouped(F.linear(x, weight[at:end]), route)
+                sums.append(product.mul_(part[..., at - end :]).sum(1, dtype=gain.dtype))
+            sums = torch.cat(sums, -1)
             grads[k] = _spread(sums if route is None else sums * (route >= 0)[:, None], gain, route)
         if rows is None:
             through = (_grouped(through, route) * _gains(gain, route)).to(grad.dtype).view(grad.shape)
