@@ -35,13 +35,16 @@ _KEPT = 384
 would take so many multiplications to compute again."""
 
 
+_Order = tuple[list[int], Tensor, Tensor | None]
+
+
 class Term(NamedTuple):
     """One low-rank addition; the stacks hold k slots."""
 
     down: Tensor
     """A, (k, r, i)."""
     up: Tensor
-    """B, (k, o, r); with ``rows`` o is their number."""
+    """B, (k, o, r), fastest where r comes first in memory; with ``rows`` o is their number."""
     scale: Tensor
     """(k,) float, factor of each slot."""
     route: Tensor | None = None
@@ -205,10 +208,13 @@ def _forward(
             if wanted and wanted[k] and x.shape[-1] >= _KEPT:
                 kept = part[..., : 2 * x.shape[-1]]
                 products[k] = kept.clone() if offset is None else kept - offset[: kept.shape[-1]]
-            if offset is None:
+            # The gain is not for the bias; so written, a gain of 1 changes no bit.
+            if offset is not None and rows is None:
+                y = torch.addcmul(offset * (1 - gain), part, gain).to(y.dtype).view(y.shape)
+            else:
                 part.mul_(gain)
-            else:  # the gain is not for the bias; so written, a gain of 1 changes no bit
-                torch.addcmul(offset * (1 - gain), part, gain, out=part)
+                if offset is not None:
+                    part.add_(offset * (1 - gain))
     for (rows, dropout, seed, _), (down, up, scale, route, _) in zip(plan, _unpacked(plan, tensors), strict=True):
         x3, part = _grouped(x, route), _columns(_grouped(y, route), rows)
         if wanted is None and (order := _order(x3, down, route, dropout)):
@@ -307,7 +313,7 @@ def _gains(gain: Tensor, route: Tensor | None) -> Tensor:
     return torch.where((route >= 0)[:, None], gain[route.clamp(min=0)], 1.0)[:, None]
 
 
-def _order(x: Tensor, down: Tensor, route: Tensor | None, dropout: float) -> tuple[list[int], Tensor, Tensor] | None:
+def _order(x: Tensor, down: Tensor, route: Tensor | None, dropout: float) -> _Order | None:
     """How to sort the rows of x (b, n, i) by slot, where that moves less than a copy of the factors for each row."""
     if route is None or x.device.type != "cpu" or is_compiling() or _threshold(dropout) or x.shape[1] > down.shape[1]:
         return None
@@ -315,8 +321,8 @@ def _order(x: Tensor, down: Tensor, route: Tensor | None, dropout: float) -> tup
 
 
 @lru_cache(64)
-def _sorted(route: tuple[int, ...]) -> tuple[list[int], Tensor, Tensor] | None:
-    """The slots in use, their rows (g m) padded to equal numbers, and which are no padding (g, 1, m, 1)."""
+def _sorted(route: tuple[int, ...]) -> _Order | None:
+    """The slots in use, their rows (g m) padded to equal numbers, and 1 for what is no padding (g, m, 1), if any is."""
     slots = sorted(set(route) - {-1})
     rows = [[row for row, slot in enumerate(route) if slot == each] for each in slots]
     most = max(map(len, rows), default=0)
@@ -324,19 +330,21 @@ def _sorted(route: tuple[int, ...]) -> tuple[list[int], Tensor, Tensor] | None:
         return None
     padded = torch.tensor([each + each[:1] * (most - len(each)) for each in rows])
     real = torch.tensor([[1.0] * len(each) + [0.0] * (most - len(each)) for each in rows])
-    return slots, padded.flatten(), real[:, None, :, None]
+    return slots, padded.flatten(), None if bool(real.all()) else real[..., None]
 
 
-def _by_slot(x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: Tensor, order: tuple[list[int], Tensor, Tensor]) -> None:
+def _by_slot(x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: Tensor, order: _Order) -> None:
     """Adds ``s B A x`` to y (b, n, o) in place, all rows of a slot in one product."""
     slots, rows, real = order
     if len(slots) < len(down):
-        chosen = torch.tensor(slots)
-        down, up, scale = (stack.index_select(0, chosen) for stack in (down, up, scale))
+        down, up, scale = _taken(torch.tensor(slots), down, up, scale)
+    n = x.shape[1]
     sorted_x = x.index_select(0, rows).view(len(slots), -1, x.shape[-1])
-    hidden = (down.to(x.dtype) @ sorted_x.mT).unflatten(2, (-1, x.shape[1]))  # (g, r, m, n)
-    hidden = hidden.mul_((real * scale.view(-1, 1, 1, 1)).to(x.dtype)).flatten(2)
-    y.index_add_(0, rows, (hidden.mT @ up.to(x.dtype).mT).view(-1, *y.shape[1:]))
+    hidden = torch.bmm(sorted_x, down.to(x.dtype).mT)  # (g, m n, r)
+    factor = scale.to(x.dtype).view(-1, 1, 1)
+    if real is not None:
+        factor = factor * real.to(x.dtype).repeat_interleave(n, 1)
+    y.index_add_(0, rows, torch.bmm(hidden.mul_(factor), up.to(x.dtype).mT).view(-1, n, y.shape[-1]))
 
 
 def _through(x: Tensor, down: Tensor, dropout: float, seed: int) -> Tensor:
@@ -395,12 +403,16 @@ def _pick(
         down, up, scale = down[:1], up[:1], scale[:1]
     else:
         slot = route.clamp(min=0)
-        # Indexing by a tensor does the same, three times slower on CPU.
-        down, up, scale = (stack.index_select(0, slot) for stack in (down, up, scale))
+        down, up, scale = _taken(slot, down, up, scale)
         scale = scale * (route >= 0)
     if dropped := _threshold(dropout):
         scale = scale * (256 / (256 - dropped))
     return down.to(dtype), up.to(dtype), scale.to(dtype).view(-1, 1, 1)
+
+
+def _taken(slots: Tensor, down: Tensor, up: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of some slots, B as it lies in memory; indexing by a tensor is three times slower on CPU."""
+    return down.index_select(0, slots), up.mT.index_select(0, slots).mT, scale.index_select(0, slots)
 
 
 def _spread(grad: Tensor | None, stack: Tensor, route: Tensor | None) -> Tensor | None:

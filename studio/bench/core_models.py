@@ -129,13 +129,13 @@ def llama(tiny: bool) -> Subject:
     width, tokens = (64, 8) if tiny else (1024, 128)
     heads = width // 64
     sizes = {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4), "vocab_size": 8}
-    model = LlamaModel(
-        LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=1, **sizes)
-    )
+    model = LlamaModel(LlamaConfig(hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=1, **sizes))
     grouped = f"{heads} heads over {sizes['num_key_value_heads']}"
     work = f"transformers Llama block, width {width}, {grouped}, {tokens} tokens"
     layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    return Subject("llama", work, _Language(model), layers, (torch.randn(8, tokens, width),), (torch.randn(16, 1, width),))
+    return Subject(
+        "llama", work, _Language(model), layers, (torch.randn(8, tokens, width),), (torch.randn(16, 1, width),)
+    )
 
 
 SUBJECTS: dict[str, Callable[[bool], Subject]] = {"vit": vit, "clip": clip, "unet": unet, "llama": llama}

@@ -9,7 +9,7 @@ from typing import Any
 def table(result: Mapping[str, Any]) -> str:
     """Returns the promises, the figures beside them, and for each model times, memory and differences."""
     models = result["models"]
-    lines = [result["how"], *(f"{name:6} {report['work']}" for name, report in models.items()), "", "promises"]
+    lines = [result["how"], *(f"{name:9} {report['work']}" for name, report in models.items()), "", "promises"]
     for name, check in result["checks"].items():
         verdict = "ok" if check["passed"] else "MISSED"
         lines.append(f"{name:48} limit {check['limit']:.2f} {verdict:7}{_cells(check['values'], check['limit'])}")
@@ -29,7 +29,9 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _cells(values: Mapping[str, float], limit: float | None = None) -> str:
-    cells = (f"{model} {value:.3f}{'!' if limit is not None and value > limit else ' '}" for model, value in values.items())
+    cells = (
+        f"{model} {value:.3f}{'!' if limit is not None and value > limit else ' '}" for model, value in values.items()
+    )
     return " ".join(cells).rstrip()
 
 
