@@ -199,7 +199,8 @@ def _forward(
     """
     width = tensors[1].shape[1] if weight is None else weight.shape[0]
     y = x.new_zeros(*x.shape[:-1], width) if weight is None else F.linear(x, weight, bias).contiguous()
-    hiddens, products = [], []
+    hiddens: list[Tensor] = []
+    products: list[Tensor | None] = []
     for k, ((rows, *_), (_, _, _, route, gain)) in enumerate(zip(plan, _unpacked(plan, tensors), strict=True)):
         products.append(None)
         if gain is not None:
@@ -296,8 +297,8 @@ def _through_gains(
             if at < end:
                 product = _grouped(F.linear(x, weight[at:end]), route)
                 sums.append(product.mul_(part[..., at - end :]).sum(1, dtype=gain.dtype))
-            sums = torch.cat(sums, -1)
-            grads[k] = _spread(sums if route is None else sums * (route >= 0)[:, None], gain, route)
+            total = torch.cat(sums, -1)
+            grads[k] = _spread(total if route is None else total * (route >= 0)[:, None], gain, route)
         if rows is None:
             through = (_grouped(through, route) * _gains(gain, route)).to(grad.dtype).view(grad.shape)
         else:

@@ -1,6 +1,6 @@
 """The cost of adapters beside the frozen model and beside peft, in one process, on four models.
 
-Every variant takes the same step (forward, backward from the same gradient) on the same weights, inputs and factors, and
+Every variant takes the same step (forward, backward from the same gradient) on the same weights, inputs and factors;
 how far its results are from peft's stands beside its speed. Ratios are medians over interleaved rounds of process CPU
 times on one thread. Saved activations are counted to the byte. A peak is how far resident memory rises in one step.
 """
@@ -153,7 +153,7 @@ def _variants(subject: Subject) -> dict[str, Variant]:
         _MIXED: theirs(subject, ADAPTERS),
     }
     adapters = [draw(_handle(variants["lora"]), seed) for seed in range(ADAPTERS)]
-    lengths = draw(_handle(variants["dora"]), 0) | adapters[0]
+    lengths = {**draw(_handle(variants["dora"]), 0), **adapters[0]}
     for name, variant in variants.items():
         if name != "frozen":
             load(variant, adapters if "8" in name else [lengths if "dora" in name else adapters[0]])
@@ -178,8 +178,8 @@ def _differences(
     """How far ours are from peft's; dropout in evaluation, since its draws differ."""
     found = {name: differences(variants[name], variants[f"peft {name}"], inputs, upstream) for name in ("lora", "dora")}
     mine, peft = variants["lora, dropout"], variants["peft lora, dropout"]
-    for part, mode in ((_handle(mine).bank, mine), (peft.model, peft)):
-        part.eval()
+    _handle(mine).bank.eval()
+    peft.model.eval()
     found["lora, dropout (in evaluation)"] = differences(mine, peft, inputs, upstream)
     _handle(mine).bank.train()
     peft.model.train()
@@ -201,7 +201,8 @@ def _half(subject: Subject, upstream: Tensor) -> tuple[dict[str, Any], dict[str,
         step = partial(variant.step, inputs, up)
         peak = peak_rise(partial(_keep, seconds, partial(timed, partial(_keep, steps, step))))
         rows[name] = medians(seconds) | {"saved": variant.saved(inputs), "peak": peak}
-    return rows, furthest(*steps)
+    mine, peft = steps
+    return rows, furthest(mine, peft)
 
 
 def _keep(results: list[Any], work: Work) -> None:

@@ -33,7 +33,6 @@ from graft.studio.bench.measure import interleaved, medians, peak_rise, ratio
 from graft.studio.errors import InputError
 from graft.studio.sites import Plan
 
-
 _OWN = "lora, own A for q, k, v"
 """What `LoRA` makes by itself; peft has one A for the three."""
 
@@ -161,7 +160,7 @@ def _formula(subject: Subject, factors: Factors, upstream: Tensor) -> tuple[Tens
     """Output and gradients of the frozen model on the weights W + s B A."""
     leaves = {key: value.clone().requires_grad_() for key, value in factors.items()}
     first = subject.inputs[0].clone().requires_grad_(subject.inside)
-    weights = dict(subject.model.named_parameters())
+    weights: dict[str, Tensor] = dict(subject.model.named_parameters())
     for site in {key.rpartition(".")[0] for key in leaves}:
         name = f"{site}.weight" if f"{site}.weight" in weights else f"{site}.in_proj_weight"
         weights[name] = weights[name] + ALPHA / RANK * leaves[f"{site}.B"] @ leaves[f"{site}.A"]

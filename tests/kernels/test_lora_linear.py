@@ -57,11 +57,12 @@ def test_a_gain_on_a_wide_input_keeps_part_of_its_product(rows):
     x, weight, bias = torch.randn(2, 3, 384, requires_grad=True), torch.randn(1024, 384), torch.randn(1024)
     out = 1024 if rows is None else 1000
     down, up = torch.randn(1, 2, 384, requires_grad=True), torch.randn(1, out, 2, requires_grad=True)
-    term = Term(down, up, torch.ones(1), rows=rows, gain=torch.rand(1, out, requires_grad=True))
+    gain = torch.rand(1, out, requires_grad=True)
+    term = Term(down, up, torch.ones(1), rows=rows, gain=gain)
     for b in (bias, None):
         ours, expected = lora_linear(x, weight, b, (term,)), reference(x, weight, b, (term,))
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
-        wanted, upstream = (x, down, up, term.gain), torch.randn_like(ours)
+        wanted, upstream = (x, down, up, gain), torch.randn_like(ours)
         for mine, other in zip(
             torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
         ):

@@ -60,4 +60,4 @@ def test_a_peak_is_the_rise_while_working():
     if rise is None:
         pytest.skip("not on Linux")
     assert 0.9 * 2**26 < rise < 1.3 * 2**26
-    assert measure.peak_rise(lambda: None) < 2**23
+    assert (measure.peak_rise(lambda: None) or 0) < 2**23
