@@ -36,7 +36,6 @@ would take so many multiplications to compute again."""
 
 
 _Order = tuple[list[int], Tensor, Tensor | None]
-"""Slots, rows and padding, as `_sorted` returns them."""
 
 
 class Term(NamedTuple):
@@ -298,8 +297,8 @@ def _through_gains(
             if at < end:
                 product = _grouped(F.linear(x, weight[at:end]), route)
                 sums.append(product.mul_(part[..., at - end :]).sum(1, dtype=gain.dtype))
-            sums = torch.cat(sums, -1)
-            grads[k] = _spread(sums if route is None else sums * (route >= 0)[:, None], gain, route)
+            total = torch.cat(sums, -1)
+            grads[k] = _spread(total if route is None else total * (route >= 0)[:, None], gain, route)
         if rows is None:
             through = (_grouped(through, route) * _gains(gain, route)).to(grad.dtype).view(grad.shape)
         else:

@@ -92,7 +92,10 @@ class Handle:
 
     def tensors(self, slot: int = 0) -> dict[str, Tensor]:
         """Returns a copy of one slot's tensors, named ``<site>.<tensor>``."""
-        return {name: tensor[slot].detach().clone() for name, tensor in self._stacks().items()}
+        return {
+            name: tensor[slot].detach().clone(memory_format=torch.contiguous_format)
+            for name, tensor in self._stacks().items()
+        }
 
     def add(self, tensors: Mapping[str, Tensor]) -> int:
         """Loads an adapter into a free slot and returns its number; stacks double when they are full.
@@ -122,7 +125,7 @@ class Handle:
         for each in self._slots:
             for tensor in (*each.parameters(recurse=False), each.scale, *map(each.get_buffer, each.saved)):
                 if id(tensor) not in grown:  # sites may share one
-                    tensor.data = torch.cat([tensor.data, tensor.data.new_zeros(slots - self.slots, *tensor.shape[1:])])
+                    tensor.data = _longer(tensor.data, slots - self.slots)
                     grown.add(id(tensor))
             each.slots = slots
         self.slots = slots
@@ -301,6 +304,14 @@ class Handle:
             module.graft_guests -= 1
             leave_module(module)
         self._modules, self._callers = {}, []
+
+
+def _longer(stack: Tensor, count: int) -> Tensor:
+    """A stack with empty slots at its end, as it lies in memory."""
+    empty = stack.new_zeros(count, *stack.shape[1:])
+    if stack.dim() > 2 and stack.mT.is_contiguous():
+        return torch.cat([stack.mT, empty.mT]).mT
+    return torch.cat([stack, empty])
 
 
 def _fits(have: tuple[int, ...], room: tuple[int, ...], rank_dim: int | None) -> bool:

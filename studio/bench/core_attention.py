@@ -29,11 +29,11 @@ from graft.studio.bench.core_variants import (
     ours,
     theirs,
 )
-from graft.studio.bench.measure import interleaved, peak_rise
+from graft.studio.bench.measure import interleaved, medians, peak_rise, ratio
 from graft.studio.errors import InputError
 from graft.studio.sites import Plan
 
-OWN = "lora, own A for q, k, v"
+_OWN = "lora, own A for q, k, v"
 """What `LoRA` makes by itself; peft has one A for the three."""
 
 
@@ -42,7 +42,7 @@ class _Layer(nn.Module):
         super().__init__()
         self.attn = attention
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out: Tensor = self.attn(x, x, x, need_weights=False, attn_mask=mask)[0]
         return out
 
@@ -57,47 +57,76 @@ class _Tower(nn.Module):
         return out
 
 
-def subjects(tiny: bool) -> tuple[Subject, Subject]:
-    """Returns an attention layer of the tower, and the tower, frozen.
+def subjects(tiny: bool) -> dict[str, Subject]:
+    """Returns an attention layer of CLIP ViT-B/32's text tower, one of its image tower, and the whole text tower.
 
     Raises:
         InputError: open_clip is not installed.
     """
     try:
-        from open_clip.transformer import TextTransformer
+        from open_clip.transformer import TextTransformer, VisionTransformer
     except ImportError as error:
         raise InputError("bench core", f"{error.name} is not installed", "pip install 'graft-studio[dev]'") from error
     depth, width, tokens = (1, 64, 8) if tiny else (12, 512, 77)
+    wide, patches = (64, 4) if tiny else (768, 49)
     text: Any = TextTransformer(tokens, 8, width, width // 64, depth, output_dim=width)
-    tower = text.transformer.requires_grad_(False).eval()
+    side = 32 * int(patches**0.5)
+    picture: Any = VisionTransformer(side, 32, wide, 1, wide // 64, 4.0, output_dim=width)
+    for part in (text, picture):
+        part.requires_grad_(False).eval()
     mask = torch.full((tokens, tokens), float("-inf")).triu(1)
     inputs, small = (torch.randn(8, tokens, width), mask), (torch.randn(1, tokens, width), mask)
-    where = f"of open_clip's text tower, width {width}, {tokens} tokens"
-    layer = Subject(
-        "layer", f"one nn.MultiheadAttention {where}", _Layer(tower.resblocks[0].attn), ("attn",), inputs, small
-    )
-    name = f"all {depth} blocks {where}; their two linear layers are adapted too"
-    return layer, Subject("tower", name, _Tower(tower), ("attn", "mlp.c_fc", "mlp.c_proj"), inputs, small, inside=False)
+    seen, one = torch.randn(8, patches + 1, wide), torch.randn(1, patches + 1, wide)
+    layer = "one nn.MultiheadAttention of open_clip's"
+    said = f"{layer} text tower, width {width}, {tokens} tokens"
+    shown = f"{layer} image tower, width {wide}, {patches + 1} tokens"
+    whole = f"open_clip's text tower, {depth} such blocks; their two linear layers are adapted too"
+    words, pixels = (_Layer(each.transformer.resblocks[0].attn) for each in (text, picture))
+    return {
+        "mha text": Subject("mha text", said, words, ("attn",), inputs, small),
+        "mha image": Subject("mha image", shown, pixels, ("attn",), (seen,), (one,)),
+        "mha tower": Subject(
+            "mha tower", whole, _Tower(text.transformer), ("attn", "mlp.c_fc", "mlp.c_proj"), inputs, small, False
+        ),
+    }
 
 
-def measure(subject: Subject, rounds: int) -> dict[str, Any]:
-    """Returns times, memory and differences of a training step, and the times of inference on one row."""
+def report(subject: Subject, rounds: int) -> dict[str, Any]:
+    """Returns times, memory and differences of a training step, and the times of inference on one row.
+
+    The promise is of the layers; the tower around them stands beside.
+    """
     variants = {
-        "frozen": Variant(subject.model, inside=True),
+        "frozen": Variant(subject.model, inside=subject.inside),
         "lora": _ours(subject, packed=True),
-        OWN: _ours(subject, packed=False),
+        _OWN: _ours(subject, packed=False),
         "peft lora": theirs(subject),
     }
-    upstream = torch.randn_like(variants["frozen"].infer(subject.inputs)) / 8
+    upstream = torch.randn_like(variants["frozen"].infer(subject.inputs)) / len(subject.inputs[0])
     apart = _differences(subject, variants["lora"], variants["peft lora"], upstream)
     steps = {name: partial(each.step, subject.inputs, upstream) for name, each in variants.items()}
     calls = {name: partial(each.infer, subject.small) for name, each in variants.items()}
+    trained, called = interleaved(steps, 3 * rounds if subject.inside else rounds), interleaved(calls, 3 * rounds)
+    saved = {name: each.saved(subject.inputs) for name, each in variants.items()}
+    ratios = {
+        "MHA step over peft's": ratio(trained, "lora", "peft lora"),
+        "MHA inference of one row over peft's": ratio(called, "lora", "peft lora"),
+    }
     return {
         "work": subject.work,
-        "step": interleaved(steps, rounds),
-        "inference": interleaved(calls, rounds),
-        "saved": {name: each.saved(subject.inputs) for name, each in variants.items()},
-        "peak": {name: peak_rise(step) for name, step in steps.items()},
+        "promised": ratios if subject.inside else {},
+        "beside": ({} if subject.inside else ratios)
+        | {
+            "MHA saved bytes over peft's": saved["lora"] / saved["peft lora"],
+            "MHA step over peft's, own A for q, k and v": ratio(trained, _OWN, "peft lora"),
+            "MHA inference of one row, own A for q, k and v": ratio(called, _OWN, "peft lora"),
+            "frozen MHA inference of one row over peft's": ratio(called, "frozen", "peft lora"),
+        },
+        "step": {
+            name: medians(times) | {"saved": saved[name], "peak": peak_rise(steps[name])}
+            for name, times in trained.items()
+        },
+        "inference of one row": {name: medians(times) for name, times in called.items()},
         "differences": apart,
     }
 
@@ -118,12 +147,12 @@ def _differences(subject: Subject, mine: Variant, peft: Variant, upstream: Tenso
     for variant in (mine, peft):
         load(variant, [silent])
     found = differences(mine, peft, subject.inputs, upstream, leave=("out_proj.A", "out_proj.B"))
-    apart = {f"{subject.name}, out_proj unchanged": found}
+    apart = {"out_proj unchanged": found}
     for variant in (mine, peft):
         load(variant, [factors])
     expected = _formula(subject, factors, upstream)
     for name, variant in {"ours": mine, "peft's": peft}.items():
-        apart[f"{subject.name}, {name} to the formula"] = furthest(variant.step(subject.inputs, upstream), expected)
+        apart[f"{name} to the formula"] = furthest(variant.step(subject.inputs, upstream), expected)
     return apart
 
 

@@ -133,8 +133,9 @@ def llama(tiny: bool) -> Subject:
     grouped = f"{heads} heads over {sizes['num_key_value_heads']}"
     work = f"transformers Llama block, width {width}, {grouped}, {tokens} tokens"
     layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    inputs, small = (torch.randn(8, tokens, width),), (torch.randn(16, 1, width),)
-    return Subject("llama", work, _Language(model), layers, inputs, small)
+    return Subject(
+        "llama", work, _Language(model), layers, (torch.randn(8, tokens, width),), (torch.randn(16, 1, width),)
+    )
 
 
 SUBJECTS: dict[str, Callable[[bool], Subject]] = {"vit": vit, "clip": clip, "unet": unet, "llama": llama}

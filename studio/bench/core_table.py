@@ -9,7 +9,7 @@ from typing import Any
 def table(result: Mapping[str, Any]) -> str:
     """Returns the promises, the figures beside them, and for each model times, memory and differences."""
     models = result["models"]
-    lines = [result["how"], *(f"{name:6} {report['work']}" for name, report in models.items()), "", "promises"]
+    lines = [result["how"], *(f"{name:9} {report['work']}" for name, report in models.items()), "", "promises"]
     for name, check in result["checks"].items():
         verdict = "ok" if check["passed"] else "MISSED"
         lines.append(f"{name:48} limit {check['limit']:.2f} {verdict:7}{_cells(check['values'], check['limit'])}")
@@ -29,8 +29,10 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def _cells(values: Mapping[str, float], limit: float | None = None) -> str:
-    marks = {model: "!" if limit is not None and value > limit else " " for model, value in values.items()}
-    return " ".join(f"{model} {value:.3f}{marks[model]}" for model, value in values.items()).rstrip()
+    cells = (
+        f"{model} {value:.3f}{'!' if limit is not None and value > limit else ' '}" for model, value in values.items()
+    )
+    return " ".join(cells).rstrip()
 
 
 def _row(name: str, row: Mapping[str, float | None]) -> str:

@@ -10,9 +10,9 @@ As the paper proposes (section 4.3), no gradient flows through n. B A is never f
 
     n^2 = || W ||^2 + 2 s rowsum((W A') * B) + s^2 rowsum((B A A') * B)
 
-and for the backward pass nothing is kept that LoRA does not keep: the base's product is computed again for m's
-gradient. On a quantised base W is the weight that the layer stands for. Differs from the authors' code: dropout acts on
-the low-rank path only.
+and for m's gradient the base's product is computed again in backward where that is cheap, else kept
+(`graft.kernels.lora_linear`). On a quantised base W is the weight that the layer stands for. Differs from the authors'
+code: dropout acts on the low-rank path only.
 """
 
 from __future__ import annotations

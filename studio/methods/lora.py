@@ -136,7 +136,7 @@ class LowRankSlot(Slot):
         self.dropout = method.dropout
         down, up = self.shapes(method.rank)
         self.A = nn.Parameter(torch.empty(slots, *down))
-        self.B = nn.Parameter(torch.empty(slots, *up))
+        self.B = nn.Parameter(torch.empty(slots, *reversed(up)).mT)  # rank first in memory: products read it fastest
         self.extend(method, module)
         for slot in range(slots):
             self.reset(slot)

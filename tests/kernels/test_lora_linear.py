@@ -51,6 +51,35 @@ def test_a_gain_scales_the_product_and_not_the_bias(route, rows):
     assert torch.equal(lora_linear(x, weight, bias, (one,)), F.linear(x, weight, bias))
 
 
+@pytest.mark.parametrize("rows", [None, (3, 1003)])
+def test_a_gain_on_a_wide_input_keeps_part_of_its_product(rows):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 384, requires_grad=True), torch.randn(1024, 384), torch.randn(1024)
+    out = 1024 if rows is None else 1000
+    down, up = torch.randn(1, 2, 384, requires_grad=True), torch.randn(1, out, 2, requires_grad=True)
+    gain = torch.rand(1, out, requires_grad=True)
+    term = Term(down, up, torch.ones(1), rows=rows, gain=gain)
+    for b in (bias, None):
+        ours, expected = lora_linear(x, weight, b, (term,)), reference(x, weight, b, (term,))
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-3)
+        wanted, upstream = (x, down, up, gain), torch.randn_like(ours)
+        for mine, other in zip(
+            torch.autograd.grad(ours, wanted, upstream), torch.autograd.grad(expected, wanted, upstream), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("route", [[0, 1, 2, 0], [2, 2, 1, -1], [-1, -1, -1, -1], [1, 1, 1, 0], [0, 0, 0, 0]])
+@pytest.mark.parametrize("rows", ROWS)
+def test_few_tokens_a_row_are_sorted_by_slot_in_inference(rows, route):
+    x, weight, bias, term = case(torch.tensor(route), ROWS[rows])
+    x = x[:, :2]
+    ours, expected = lora_linear(x, weight, bias, (term,)), reference(x, weight, bias, (term,))
+    with torch.no_grad():
+        torch.testing.assert_close(lora_linear(x, weight, bias, (term,)), expected)
+    torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize(("route", "rows"), [*product(ROUTES, ROWS)])
 def test_gradients_with_dropout_see_the_mask_of_the_forward(route, rows):
     x, weight, bias, term = case(ROUTES[route], ROWS[rows], dropout=0.3)
