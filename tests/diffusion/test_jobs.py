@@ -63,8 +63,8 @@ PIVOTAL = {"name": "pivotal", "rank": 2, "trigger": "<cat>"}
 
 
 @pytest.fixture(
-    params=[TI, LORA, {**LORA, "targets": "all", "text_encoder": True}, DORA, PIVOTAL],
-    ids=["ti", "lora", "lora-all", "dora", "pivotal"],
+    params=[TI, DORA, {**LORA, "targets": "all", "text_encoder": True}, PIVOTAL],
+    ids=["ti", "dora", "lora-all", "pivotal"],
 )
 def method(request: pytest.FixtureRequest) -> dict:
     return request.param
@@ -229,8 +229,8 @@ def test_prior_preservation_adds_the_bases_own_pictures(folder: Path, photos: Pa
 
 @pytest.mark.parametrize(
     "method",
-    [TI, LORA, {**LORA, "text_encoder": True}, {**PIVOTAL, "text_encoder": True}],
-    ids=["ti", "lora", "lora-text", "pivotal"],
+    [TI, LORA, {**PIVOTAL, "text_encoder": True}],
+    ids=["ti", "lora", "pivotal"],
 )
 def test_jobs_trained_together_equal_each_alone(folder: Path, photos: Path, tmp_path: Path, method: dict):
     other = tmp_path / "others"

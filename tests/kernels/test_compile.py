@@ -31,6 +31,7 @@ def check(kernels: list[dict]) -> None:
             assert kernel["hgmma"] > 0, kernel
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the assembler comes with Triton for Linux")
 def test_the_usual_shape_of_a_lora_layer_stays_in_registers():
     kernels = compiled("lora_linear")

@@ -40,8 +40,9 @@ def gradients(handle, out):
 
 @pytest.mark.parametrize(
     "method",
-    [LoRA(rank=2, targets="all"), DoRA(rank=2, targets=FEW), AdaLoRA(rank=2, target_rank=1, targets=FEW),
-     KronA(targets=FEW), IA3(), SSF(), Houlsby(width=4), PromptTuning(length=3)],
+    [LoRA(rank=2, targets="all"), DoRA(rank=2, targets=FEW), Houlsby(width=4), PromptTuning(length=3),
+     *(pytest.param(each, marks=pytest.mark.slow)
+       for each in (AdaLoRA(rank=2, target_rank=1, targets=FEW), KronA(targets=FEW), IA3(), SSF()))],
     ids=lambda method: type(method).__name__,
 )  # fmt: skip
 def test_adapters_routes_and_strengths_change_without_a_recompilation(method):

@@ -143,7 +143,7 @@ def test_dora_says_no_where_it_cannot_work(tmp_path):
     handle = randomised(DoRA(rank=2, targets="0"), model)
     card = Card("dora", to_dict(DoRA(rank=2, targets="0")), sites=handle.plan.to_list())
     with pytest.raises(InputError, match="no plain LoRA"):
-        Adapter(handle.tensors(), card).export(tmp_path, "diffusers")
+        Adapter(handle.tensors(), card).export(tmp_path, "loralib")
 
 
 @pytest.mark.parametrize("method", [LoRAFA(rank=2, alpha=3, targets="0"), MoSLoRA(rank=2, alpha=3, targets="0")])

@@ -24,6 +24,7 @@ def tiny(monkeypatch):
         monkeypatch.setattr(kernel_cases, name, shapes)
 
 
+@pytest.mark.slow
 def test_every_path_is_measured_and_near_the_formula(tiny, tmp_path):
     result = kernels.run(tmp_path, rounds=1)
     text = result.pop("table")
@@ -54,6 +55,7 @@ def test_a_path_that_fails_is_one_less(tiny):
     assert "triton" not in case.paths
 
 
+@pytest.mark.slow
 def test_replays_see_the_other_adapters(tiny, monkeypatch):
     """With a stand-in for a CUDA graph, which does the captured work again where its results lie."""
 

@@ -79,6 +79,7 @@ def test_forward_costs_are_positive():
     assert 0 < memory < 1000
 
 
+@pytest.mark.slow
 def test_names_are_drawn_so_that_the_classifier_tells_them():
     known = Atlas.load().known[::220]
     pipe = models.stable_diffusion()
