@@ -2,7 +2,8 @@
 
 Why one function and not three matmuls: autograd would keep a scaled copy and a dropped copy of ``x`` and add two
 gradients of the size of ``x``. Here only ``x`` and the rank-sized ``A x`` are kept, terms are added in place onto the
-base product, and dropout masks are drawn again in backward from their seed.
+base product, and dropout masks are drawn again in backward from their seed. With a gain (DoRA) the base's product is
+needed once more in backward: a part of it is kept where x is wide, the rest computed again.
 
 Layout: every product puts the rank first, ``A @ x'`` -> (g, r, m). On CPU this is two to three times faster than
 ``x @ A'``, where the thin dimension is innermost. ``g`` is 1 when all rows share a slot, and the batch when rows choose
@@ -36,6 +37,7 @@ would take so many multiplications to compute again."""
 
 
 _Order = tuple[list[int], Tensor, Tensor | None]
+"""What `_sorted` returns."""
 
 
 class Term(NamedTuple):
@@ -193,7 +195,7 @@ def bands(terms: tuple[Term, ...], width: int) -> int:
 def _forward(
     x: Tensor, weight: Any, bias: Any, plan: tuple, tensors: Any, wanted: tuple[bool, ...] | None = None
 ) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
-    """The output, and what backward needs: A drop(x)' of each term, and the products of gains that are cheap to keep.
+    """The output, and what backward needs: A drop(x)' of each term, and the products of gains that are kept.
 
     ``wanted`` says of each term whether its gain needs a gradient; None that there will be no backward pass.
     """
@@ -300,7 +302,7 @@ def _through_gains(
             total = torch.cat(sums, -1)
             grads[k] = _spread(total if route is None else total * (route >= 0)[:, None], gain, route)
         if rows is None:
-            through = (_grouped(through, route) * _gains(gain, route)).to(grad.dtype).view(grad.shape)
+            through = (_grouped(through, route) * _gains(gain, route)).to(grad.dtype).reshape(grad.shape)
         else:
             through = grad.clone(memory_format=torch.contiguous_format) if through is grad else through
             _columns(_grouped(through, route), rows).mul_(_gains(gain, route))

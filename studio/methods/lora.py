@@ -136,7 +136,8 @@ class LowRankSlot(Slot):
         self.dropout = method.dropout
         down, up = self.shapes(method.rank)
         self.A = nn.Parameter(torch.empty(slots, *down))
-        self.B = nn.Parameter(torch.empty(slots, *reversed(up)).mT)  # rank first in memory: products read it fastest
+        cpu = next(module.parameters(), torch.empty(0)).device.type == "cpu"  # there, rank first is read fastest
+        self.B = nn.Parameter(torch.empty(slots, *reversed(up)).mT if cpu else torch.empty(slots, *up))
         self.extend(method, module)
         for slot in range(slots):
             self.reset(slot)
