@@ -318,7 +318,8 @@ class Loop:
             return
         scaler = self.accelerator.scaler
         extra = {"seconds": self.seconds, "scaler": scaler.state_dict() if scaler is not None else None}
-        extra |= {"ends": self.ends, "failures": list(self.failures.items()), "patience": self.patience.state()}
+        early = [(k, end) for k, end in enumerate(self.ends) if end < self.configs[k].steps]
+        extra |= {"early": early, "failures": list(self.failures.items()), "patience": self.patience.state()}
         model = {name: tensor.detach().cpu() for name, tensor in self.task.state_dict().items()}
         broken = [name for name, tensor in model.items() if not bool(tensor.isfinite().all())]
         if broken:
@@ -340,7 +341,9 @@ class Loop:
         if self.accelerator.scaler is not None and checkpoint.extra["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step, self.seconds = checkpoint.step, checkpoint.extra["seconds"]
-        self.ends, self.failures = checkpoint.extra["ends"], dict(checkpoint.extra["failures"])
+        for slot, end in checkpoint.extra["early"]:
+            self.ends[slot] = end
+        self.failures = dict(checkpoint.extra["failures"])
         self.patience.restore(checkpoint.extra["patience"])
         log.info("resumed at step %d", self.step)
 
