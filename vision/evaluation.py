@@ -1,14 +1,11 @@
 """How well an adapter tells pictures apart, on pictures that it was not trained on; and predictions for new ones.
 
 The base is measured beside it without any training: a picture belongs to the class whose mean training feature is
-nearest (by cosine). Accuracy is given over pictures and as the mean over classes, since they differ when classes do not
-have equally many pictures. The calibration error is that of Guo et al., On Calibration of Modern Neural Networks, 2017,
-arXiv:1706.04599: the mean distance between confidence and accuracy over equal bins of confidence.
+nearest (by cosine).
 """
 
 from __future__ import annotations
 
-import csv
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,17 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy, normalize
+from torch.nn.functional import normalize
 
 from graft.studio.caches import Cache
 from graft.studio.errors import DataError, InputError
+from graft.studio.labelled.figures import class_accuracy, figures_of
+from graft.studio.labelled.report import Known, Seen, write_report
+from graft.studio.labelled.sources import Item, Source, open_source
+from graft.studio.labelled.splits import FILE, Split, asked
 from graft.studio.pictures import BROKEN, SUFFIXES, checked_bytes, complaint, find_pictures, open_picture
 from graft.vision.base import VisionBase
-from graft.vision.data import DataConfig, Item, Pictures, Source, load_part, open_source
-from graft.vision.splits import FILE, Split, read_split
+from graft.vision.data import DataConfig, Pictures, load_part
 from graft.vision.task import features, predict_pixels
 
 if TYPE_CHECKING:
@@ -83,7 +81,8 @@ def evaluate(
     Raises:
         DataError: no pictures, or classes that the adapter does not know.
     """
-    source, split, items = _asked(settings)
+    source = open_source(DataConfig(path=settings.path, dataset=settings.dataset))
+    split, items = asked(source, settings.split, settings.part)
     names = sorted({item.label for item in items}) if split is None else split.classes
     classes = tuple(names) if adapter is None else tuple(adapter.card.details["classes"])
     if unknown := sorted({item.label for item in items} - set(classes)):
@@ -94,28 +93,20 @@ def evaluate(
         return _nearest_mean(base, source, split, shown, classes, settings)
     with adapter.attached(base):
         logits = predict_pixels(base, shown.pixels)
+        if out is not None:
+            known = None
+            if split is not None and (trained_on := split.part("train")):
+                train = _opened(base, source, trained_on, classes, settings)
+                known = Known(features(base, train.pixels), train.labels, lambda rows: train.pixels[list(rows)])
+            own = features(base, shown.pixels)
+            seen = Seen(shown.names, shown.labels, logits, classes, lambda rows: shown.pixels[list(rows)], own, known)
+            write_report(out, seen, settings.bins)
     figures = figures_of(logits, shown.labels, settings.bins)
     trained = set() if split is None else {split.digests.get(item.name) for item in split.part("train")} - {None}
     figures["trained_on"] = 0 if settings.part == "train" else sum(digest in trained for digest in shown.digests)
     if figures["trained_on"]:
         log.warning("%d of %d pictures are also among those that were trained on", figures["trained_on"], len(shown))
-    if out is not None:
-        _write(out, shown, logits, classes, settings.bins)
     return figures
-
-
-def _asked(settings: EvaluationConfig) -> tuple[Source, Split | None, list[Item]]:
-    config = DataConfig(path=settings.path, dataset=settings.dataset)
-    source = open_source(config)
-    if settings.split:
-        split: Split | None = read_split(settings.split)
-        items = split.part(settings.part) if split is not None else []
-    else:
-        split, items = None, [item for item in source.items if item.part == "test"] or source.items
-    if not items:
-        reason = f"no picture is in the part {settings.part!r}"
-        raise DataError(source.where, reason, "Put data.test above 0, or give --data DIR with class folders")
-    return source, split, items
 
 
 def _opened(
@@ -136,80 +127,9 @@ def _nearest_mean(
     hits = scores.argmax(1) == shown.labels
     return {
         "accuracy": float(hits.float().mean()),
-        "mean_class_accuracy": _by_class(hits, shown.labels),
+        "mean_class_accuracy": float(class_accuracy(scores, shown.labels).nanmean()),
         "pictures": len(shown),
     }
-
-
-def figures_of(logits: Tensor, labels: Tensor, bins: int = 15) -> dict[str, Any]:
-    """Accuracy, mean accuracy of the classes that occur, cross entropy and calibration error of logits (n, c)."""
-    hits = logits.argmax(1) == labels
-    return {
-        "accuracy": float(hits.float().mean()),
-        "mean_class_accuracy": _by_class(hits, labels),
-        "pictures": len(labels),
-        "loss": float(cross_entropy(logits, labels)),
-        "calibration_error": calibration(logits.softmax(1), labels, bins)[1],
-    }
-
-
-def _by_class(hits: Tensor, labels: Tensor) -> float:
-    return float(torch.stack([hits[labels == k].float().mean() for k in labels.unique()]).mean())
-
-
-def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[list[tuple[float, float, int]], float]:
-    """Returns (mean confidence, accuracy, pictures) of every bin that is not empty, and the expected error.
-
-    Args:
-        probabilities: (n, c).
-        labels: (n,).
-        bins: of equal width over (0, 1].
-    """
-    confidence, told = probabilities.max(1)
-    hits = (told == labels).float()
-    place = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    found = []
-    for k in place.unique().tolist():
-        inside = place == k
-        found.append((float(confidence[inside].mean()), float(hits[inside].mean()), int(inside.sum())))
-    error = sum(count * abs(sure - right) for sure, right, count in found) / max(1, len(labels))
-    return found, error
-
-
-def confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Returns how often each class (rows) was taken for each (columns), (c, c)."""
-    counts = np.zeros((logits.shape[1], logits.shape[1]), dtype=np.int64)
-    np.add.at(counts, (labels.numpy(), logits.argmax(1).numpy()), 1)
-    return counts
-
-
-def _write(out: Path, shown: Pictures, logits: Tensor, classes: Sequence[str], bins: int) -> None:
-    """Confusion matrix, reliability diagram, surest mistakes, errors by class, and every prediction."""
-    from graft.vision.pictures import confusion_picture, reliability_picture, sheet
-
-    out.mkdir(parents=True, exist_ok=True)
-    probabilities, labels = logits.softmax(1), shown.labels
-    counts = confusion(logits, labels)
-    confusion_picture(out / "confusion.png", counts, classes)
-    reliability_picture(out / "reliability.png", *calibration(probabilities, labels, bins))
-    confidence, told = probabilities.max(1)
-    wrong = torch.nonzero(told != labels).flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True)][:24]
-    if len(worst):
-        sheet(out / "mistakes.png", shown.pixels[worst], probabilities[worst], labels[worst], classes)
-    with (out / "classes.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "pictures", "right", "accuracy", "most often taken for"])
-        for k, name in enumerate(classes):
-            total, right, others = int(counts[k].sum()), int(counts[k, k]), counts[k].copy()
-            others[k] = 0
-            confused = classes[int(others.argmax())] if others.any() else ""
-            writer.writerow([name, total, right, f"{right / total:.4f}" if total else "", confused])
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["picture", "class", "told", "probability"])
-        for name, label, best, sure in zip(shown.names, labels, told, confidence, strict=True):
-            writer.writerow([name, classes[int(label)], classes[int(best)], f"{float(sure):.4f}"])
 
 
 def predict(

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict
+from graft.studio.labelled.sources import open_source
+from graft.studio.labelled.splits import make_split, refuse_contradictions
 from graft.studio.registry import method_class
 from graft.vision.base import VisionBase, attend_fused, load_base
-from graft.vision.data import DataConfig, load_part, open_source
-from graft.vision.splits import make_split, refuse_contradictions
+from graft.vision.data import DataConfig, load_part
 from graft.vision.task import Batch, FitData, VisionTask
 
 if TYPE_CHECKING:

@@ -15,11 +15,11 @@ from torch.nn.functional import cross_entropy
 
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import to_dict
+from graft.studio.labelled.splits import FILE, Split
 from graft.vision.base import VisionBase, classifiers
 from graft.vision.data import Pictures
 from graft.vision.head import Adapted, HeadSlot
 from graft.vision.method import VisionMethod
-from graft.vision.splits import FILE, Split
 
 BATCH = 128
 """Pictures in a forward pass without gradients."""
@@ -132,7 +132,7 @@ class VisionTask(nn.Module):
 
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draws validation pictures (training pictures where there are none) with what they are told to be."""
-        from graft.vision.pictures import sheet
+        from graft.studio.labelled.drawings import sheet
 
         shown = self.data.val if len(self.data.val) else self.data.train
         rows = torch.arange(min(len(shown), 24))

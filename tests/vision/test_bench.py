@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from graft.studio.job import Job
+from graft.studio.labelled import built_in as datasets
 from graft.studio.registry import BENCHMARKS, find
-from graft.vision import datasets
 from graft.vision.bench import METHODS, run, saved_bytes
 from graft.vision.jobs import prepare
 

@@ -11,12 +11,13 @@ from PIL import Image
 
 from graft.studio.caches import Cache
 from graft.studio.errors import DataError, InputError
-from graft.vision import datasets
+from graft.studio.labelled import built_in as datasets
+from graft.studio.labelled.built_in import NAMES, built_in
+from graft.studio.labelled.sources import open_source
+from graft.studio.labelled.splits import make_split, read_split
 from graft.vision.base import VisionBase
-from graft.vision.data import DataConfig, open_source
-from graft.vision.datasets import NAMES, built_in
+from graft.vision.data import DataConfig
 from graft.vision.jobs import fit_data
-from graft.vision.splits import make_split, read_split
 
 CLASSES = ("across", "down", "slanted")
 

@@ -8,8 +8,9 @@ from torch.nn.functional import normalize
 
 from graft.studio.errors import DataError, InputError
 from graft.studio.job import Job
+from graft.studio.labelled.figures import calibration, confusion, figures_of
 from graft.vision.base import VisionBase
-from graft.vision.evaluation import EvaluationConfig, calibration, confusion, evaluate, figures_of, predict
+from graft.vision.evaluation import EvaluationConfig, evaluate, predict
 from graft.vision.jobs import prepare
 
 

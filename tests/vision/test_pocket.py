@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from graft.studio.labelled.sources import open_source
+from graft.studio.labelled.splits import make_split
 from graft.studio.pocket import models
 from graft.vision.base import load_base
-from graft.vision.data import DataConfig, load_part, open_source
-from graft.vision.splits import make_split
+from graft.vision.data import DataConfig, load_part
 
 pytestmark = pytest.mark.skipif(not (models.WEIGHTS / "vit.safetensors").exists(), reason="no weights of pocket-vit")
 

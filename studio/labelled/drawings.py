@@ -1,4 +1,4 @@
-"""Pictures of results: what was taken for what, which classes are confused, whether probabilities can be trusted."""
+"""Pictures of results: what was taken for what, which classes are confused, what is like what."""
 
 from __future__ import annotations
 
@@ -49,11 +49,9 @@ def sheet(
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     for k, (picture, told) in enumerate(zip(pixels, probabilities, strict=True)):
         left, top = gap + k % columns * (TILE + gap), gap + k // columns * height
-        tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
-        page.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST if tile.width < TILE else None), (left, top))
         best = int(told.argmax())
         right = labels is None or best == int(labels[k])
-        pen.rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=_RIGHT if right else _WRONG, width=2)
+        _frame(page, picture, left, top, _RIGHT if right else _WRONG)
         text = f"{_short(classes[best], 12)} {100 * float(told[best]):.0f}%"
         pen.text((left, top + TILE), text, _INK if right else _WRONG, font)
         if not right and labels is not None:
@@ -125,3 +123,77 @@ def reliability_picture(path: Path, bins: Sequence[tuple[float, float, int]], er
     pen.text((margin, 4), f"share that is right by confidence; calibration error {error:.3f}", _INK, font)
     pen.text((margin + side / 2, side + margin + 8), "confidence; bars: share of pictures", _INK, font, anchor="ma")
     return _save(path, page)
+
+
+_HUES = ("#1f7a54", "#c2410c", "#2563eb", "#a21caf", "#b45309", "#0e7490", "#dc2626", "#4d7c0f", "#7c3aed", "#be185d")
+
+
+def feature_map(path: Path, places: Tensor, labels: Tensor, told: Tensor, classes: Sequence[str]) -> Path:
+    """Draws pictures as dots, each class in its colour with its name at its middle; mistakes are rings.
+
+    Args:
+        path: of the PNG file.
+        places: (n, 2).
+        labels: (n,).
+        told: (n,), what the classifier answered.
+        classes: names; colours repeat after ten.
+    """
+    side, margin = 640, 50
+    page = Image.new("RGB", (side, side + 18), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+    low, high = places.min(0).values, places.max(0).values
+    at = margin + (places - low) / (high - low).clamp(min=1e-12) * (side - 2 * margin)
+    for (x, y), label, answer in zip(at.tolist(), labels.tolist(), told.tolist(), strict=True):
+        colour = _HUES[label % len(_HUES)]
+        box = (x - 3, side - y - 3, x + 3, side - y + 3)
+        pen.ellipse(box, fill=colour if answer == label else "white", outline=colour)
+    for label in labels.unique().tolist():
+        x, y = at[labels == label].mean(0).tolist()
+        pen.text(
+            (x, side - y), _short(classes[label], 16), _INK, font, anchor="mm", stroke_width=2, stroke_fill="white"
+        )
+    pen.text((8, side), "two principal components of the features; rings are mistakes", _INK, font)
+    return _save(path, page)
+
+
+def neighbours(
+    path: Path,
+    pixels: Tensor,
+    labels: Tensor,
+    near: Tensor,
+    near_labels: Tensor,
+    likeness: Tensor,
+    classes: Sequence[str],
+) -> Path:
+    """Draws each picture beside the training pictures that are most like it, framed by whether the class is its own.
+
+    Args:
+        path: of the PNG file.
+        pixels: (n, 3, h, w) uint8.
+        labels: (n,).
+        near: (n, k, 3, h, w) uint8.
+        near_labels: (n, k).
+        likeness: (n, k) cosines.
+        classes: names.
+    """
+    line, gap = 14, 6
+    width, height = TILE + gap, TILE + line + gap
+    page = Image.new("RGB", ((1 + near.shape[1]) * width + 3 * gap, len(pixels) * height + gap), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+
+    for i, picture in enumerate(pixels):
+        top, own = gap + i * height, int(labels[i])
+        _frame(page, picture, gap, top, _INK)
+        pen.text((gap, top + TILE), _short(classes[own], 15), _INK, font)
+        for j, other in enumerate(near[i]):
+            label, left = int(near_labels[i, j]), 3 * gap + (1 + j) * width
+            _frame(page, other, left, top, _RIGHT if label == own else _WRONG)
+            pen.text((left, top + TILE), f"{_short(classes[label], 10)} {float(likeness[i, j]):.2f}", _INK, font)
+    return _save(path, page)
+
+
+def _frame(page: Image.Image, picture: Tensor, left: int, top: int, colour: Any) -> None:
+    """A picture (3, h, w) uint8 as a tile with a frame."""
+    tile = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    page.paste(tile.resize((TILE, TILE), Image.Resampling.NEAREST if tile.width < TILE else None), (left, top))
+    ImageDraw.Draw(page).rectangle((left, top, left + TILE - 1, top + TILE - 1), outline=colour, width=2)

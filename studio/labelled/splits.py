@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from graft.studio.errors import DataError
-from graft.vision.data import DataConfig, Item, Source
+from graft.studio.labelled.sources import Item, LabelledConfig, Source
 
 log = logging.getLogger(__name__)
 FILE = "split.jsonl"
@@ -76,7 +76,7 @@ class Split:
         return hashlib.sha256(json.dumps([self.classes, rows], ensure_ascii=False).encode()).hexdigest()
 
 
-def make_split(source: Source, config: DataConfig) -> Split:
+def make_split(source: Source, config: LabelledConfig) -> Split:
     """Draws a split from a source, or reads the one that the config names.
 
     Raises:
@@ -98,7 +98,7 @@ def make_split(source: Source, config: DataConfig) -> Split:
     return split
 
 
-def _deal(items: Sequence[Item], declared: set[str], config: DataConfig, number: int) -> dict[str, str]:
+def _deal(items: Sequence[Item], declared: set[str], config: LabelledConfig, number: int) -> dict[str, str]:
     """Name -> part for the items of one class."""
     dealt = {item.name: "test" for item in items if item.part == "test"}
     pool = [item.name for item in items if item.part != "test"]
@@ -119,7 +119,7 @@ def _deal(items: Sequence[Item], declared: set[str], config: DataConfig, number:
     return dealt | dict.fromkeys(shots[:held], "val") | dict.fromkeys(shots[held:], "train")
 
 
-def _tell(split: Split, config: DataConfig) -> None:
+def _tell(split: Split, config: LabelledConfig) -> None:
     """Says what a user would want to know.
 
     Raises:
@@ -167,6 +167,25 @@ def _fitting(split: Split, source: Source) -> Split:
         reason = f"{len(missing)} pictures of the split are missing or have another label, such as {missing[0]}"
         raise DataError(source.where, reason, "Give the data that the split was made of")
     return split
+
+
+def asked(source: Source, file: str, part: str = "test") -> tuple[Split | None, list[Item]]:
+    """The split of a file, if one is given, and the items to measure on.
+
+    Args:
+        source: where the pictures are.
+        file: of a split; empty takes the part that the source declares as test, or else everything.
+        part: of the split.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    split = read_split(file) if file else None
+    items = split.part(part) if split else [item for item in source.items if item.part == "test"] or source.items
+    if not items:
+        reason = f"no picture is in the part {part!r}"
+        raise DataError(source.where, reason, "Put data.test above 0, or give --data DIR with class folders")
+    return split, items
 
 
 def refuse_contradictions(split: Split, where: str) -> None:

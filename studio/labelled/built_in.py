@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from graft.studio.config import suggest
 from graft.studio.errors import DataError, InputError
+from graft.studio.labelled.sources import Item, Source
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import COLOURS, render, sample_scene
-from graft.vision.data import Item, Source
 
 NAMES = ("pocket-new", "pocket-colour", "pocket-count", "drawn-digits", "digits")
 TRAIN, TEST = 1200, 600
