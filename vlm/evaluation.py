@@ -1,23 +1,22 @@
-"""How well classes are told apart, how well the probabilities are meant, and where the errors are.
-
-*Accuracy* counts pictures; *class accuracy* is the mean over classes, so that a large class does not hide small ones.
-*Calibration error* (Guo et al., On Calibration of Modern Neural Networks, 2017, arXiv:1706.04599) is the mean distance
-between confidence and accuracy over 15 bins of confidence.
-"""
+"""How well an adapter tells classes apart, beside the base's zero-shot classifier, on pictures that it has not seen."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from graft.studio.disk import write_json
 from graft.studio.errors import InputError
-from graft.vlm.data import TEMPLATES, DataConfig, Example, labels_of, read_test
+from graft.studio.labelled.figures import class_accuracy, figures_of
+from graft.studio.labelled.report import Known, Seen, write_report
+from graft.studio.labelled.splits import FILE
+from graft.vlm.data import TEMPLATES, DataConfig, Example, Measured, labels_of, measured_data
 from graft.vlm.head import Classifier, Setting
 from graft.vlm.pictures import load_view
 from graft.vlm.store import FeatureStore
@@ -28,74 +27,126 @@ if TYPE_CHECKING:
     from graft.vlm.base import ClipBase
 
 
+log = logging.getLogger("graft")
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What `evaluate` measures on. `graft eval` fills in what the run's data section says."""
 
     path: str = ""
-    """Folder with test pictures: of its splits or of `test`; all pictures of a plain folder of class folders."""
-    splits: str = ""
-    """File with the splits, if not splits.jsonl in the folder."""
+    """Pictures in class folders, a table or arrays, as `[data]` has them."""
+    dataset: str = ""
+    """Instead of a path, a built-in set."""
+    split: str = ""
+    """Split file of the run; without one the test part that the data declare is measured, or else all pictures."""
+    part: Literal["test", "val", "train"] = "test"
+    """Which part of the split."""
     names: str = ""
-    """JSON file {folder: name} with what classes are called."""
+    """JSON file {class: name} with what classes are called in prompts."""
     classes: Literal["all", "base", "new"] = "all"
     """All classes, or the first or second half of them, told apart among themselves."""
     templates: tuple[str, ...] = TEMPLATES
     """Prompts of the base's zero-shot classifier."""
+    bins: int = 15
+    """Of confidence, for the calibration error."""
     background: str = "white"
     """What transparent pictures are laid on."""
-    report: str = ""
-    """JSON file to write accuracy by class and the commonest confusions to."""
+
+    def __post_init__(self) -> None:
+        if self.bins < 1:
+            raise InputError(f"bins = {self.bins}", "expected 1 or more", "15 is usual")
 
     @property
     def data(self) -> DataConfig:
         """The same for the reader of pictures.
 
         Raises:
-            InputError: no folder was named.
+            InputError: no pictures were named.
         """
-        if not self.path:
+        if not self.path and not self.dataset:
             raise InputError("eval.path", "there is nothing to measure on", "Name a folder with --data")
-        same = {key: getattr(self, key) for key in ("path", "splits", "names", "classes", "templates", "background")}
-        return DataConfig(**same)
+        known = {field.name for field in fields(DataConfig)}
+        return DataConfig(**{field.name: getattr(self, field.name) for field in fields(self) if field.name in known})
 
 
 def run_settings(run: Run, path: str | None = None) -> dict[str, Any]:
-    """The evaluation settings of a run: what its data section says, perhaps with other pictures."""
+    """The evaluation settings of a run: its data section and the split that it was trained on, or other pictures."""
     known = {field.name for field in fields(EvaluationConfig)}
     told = {key: value for key, value in run.job.data.items() if key in known}
-    return {**told, "path": path} if path else told
+    if path:
+        return {key: value for key, value in told.items() if key not in ("dataset", "split")} | {"path": path}
+    return told | {"split": str(run.folder / FILE)}
 
 
-def evaluate(base: ClipBase, adapter: Adapter | None, settings: EvaluationConfig) -> dict[str, Any]:
+def evaluate(
+    base: ClipBase, adapter: Adapter | None, settings: EvaluationConfig, out: Path | None = None
+) -> dict[str, Any]:
     """Measures an adapter on test pictures, or the base's zero-shot classifier.
 
     Args:
         base: the adapter's own.
         adapter: None measures the base.
         settings: pictures, names and prompts.
+        out: folder for pictures of the result and tables; None writes none.
 
     Returns:
-        `accuracy`, `class_accuracy`, `calibration_error`, `pictures` and `worst`, the classes told least.
+        `accuracy`, `mean_class_accuracy`, `pictures`, `loss`, `calibration_error`, `worst` (the classes told least) and
+        `trained_on`, how many of the pictures were.
 
     Raises:
         InputError: no pictures, or classes that the adapter does not know.
     """
-    names, examples = read_test(settings.data)
+    names, examples, fit = measured_data(settings.data, settings.part)
     if adapter is None:
         setting = Setting(base, names, settings.templates)
         pooled = FeatureStore().get(base, examples, settings.data, [0])[:, 0]
         logits = setting.zero_shot(base.project(pooled.to(base.device))).cpu()
+        if out is not None:
+            _write(out, base, None, (names, examples, fit), logits, settings)
     else:
         with adapter.attached(base) as attached:
             fitting = attached if attached.names == names else _for_classes(attached, names)
             logits = logits_of(fitting, examples, settings.data)
-    figures = measure(logits, labels_of(examples))
-    by_class = class_accuracy(logits, labels_of(examples))
-    if settings.report and adapter is not None:
-        write_json(Path(settings.report), report(logits, labels_of(examples), names))
-    worst = by_class.nan_to_num(2).argsort()[:3].tolist()
-    return {**figures, "worst": [f"{names[k]} {by_class[k]:.2f}" for k in worst]}
+            if out is not None:
+                _write(out, base, fitting, (names, examples, fit), logits, settings)
+    labels = labels_of(examples)
+    by_class = class_accuracy(logits, labels).nan_to_num(2)
+    worst = [f"{names[k]} {by_class[k]:.2f}" for k in by_class.argsort()[:3].tolist()]
+    trained = {example.digest for example in fit.train} if fit is not None and settings.part != "train" else set()
+    seen = sum(example.digest in trained for example in examples)
+    if seen:
+        log.warning("%d of %d pictures are also among those that were trained on", seen, len(examples))
+    return {**figures_of(logits, labels, settings.bins), "worst": worst, "trained_on": seen}
+
+
+def _write(
+    out: Path,
+    base: ClipBase,
+    classifier: Classifier | None,
+    measured: Measured,
+    logits: Tensor,
+    settings: EvaluationConfig,
+) -> None:
+    """The folder of pictures and tables; features are those of the tower that the classifier reads."""
+    names, examples, fit = measured
+    data = settings.data
+
+    def pixels_of(of: Sequence[Example], rows: Sequence[int]) -> Tensor:
+        return torch.stack([load_view(of[row], 0, base.preprocess, data) for row in rows])
+
+    @torch.no_grad()
+    def features_of(of: Sequence[Example]) -> Tensor:
+        if classifier is None or not classifier.head.reads_pixels:
+            return base.project(FeatureStore().get(base, of, data, [0])[:, 0].to(base.device)).float().cpu()
+        parts = torch.arange(len(of)).split(64)
+        return torch.cat([base.encode_image(pixels_of(of, part.tolist())).float().cpu() for part in parts])
+
+    train = fit.train if fit is not None else ()
+    known = Known(features_of(train), labels_of(train), partial(pixels_of, train)) if train else None
+    pixels = partial(pixels_of, examples)
+    seen = Seen([e.name for e in examples], labels_of(examples), logits, names, pixels, features_of(examples), known)
+    write_report(out, seen, settings.bins)
 
 
 def _for_classes(classifier: Classifier, names: tuple[str, ...]) -> Classifier:
@@ -133,46 +184,6 @@ def logits_of(classifier: Classifier, examples: Sequence[Example], data: DataCon
         views = [load_view(example, 0, base.preprocess, data) for example in examples[start : start + 64]]
         parts.append(classifier.logits_of_pixels(torch.stack(views)))
     return torch.cat(parts)
-
-
-def measure(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Accuracy and calibration of logits (n, c)."""
-    return {
-        "accuracy": float((logits.argmax(1) == labels).float().mean()),
-        "class_accuracy": float(class_accuracy(logits, labels).nanmean()),
-        "calibration_error": calibration_error(logits.softmax(-1), labels),
-        "pictures": len(labels),
-    }
-
-
-def class_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of right answers by class, (c,); not a number for classes without pictures."""
-    hits = (logits.argmax(1) == labels).float()
-    count = torch.bincount(labels, minlength=logits.shape[1])
-    return torch.zeros(logits.shape[1]).index_add(0, labels, hits) / count
-
-
-def calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean over pictures of |confidence - accuracy| of their bin."""
-    confidence, answer = probabilities.max(-1)
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins).index_add(0, place, confidence - (answer == labels).float())
-    return float(gap.abs().sum() / len(labels))
-
-
-def report(logits: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Accuracy by class, and the ten commonest confusions."""
-    by_class = class_accuracy(logits, labels)
-    confusion = torch.zeros(len(names), len(names), dtype=torch.long)
-    confusion.index_put_((labels, logits.argmax(1)), torch.ones_like(labels), accumulate=True)
-    confusion.fill_diagonal_(0)
-    top = confusion.flatten().topk(min(10, confusion.numel()))
-    pairs = [(int(k) // len(names), int(k) % len(names), int(n)) for k, n in zip(top.indices, top.values, strict=True)]
-    return {
-        "classes": {name: None if by_class[k].isnan() else float(by_class[k]) for k, name in enumerate(names)},
-        "confusions": [{"is": names[a], "called": names[b], "pictures": n} for a, b, n in pairs if n],
-        **measure(logits, labels),
-    }
 
 
 def harmonic_mean(base: float, new: float) -> float:

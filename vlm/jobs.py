@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict, to_dict
+from graft.studio.labelled.splits import FILE
 from graft.studio.registry import method_class
 from graft.vlm.base import ClipBase, load_base
-from graft.vlm.data import DataConfig, Split, labels_of, read_split
+from graft.vlm.data import DataConfig, FitData, fit_data, labels_of
 from graft.vlm.head import Classifier, Head, HeadMethod, Setting, Shots
 from graft.vlm.pictures import load_view
 from graft.vlm.store import FeatureStore
@@ -46,14 +47,14 @@ class FewShotTask(nn.Module):
         job: the whole of it.
         method: its method section.
         data: its data section.
-        split: the chosen shots.
+        fit: the chosen shots.
         head: ready for its first step.
         shots: features of the pictures.
     """
 
-    def __init__(self, job: Job, method: HeadMethod, data: DataConfig, split: Split, head: Head, shots: Shots):
+    def __init__(self, job: Job, method: HeadMethod, data: DataConfig, fit: FitData, head: Head, shots: Shots):
         super().__init__()
-        self.job, self.method, self.data, self.split, self.shots = job, method, data, split, shots
+        self.job, self.method, self.data, self.fit, self.shots = job, method, data, fit, shots
         self.head, self.base = head, head.setting.base
         # Features that the head reads, of every crop: the frozen part of its work is done once.
         self.inputs = None if head.reads_pixels else head.prepare(shots.crops.to(self.base.device))
@@ -66,7 +67,11 @@ class FewShotTask(nn.Module):
 
     def origin(self) -> dict[str, str]:
         """Digests of the base and of the shots."""
-        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": self.split.digest}
+        return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": self.fit.digest}
+
+    def files(self) -> dict[str, str]:
+        """What the run folder gets beside the job: the split."""
+        return {FILE: self.fit.split.text}
 
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Pictures without repetition, each in one of its crops: a pure function of the generator's state."""
@@ -78,9 +83,7 @@ class FewShotTask(nn.Module):
             return Batch(self.inputs[rows, views], self.labels[rows])
         first = int(self.shots.pooled.shape[1] > 1)
         pairs = zip(rows.tolist(), views.tolist(), strict=True)
-        pixels = [
-            load_view(self.split.train[row], view + first, self.base.preprocess, self.data) for row, view in pairs
-        ]
+        pixels = [load_view(self.fit.train[row], view + first, self.base.preprocess, self.data) for row, view in pairs]
         return Batch(torch.stack(pixels), self.labels[rows])
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -107,7 +110,7 @@ class FewShotTask(nn.Module):
             base_hash=self.base.hash,
             sites=getattr(self.head, "sites", []),
             metrics={**metrics, **chosen, **judged},
-            data_digest=self.split.digest,
+            data_digest=self.fit.digest,
             details={"classes": list(setting.names), "templates": list(setting.templates), "strength": strength},
         )
         return Adapter(self.head.tensors(), card)
@@ -132,7 +135,7 @@ class FewShotTask(nn.Module):
     def _mixtures(self, pooled: Tensor) -> Iterator[tuple[float, Tensor]]:
         """Logits on the pictures kept back, between trained and zero-shot: of outputs, or of the towers themselves."""
         if self.head.reads_pixels:
-            views = [load_view(each, 0, self.base.preprocess, self.data) for each in self.split.validation]
+            views = [load_view(each, 0, self.base.preprocess, self.data) for each in self.fit.validation]
             for strength in STRENGTHS:
                 self.head.strengthen(strength)
                 yield (
@@ -164,9 +167,9 @@ def prepare(job: Job, run_folder: Path | None = None) -> FewShotTask:
 
 def prepared(job: Job, method: Any, data: DataConfig, base: ClipBase, store: FeatureStore | None = None) -> FewShotTask:
     """The task of one job on a loaded base."""
-    split, store = read_split(data), store or FeatureStore()
-    setting = Setting(base, split.names, data.templates)
-    shots = features_of(base, split, data, store)
+    fit, store = fit_data(data), store or FeatureStore()
+    setting = Setting(base, fit.names, data.templates)
+    shots = features_of(base, fit, data, store)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.train.seed)
         head = method.build(setting).to(base.device)
@@ -174,18 +177,18 @@ def prepared(job: Job, method: Any, data: DataConfig, base: ClipBase, store: Fea
     if len(shots.held_labels):
         logits = setting.zero_shot(base.project(shots.held_pooled.to(base.device)))
         log.info("zero-shot on %d pictures kept back: %.3f", len(logits), _accuracy(logits, shots.held_labels))
-    task = FewShotTask(job, method, data, split, head, shots)
+    task = FewShotTask(job, method, data, fit, head, shots)
     if hasattr(head, "probe"):
         head.probe(lambda: task(task.batch(0, torch.Generator().manual_seed(0)))[0])
     return task
 
 
-def features_of(base: ClipBase, split: Split, data: DataConfig, store: FeatureStore) -> Shots:
+def features_of(base: ClipBase, fit: FitData, data: DataConfig, store: FeatureStore) -> Shots:
     """Features of all views of the shots, from the store."""
-    pooled = store.get(base, split.train, data, range(data.views + 1))
-    held = store.get(base, split.validation, data, [0])[:, 0] if split.validation else pooled[:0, 0]
+    pooled = store.get(base, fit.train, data, range(data.views + 1))
+    held = store.get(base, fit.validation, data, [0])[:, 0] if fit.validation else pooled[:0, 0]
     log.info("features: %d views computed, %d found", store.computed, pooled.shape[:2].numel() - store.computed)
-    return Shots(pooled, labels_of(split.train), held, labels_of(split.validation))
+    return Shots(pooled, labels_of(fit.train), held, labels_of(fit.validation))
 
 
 def classifier(task: FewShotTask, adapter: Adapter) -> Classifier:

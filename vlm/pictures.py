@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from graft.studio.errors import DataError
+from graft.studio.labelled.sources import decoded
+from graft.studio.pictures import BROKEN, complaint, opaque
 from graft.vlm.base import Preprocess
-from graft.vlm.data import FORMATS, DataConfig, Example
+from graft.vlm.data import DataConfig, Example
 
 
 def load_view(example: Example, view: int, preprocess: Preprocess, config: DataConfig) -> Tensor:
@@ -29,19 +28,16 @@ def load_view(example: Example, view: int, preprocess: Preprocess, config: DataC
         DataError: the picture is truncated or damaged.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(example.path.read_bytes()), formats=FORMATS) as opened:
-                image = _opaque(ImageOps.exif_transpose(opened), config.background)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(str(example.path), f"it cannot be decoded ({error})", "Repair or remove it") from error
+        image = decoded(example.read(), config.background)
+    except BROKEN as error:
+        raise DataError(example.name, f"it cannot be decoded ({complaint(error)})", "Repair or remove it") from error
     image = whole(image, preprocess) if view == 0 else _cropped(image, view, example.digest, preprocess, config)
     return _as_tensor(image)
 
 
 def to_pixels(image: Image.Image, preprocess: Preprocess, background: str = "white") -> Tensor:
     """The whole of an opened picture of any mode, (3, size, size) uint8."""
-    return _as_tensor(whole(_opaque(ImageOps.exif_transpose(image), background), preprocess))
+    return _as_tensor(whole(opaque(ImageOps.exif_transpose(image), background), preprocess))
 
 
 def _as_tensor(image: Image.Image) -> Tensor:
@@ -70,14 +66,3 @@ def _cropped(image: Image.Image, view: int, digest: str, preprocess: Preprocess,
     resample, size = Image.Resampling[preprocess.filter.upper()], preprocess.size
     image = image.resize((size, size), resample, box=(left, top, left + w, top + h))
     return ImageOps.mirror(image) if config.flip and rng.random() < 0.5 else image
-
-
-def _opaque(image: Image.Image, background: str) -> Image.Image:
-    """RGB on the background, from any mode: grey, palette, CMYK, 16 bits, with or without transparency."""
-    if image.mode.startswith("I"):  # PIL's own conversion would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image, dtype=np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        image = Image.new("RGBA", layer.size, background)
-        image.alpha_composite(layer)
-    return image.convert("RGB")

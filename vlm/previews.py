@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
-from graft.vlm.data import SUFFIXES
+from graft.studio.pictures import find_pictures
 from graft.vlm.head import Setting
 from graft.vlm.pictures import to_pixels
 
@@ -85,7 +85,7 @@ def _files(config: PreviewConfig) -> list[Path]:
     path = Path(config.path) if config.path else None
     if path is None or not path.exists():
         raise InputError(config.path or "preview.path", "there are no pictures", "Name some with --set path=PICTURES")
-    found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = [path] if path.is_file() else find_pictures(path)
     if not found:
         raise InputError(config.path, "the folder holds no pictures", "Name another one")
     step = max(1, len(found) / config.pictures)

@@ -6,18 +6,20 @@ order of their folders, the first ceil(c / 2) are the base classes; the two accu
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.studio.config import from_dict
 from graft.studio.errors import InputError
 from graft.studio.registry import method_class
 from graft.vlm.base import load_base
-from graft.vlm.evaluation import EvaluationConfig, evaluate, harmonic_mean
+from graft.vlm.evaluation import EvaluationConfig, evaluate, harmonic_mean, run_settings
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter
     from graft.studio.job import Job
+    from graft.studio.runs import Run
 
 
 def base_to_new(job: Job, runs: str | Path | None = None) -> dict[str, Any]:
@@ -44,14 +46,12 @@ def base_to_new(job: Job, runs: str | Path | None = None) -> dict[str, Any]:
     result: dict[str, Any] = {"run": str(run.folder)}
     sides: dict[str, Adapter | None] = {"zero_shot": None, "adapter": adapter}
     for name, side in sides.items():
-        halves = {half: evaluate(base, side, _settings(job, half))["accuracy"] for half in ("base", "new")}
+        halves = {half: evaluate(base, side, _settings(run, half))["accuracy"] for half in ("base", "new")}
         result[name] = {**halves, "harmonic_mean": harmonic_mean(**halves)}
     return result
 
 
-def _settings(job: Job, half: Any) -> EvaluationConfig:
-    known = {field.name for field in fields(EvaluationConfig)}
-    told = {key: value for key, value in job.data.items() if key in known}
-    if "templates" in told:
-        told["templates"] = tuple(told["templates"])
-    return EvaluationConfig(**{**told, "classes": half})
+def _settings(run: Run, half: Any) -> EvaluationConfig:
+    """Of base classes the test part of the run's split; of new ones, of which nothing was trained on, all there is."""
+    told = run_settings(run) | {"classes": half} | ({} if half == "base" else {"split": ""})
+    return from_dict(EvaluationConfig, told, "eval")

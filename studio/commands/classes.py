@@ -11,11 +11,13 @@ from graft.studio.commands import Answer, add_runs, add_set, command, table
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    parser = command(commands, "split", split, "divide a folder of class folders into training and test pictures")
-    parser.add_argument("path", metavar="DIR", help="a folder with a folder of pictures for each class")
-    parser.add_argument("--test", type=float, default=0.5, metavar="SHARE", help="test share of a class (default: 0.5)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="names the choice (default: 0)")
-    parser.add_argument("--out", metavar="FILE", help="JSONL file (default: splits.jsonl in the folder)")
+    parser = command(commands, "split", split, "divide labelled pictures into parts, as a file for data.split")
+    parser.add_argument("path", metavar="DATA", help="pictures in class folders, a table, arrays, or a built-in set")
+    parser.add_argument("--test", type=float, default=0.2, metavar="SHARE", help="test share of a class (default: 0.2)")
+    parser.add_argument("--validation", type=float, default=0.2, metavar="SHARE", help="of the rest (default: 0.2)")
+    parser.add_argument("--shots", type=int, default=0, metavar="N", help="labelled pictures of a class (default: all)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="names the choice of shots (default: 0)")
+    parser.add_argument("--out", default="split.jsonl", metavar="FILE", help="the file (default: split.jsonl)")
     parser = command(commands, "transfer", transfer, "train on half of the classes and test on both halves")
     parser.add_argument("job", metavar="JOB.toml", help="the job")
     add_set(parser, "data.shots=16")
@@ -23,18 +25,23 @@ def add(commands: Any) -> None:
 
 
 def split(args: argparse.Namespace) -> Answer:
-    """A file of splits."""
+    """A split file."""
+    from graft.studio.disk import write_atomic
     from graft.studio.errors import InputError
-    from graft.studio.registry import find
+    from graft.studio.labelled.built_in import NAMES
+    from graft.studio.labelled.sources import LabelledConfig, open_source
+    from graft.studio.labelled.splits import PARTS, make_split
 
-    file = Path(args.out or Path(args.path) / "splits.jsonl")
+    file = Path(args.out)
     if file.exists():
         raise InputError(str(file), "it exists, and results may rest on it", "Name another file with --out")
-    if not 0 < args.test < 1:
-        raise InputError(f"--test {args.test}", "expected a share between 0 and 1", "Use 0.5")
-    config = find("graft.vlm.data:DataConfig", "vlm")(path=args.path, seed=args.seed)
-    counts = find("graft.vlm.data:write_splits", "vlm")(config, args.test, file)
-    told = ", ".join(f"{count} {part}" for part, count in counts.items())
+    where = {"dataset": args.path} if args.path in NAMES and not Path(args.path).exists() else {"path": args.path}
+    shares = {key: getattr(args, key) for key in ("test", "validation", "shots", "seed")}
+    config = LabelledConfig(**where, **shares)
+    made = make_split(open_source(config), config)
+    write_atomic(file, made.text.encode())
+    counts = {part: len(made.part(part)) for part in PARTS}
+    told = ", ".join(f"{count} {part}" for part, count in counts.items() if count)
     return Answer({"file": str(file), **counts}, f"{file}: {told}")
 
 

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 FILE = "split.jsonl"
 """Its name in a run folder."""
 VERSION = 1
+PARTS = ("train", "val", "test", "unused")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from graft.vlm.base import ClipBase
 from graft.vlm.clip_lora import ClipLoRA
-from graft.vlm.data import DataConfig, read_split
+from graft.vlm.data import DataConfig, fit_data
 from graft.vlm.pictures import load_view
 from graft.vlm.store import FeatureStore
 
@@ -24,7 +24,7 @@ def data(photos: Path) -> DataConfig:
 
 @torch.no_grad()
 def test_features_are_those_of_the_tower(base: ClipBase, data: DataConfig, tmp_path: Path):
-    examples = read_split(data).train
+    examples = fit_data(data).train
     found = FeatureStore(tmp_path).get(base, examples, data, [0, 3])
     for example, row in zip(examples, found, strict=True):
         pixels = torch.stack([load_view(example, view, base.preprocess, data) for view in (0, 3)])
@@ -32,7 +32,7 @@ def test_features_are_those_of_the_tower(base: ClipBase, data: DataConfig, tmp_p
 
 
 def test_nothing_is_computed_twice(base: ClipBase, data: DataConfig, tmp_path: Path):
-    examples = read_split(data).train
+    examples = fit_data(data).train
     first, second = FeatureStore(tmp_path), FeatureStore(tmp_path)
     expected = first.get(base, examples, data, [0, 1])
     assert first.computed == 12
@@ -45,11 +45,11 @@ def test_nothing_is_computed_twice(base: ClipBase, data: DataConfig, tmp_path: P
 def test_the_key_is_weights_preprocessing_content_and_crop(
     base: ClipBase, make: Callable[..., ClipBase], data: DataConfig, tmp_path: Path
 ):
-    examples, store = read_split(data).train, FeatureStore(tmp_path)
+    examples, store = fit_data(data).train, FeatureStore(tmp_path)
 
     def computed(base: ClipBase, data: DataConfig, views: list[int]) -> int:
         before = store.computed
-        store.get(base, read_split(data).train, data, views)
+        store.get(base, fit_data(data).train, data, views)
         return store.computed - before
 
     assert computed(base, data, [0, 1]) == 12
@@ -58,13 +58,13 @@ def test_the_key_is_weights_preprocessing_content_and_crop(
     assert computed(make(), data, [0]) == 6  # other weights
     other = replace(base, preprocess=replace(base.preprocess, mean=(0.4, 0.4, 0.4)))
     assert computed(other, data, [0]) == 6
-    path = examples[0].path
+    path = Path(data.path) / examples[0].name
     Image.new("RGB", (16, 16), "red").save(path)
     assert computed(base, data, [0]) == 1  # the edited picture
 
 
 def test_features_of_an_adapted_tower_are_never_kept(make: Callable[..., ClipBase], data: DataConfig, tmp_path: Path):
-    base, examples = make(), read_split(data).train
+    base, examples = make(), fit_data(data).train
     handle = ClipLoRA().attach(base.modules)
     with pytest.raises(ValueError, match="carries an adapter"):
         FeatureStore(tmp_path).get(base, examples, data, [0])
@@ -73,7 +73,7 @@ def test_features_of_an_adapted_tower_are_never_kept(make: Callable[..., ClipBas
 
 
 def test_a_damaged_pack_is_computed_again(base: ClipBase, data: DataConfig, tmp_path: Path):
-    examples = read_split(data).train
+    examples = fit_data(data).train
     expected = FeatureStore(tmp_path).get(base, examples, data, [0])
     (pack,) = tmp_path.rglob("*.safetensors")
     pack.write_bytes(pack.read_bytes()[:-8])

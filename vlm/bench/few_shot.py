@@ -22,13 +22,14 @@ from graft.studio.config import to_dict
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
 from graft.studio.job import Job, TrainConfig
+from graft.studio.labelled.figures import figures_of
 from graft.studio.loop import learning_rate
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import render, sample_scene
 from graft.studio.registry import METHODS, method_class
 from graft.vlm.base import ClipBase, load_base
-from graft.vlm.data import DataConfig, labels_of, read_test
-from graft.vlm.evaluation import logits_of, measure
+from graft.vlm.data import DataConfig, labels_of, measured_data
+from graft.vlm.evaluation import logits_of
 from graft.vlm.head import Setting
 from graft.vlm.jobs import FewShotTask, classifier, prepared
 from graft.vlm.store import FeatureStore
@@ -91,10 +92,10 @@ def write_pictures(folder: Path, classes: int, shots: int, tests: int, seed: int
 def _measured(base: ClipBase, folder: Path, names: Sequence[str], counts: Sequence[int], seed: int, views: int) -> Any:
     """Rows of one seed: zero-shot first, then every method by shots."""
     plain = DataConfig(path=str(folder))
-    classes, examples = read_test(plain)
+    classes, examples, _ = measured_data(plain)
     setting, wanted = Setting(base, classes, plain.templates), labels_of(examples)
     pooled = FeatureStore().get(base, examples, plain, [0])[:, 0]
-    zero = measure(setting.zero_shot(base.project(pooled)), wanted)["accuracy"]
+    zero = figures_of(setting.zero_shot(base.project(pooled)), wanted)["accuracy"]
     yield {"method": "zero_shot", "shots": 0, "seed": seed, "accuracy": zero, "gain": 0.0, "seconds": 0.0}
     for name in names:
         for count in counts:
@@ -106,7 +107,7 @@ def _measured(base: ClipBase, folder: Path, names: Sequence[str], counts: Sequen
             adapter = task.adapter({})
             spent = time.process_time() - start
             trained = classifier(task, adapter)
-            reached = measure(logits_of(trained, examples, plain), wanted)["accuracy"]
+            reached = figures_of(logits_of(trained, examples, plain), wanted)["accuracy"]
             trained.detach()
             yield {"method": name, "shots": count, "seed": seed, "accuracy": reached, "gain": reached - zero,
                    "seconds": spent}  # fmt: skip
