@@ -282,6 +282,28 @@ def test_clip_lora_is_the_towers_with_other_weights(make: Callable[..., ClipBase
     torch.testing.assert_close(base.encode_image(pixels), setting.base.encode_image(pixels), rtol=0, atol=0)
 
 
+def test_clip_lora_reaches_the_packed_attention_of_open_clip(make_open_clip: Callable[..., ClipBase]):
+    """torch's own MultiheadAttention with the changed rows of its packed weight says the same."""
+    torch.manual_seed(0)
+    base = make_open_clip()
+    pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    plain = deepcopy(base.model)
+    head: Any = ClipLoRA().build(Setting(base, NAMES, TEMPLATES)).eval()
+    assert {(site["kind"], site["role"]) for site in head.sites} == {("mha", role) for role in "qkv"}
+    moved(head)
+    tensors = head.tensors()
+    with torch.no_grad():
+        for name in (name for name in tensors if name.endswith(".A")):
+            path, rows = name.removeprefix("model.").removesuffix(".A").split("[")
+            start, end = map(int, rows.rstrip("]").split(":"))
+            weight = plain.get_submodule(path).in_proj_weight
+            weight[start:end] += tensors[f"{name[:-2]}.B"] @ tensors[name] * 2**-0.5
+        text = base.words([f"a photo of a {name}." for name in NAMES])
+        images, texts = plain.encode_image(pixels / 127.5 - 1), plain.encode_text(text)
+    torch.testing.assert_close(head(pixels), base.logit_scale * unit(images) @ unit(texts).T, rtol=1e-4, atol=1e-4)
+    head.detach()
+
+
 METHODS = [
     TipAdapterF(search=False),
     ClipAdapter(),
