@@ -167,6 +167,24 @@ def domain_of_base(name: str) -> str | None:
     return None if not name or "/" in name or name.startswith((".", "~")) else "vision"
 
 
+def _domain_on_hub(name: str) -> str | None:
+    """The domain of a hub id: by its small files in the local cache, or else by what the hub says of it."""
+    if name.count("/") != 1 or name.startswith((".", "~", "/")):
+        return None
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        kept = {mark: try_to_load_from_cache(name, mark) for mark, *_ in _MARKS}
+        if any(isinstance(file, str) for file in kept.values()):
+            return next((of for mark, key, kinds, of in _MARKS if _holds(Path(str(kept[mark])), key, kinds)), None)
+        info = HfApi().model_info(name, timeout=5)
+    except Exception:  # not an id, no such model, no network: whoever loads it says so
+        return None
+    kind = (info.config or {}).get("model_type")
+    by_kind = next((of for _, key, kinds, of in _MARKS if key == "model_type" and kind in kinds), None)
+    return {"diffusers": "diffusion", "timm": "vision", "open_clip": "vlm"}.get(info.library_name or "", by_kind)
+
+
 def _holds(file: Path, key: str, kinds: tuple[str, ...]) -> bool:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -224,14 +242,15 @@ def load_base(
         name: an embedded model ("pocket-sd"), a local folder, a hub id, or a name of timm's.
         device: where it runs; None takes the accelerator if there is one.
         dtype: type of its weights; None is float32.
-        domain: its domain; hub ids do not tell theirs, and are taken for diffusion pipelines without it.
+        domain: its domain; without it a hub id is asked for its config, and one that does not tell is taken for a
+            diffusion pipeline.
         attention: "auto", "sdpa" or, for a diffusion pipeline on a GPU, "xformers", as in a job's `train.attention`.
 
     Raises:
         InputError: no such base, it could not be loaded whole, or its attention cannot be computed that way.
     """
     device = device or default_device()
-    of = domain or domain_of_base(name)
+    of = domain or domain_of_base(name) or _domain_on_hub(name)
     if of is None and Path(name).is_dir():
         marks = dict.fromkeys(f"{mark} with {key!r}" for mark, key, _, _ in _MARKS)
         raise InputError(name, f"the folder has none of {', '.join(marks)}", "Give the folder of a saved model")

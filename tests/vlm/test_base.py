@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,33 @@ def test_a_name_tells_its_domain():
         assert registry.domain_of_base(name) == "vlm", name
     with pytest.raises(InputError, match="Give pocket-clip"):  # a job's or a card's domain goes first
         registry.load_base("./nowhere", "cpu", domain="vlm")
+
+
+def test_a_hub_id_is_asked_for_its_domain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """First its files in the cache, then the hub; without either it is taken for a pipeline of diffusers."""
+    taken: list[str] = []
+
+    def package(name: str) -> SimpleNamespace:
+        taken.append(name)
+        return SimpleNamespace(load_base=lambda *args, **kwargs: None)
+
+    hub: dict[str, Any] = {
+        "a/pipe": {"library_name": "diffusers"}, "a/siglip": {"library_name": "transformers", "model_type": "siglip"},
+        "a/vit": {"library_name": "timm"}, "a/oc": {"library_name": "open_clip"}, "a/llava": {"model_type": "llava"},
+    }  # fmt: skip
+
+    def model_info(self: Any, name: str, timeout: float) -> SimpleNamespace:
+        told = hub[name]  # KeyError: as good as a hub that does not answer
+        return SimpleNamespace(library_name=told.get("library_name"), config={"model_type": told.get("model_type")})
+
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    cached = {("a/clip", "config.json"): str(tmp_path / "config.json")}
+    monkeypatch.setattr(registry, "_package", package)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda name, file: cached.get((name, file)))
+    for name in ("a/clip", *hub, "a/unknown"):
+        registry.load_base(name, "cpu")
+    assert taken == ["vlm", "diffusion", "vlm", "vision", "vlm", "llm_mm", "diffusion"]
 
 
 def test_weights_of_another_activation_are_an_error_and_not_a_warning():
