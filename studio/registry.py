@@ -29,6 +29,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
     ("diffusion", "pivotal"): "graft.diffusion.pivotal:PivotalTuning",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
+    ("llm_mm", "llama_adapter"): "graft.llm_mm.llama_adapter:LlamaAdapter",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "llava"): "graft.studio.pocket.pretrain.llava:Llava",

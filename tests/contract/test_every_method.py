@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError, SiteError
@@ -32,7 +33,7 @@ from graft.studio.methods.prefix_tuning import PrefixTuning
 from graft.studio.methods.prompt_tuning import PromptTuning
 from graft.studio.methods.sora import SoRA
 from graft.studio.methods.ssf import SSF
-from graft.studio.registry import SITE_METHODS, site_method
+from graft.studio.registry import METHODS, SITE_METHODS, method_class, site_method
 from graft.studio.slots import Handle
 
 
@@ -101,8 +102,10 @@ class Case:
         return self.method.attach(model, slots=slots)
 
     @property
-    def name(self) -> str:
-        return next(name for name in SITE_METHODS if site_method(name) is type(self.method))
+    def name(self) -> tuple[str, str]:
+        """Domain, empty for methods without one, and name."""
+        of_domain = [key for key in METHODS if key[0] == "llm_mm" and method_class(*key) is type(self.method)]
+        return next(iter(of_domain), None) or ("", next(k for k in SITE_METHODS if site_method(k) is type(self.method)))
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
@@ -157,6 +160,7 @@ CASES = {
     "prompt_tuning, vision": Case(PromptTuning(length=3), exact=False, merges=False, fades=False),
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
+    "llama_adapter": Case(LlamaAdapter(num_tokens=3, layers=1), Decoder, merges=False),
 }
 # Gates that are hardly ever exactly open or closed, so that each has a gradient.
 SOFT = DiffPruning(alpha=0.5, lower=-1e-3, upper=1 + 1e-3)
@@ -243,7 +247,8 @@ def test_a_saved_adapter_gives_the_same_output_on_a_fresh_base(case, tmp_path):
     handle = moved(case, model)
     expected = model(x)
     handle.detach()
-    card = Card(case.name, to_dict(case.method), base_hash=base_hash({"": model}), sites=handle.plan.to_list())
+    domain, name = case.name
+    card = Card(name, to_dict(case.method), domain, base_hash=base_hash({"": model}), sites=handle.plan.to_list())
     Adapter(handle.tensors(), card).save(tmp_path)
     fresh = case.base()
     with load_adapter(tmp_path).attached(fresh):
