@@ -19,7 +19,7 @@ pictures. peft's AdaptionPrompt is the same with one gate for all heads of a lay
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, ClassVar
@@ -47,9 +47,10 @@ class LlamaAdapter(SiteMethod):
         >>> optimizer = torch.optim.AdamW(handle.bank.parameters(), lr=9e-3)  # doctest: +SKIP
     """
 
-    kinds = ("kv",)
+    kinds: ClassVar[tuple[str, ...]] = ("kv",)
     when = "instruction tuning with 1 M parameters; needs ten times LoRA's learning rate"
     default_learning_rate: ClassVar[float] = 9e-3
+    train_defaults: ClassVar[Mapping[str, Any]] = {"batch_size": 16, "schedule": "cosine", "warmup_steps": 10}
 
     num_tokens: int = 10
     """Length of each layer's prompt."""
@@ -66,6 +67,10 @@ class LlamaAdapter(SiteMethod):
             num_tokens=(self.num_tokens >= 1, "at least 1"),
             layers=(self.layers >= 1, "at least 1"),
         )
+
+    def rates(self) -> dict[str, float]:
+        """Returns the learning rate of each part of a model: they have the same."""
+        return dict.fromkeys(("language", "projector", "vision", "other"), self.default_learning_rate)
 
     def sites(self, model: Model) -> Plan:
         """Returns the attentions of the last layers; the shape is (heads, width of the model)."""
@@ -191,7 +196,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
 
     gated: _Gated = module.config
     module.config = gated.config  # the next one, or the model's own
-    own: Any = sys.modules[type(module).__bases__[1].__module__]
+    own: Any = sys.modules[type(module).__module__]
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, own.eager_attention_forward)
     y, weights = function(module, query, key, value, mask, **kwargs)
     return gated.slot.attend(module, query, y), weights

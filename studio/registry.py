@@ -30,6 +30,8 @@ METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "pivotal"): "graft.diffusion.pivotal:PivotalTuning",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
     ("llm_mm", "llama_adapter"): "graft.llm_mm.llama_adapter:LlamaAdapter",
+    ("llm_mm", "llama_adapter_multimodal"): "graft.llm_mm.llama_adapter_multimodal:MultimodalLlamaAdapter",
+    ("llm_mm", "llama_adapter_v2"): "graft.llm_mm.llama_adapter_v2:LlamaAdapterV2",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "llava"): "graft.studio.pocket.pretrain.llava:Llava",

@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
 from graft.llm_mm.llama_adapter import LlamaAdapter
+from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
+from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError, SiteError
@@ -73,6 +75,22 @@ class Decoder(nn.Module):
         return self.lm(ids).logits
 
 
+class Seer(nn.Module):
+    """A small language model that reads a picture, which follows from the words."""
+
+    def __init__(self):
+        super().__init__()
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+        vision, text = CLIPVisionConfig(image_size=16, patch_size=8, **size), LlamaConfig(vocab_size=12, **size)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=11)
+        self.llava = LlavaForConditionalGeneration(config)
+
+    def forward(self, ids):
+        pictures = (ids[:, :3, None, None] - 5.0) * torch.linspace(-1, 1, 256).view(16, 16)
+        ids = torch.cat([ids.new_full((len(ids), 4), 11), ids], 1)
+        return self.llava(ids, pixel_values=pictures).logits
+
+
 def vit(name="vit_tiny_patch16_224"):
     return timm.create_model(name, img_size=32, depth=2, embed_dim=16, num_heads=2, num_classes=3)
 
@@ -113,7 +131,7 @@ class Case:
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        if self.model in (Tokens, Decoder):
+        if self.model in (Tokens, Decoder, Seer):
             return torch.randint(11, (4, 7), generator=generator)
         return torch.randn(4, 3, 32, 32, generator=generator)
 
@@ -161,6 +179,14 @@ CASES = {
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
     "llama_adapter": Case(LlamaAdapter(num_tokens=3, layers=1), Decoder, merges=False),
+    "llama_adapter_multimodal": Case(MultimodalLlamaAdapter(num_tokens=3, layers=2, hidden=4), Seer, merges=False),
+    "llama_adapter_v2, early": Case(
+        LlamaAdapterV2(num_tokens=3, visual_tokens=2, visual_blocks=1, visual_width=8), Seer, merges=False
+    ),
+    "llama_adapter_v2, late": Case(
+        LlamaAdapterV2(num_tokens=3, fusion="late", visual_blocks=1, scale_at="input"), Seer, merges=False
+    ),
+    "llama_adapter_v2, words": Case(LlamaAdapterV2(num_tokens=3, fusion="none"), Decoder, merges=False),
 }
 # Gates that are hardly ever exactly open or closed, so that each has a gradient.
 SOFT = DiffPruning(alpha=0.5, lower=-1e-3, upper=1 + 1e-3)
