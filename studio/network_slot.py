@@ -30,7 +30,7 @@ class NetworkSlot(Slot):
         self.make = make
         with torch.device("meta"):
             network = make()
-        self.network = (network,)  # no child: what it computes with are the stacks
+        self.network: tuple[Any] = (network,)  # no child: what it computes with are the stacks
         self.names = {name: name.replace(".", "_") for name, _ in network.named_parameters()}
         for name, parameter in network.named_parameters():
             stack = torch.empty(slots, *parameter.shape, dtype=parameter.dtype)
@@ -53,14 +53,16 @@ class NetworkSlot(Slot):
         batch each row of ``x`` belongs, where they are not the same.
         """
         if self.route is None:
-            return self._with(0, x, *rest)
+            return self.call(0, x, *rest)
         route = self.route.clamp(min=0)
         route = route if owner is None else route[owner]
         used = [(slot, (route == slot).nonzero()[:, 0]) for slot in route.unique().tolist()]
-        parts = [(self._with(slot, x[rows], *rest), rows) for slot, rows in used]
+        parts = [(self.call(slot, x[rows], *rest), rows) for slot, rows in used]
         return torch.cat([y for y, _ in parts])[torch.cat([rows for _, rows in parts]).argsort()]
 
-    def _with(self, slot: int, x: Tensor, *rest: Any) -> Tensor:
+    def call(self, slot: int, x: Tensor, *rest: Any) -> Tensor:
+        """Returns what one slot's network makes of x."""
+        self.network[0].train(self.training)
         own = {name: self.get_parameter(flat)[slot].to(x.dtype) for name, flat in self.names.items()}
         y: Tensor = functional_call(self.network[0], own, (x, *rest))
         return y

@@ -78,6 +78,7 @@ SITE_METHODS: dict[str, str] = {
     "diff_pruning": "graft.studio.methods.diff_pruning:DiffPruning",
     "prompt_tuning": "graft.studio.methods.prompt_tuning:PromptTuning",
     "prefix_tuning": "graft.studio.methods.prefix_tuning:PrefixTuning",
+    "ladder_side_tuning": "graft.studio.methods.ladder_side_tuning:LadderSideTuning",
 }
 """Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
 

@@ -28,6 +28,7 @@ from graft.studio.methods.fish_mask import FishMask
 from graft.studio.methods.gated_lora import GatedLoRA
 from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.krona import KronA
+from graft.studio.methods.ladder_side_tuning import LadderSideTuning
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
 from graft.studio.methods.moslora import MoSLoRA
@@ -178,6 +179,7 @@ CASES = {
     "prompt_tuning, vision": Case(PromptTuning(length=3), exact=False, merges=False, fades=False),
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
+    "ladder_side_tuning": Case(LadderSideTuning(reduction=2), Decoder, merges=False),
     "llama_adapter": Case(LlamaAdapter(num_tokens=3, layers=1), Decoder, merges=False),
     "llama_adapter_multimodal": Case(MultimodalLlamaAdapter(num_tokens=3, layers=2, hidden=4), Seer, merges=False),
     "llama_adapter_v2, early": Case(
