@@ -60,6 +60,7 @@ METHODS: dict[tuple[str, str], str] = {
 SITE_METHODS: dict[str, str] = {
     "lora": "graft.studio.methods.lora:LoRA",
     "lora_fa": "graft.studio.methods.lora_fa:LoRAFA",
+    "o_lora": "graft.studio.methods.o_lora:OrthogonalLoRA",
     "moslora": "graft.studio.methods.moslora:MoSLoRA",
     "dora": "graft.studio.methods.dora:DoRA",
     "adalora": "graft.studio.methods.adalora:AdaLoRA",

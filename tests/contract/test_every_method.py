@@ -32,6 +32,7 @@ from graft.studio.methods.ladder_side_tuning import LadderSideTuning
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
 from graft.studio.methods.moslora import MoSLoRA
+from graft.studio.methods.o_lora import OrthogonalLoRA
 from graft.studio.methods.prefix_tuning import PrefixTuning
 from graft.studio.methods.prompt_tuning import PromptTuning
 from graft.studio.methods.sora import SoRA
@@ -146,6 +147,7 @@ CASES = {
     "lora, weight mode": Case(LoRA(rank=2, targets="q", weight_mode=("attn.qkv",)), beit, mixed=False),
     "lora, packed attention": Case(LoRA(rank=2, targets="all-linear"), Packed),
     "lora_fa": Case(LoRAFA(rank=2, targets="all", dropout=0.2)),
+    "o_lora": Case(OrthogonalLoRA(rank=2, targets="all-linear")),
     "moslora": Case(MoSLoRA(rank=2, targets="all")),
     "dora": Case(DoRA(rank=2)),
     "dora, all sites": Case(DoRA(rank=2, alpha=3.0, targets="all", dropout=0.2)),

@@ -52,6 +52,7 @@ def test_counts_of_the_site_methods_are_those_of_their_formulas(root: Path) -> N
     expected = {
         "lora": lora,
         "lora_fa": lora // 2,
+        "o_lora": lora,
         "moslora": lora + 4 * L * r * r,
         "dora": lora + 4 * L * d,
         "adalora": 4 * L * 12 * (d + d + 1),
