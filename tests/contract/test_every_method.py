@@ -114,6 +114,9 @@ class Case:
     fades: bool = True
     """Whether there is a way between it and the base: a start near it, and rows of a batch without it."""
 
+    slow: bool = False
+    """Whether a faster case is close enough for every day."""
+
     def attach(self, model: nn.Module, slots: int = 1) -> Handle:
         if isinstance(self.method, FishMask):  # it looks at data first
             x = self.x()
@@ -183,14 +186,16 @@ CASES = {
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
     "ladder_side_tuning": Case(LadderSideTuning(reduction=2), Decoder, merges=False),
     "llama_adapter": Case(LlamaAdapter(num_tokens=3, layers=1), Decoder, merges=False),
-    "llama_adapter_multimodal": Case(MultimodalLlamaAdapter(num_tokens=3, layers=2, hidden=4), Seer, merges=False),
+    "llama_adapter_multimodal": Case(
+        MultimodalLlamaAdapter(num_tokens=3, layers=2, hidden=4), Seer, merges=False, slow=True
+    ),
     "llama_adapter_v2, early": Case(
-        LlamaAdapterV2(num_tokens=3, visual_tokens=2, visual_blocks=1, visual_width=8), Seer, merges=False
+        LlamaAdapterV2(num_tokens=3, visual_tokens=2, visual_blocks=1, visual_width=8), Seer, merges=False, slow=True
     ),
     "llama_adapter_v2, late": Case(
-        LlamaAdapterV2(num_tokens=3, fusion="late", visual_blocks=1, scale_at="input"), Seer, merges=False
+        LlamaAdapterV2(num_tokens=3, fusion="late", visual_blocks=1, scale_at="input"), Seer, merges=False, slow=True
     ),
-    "llama_adapter_v2, words": Case(LlamaAdapterV2(num_tokens=3, fusion="none"), Decoder, merges=False),
+    "llama_adapter_v2, words": Case(LlamaAdapterV2(num_tokens=3, fusion="none"), Decoder, merges=False, slow=True),
 }
 # Gates that are hardly ever exactly open or closed, so that each has a gradient.
 SOFT = DiffPruning(alpha=0.5, lower=-1e-3, upper=1 + 1e-3)
@@ -198,7 +203,16 @@ CASES |= {
     "diff_pruning": Case(SOFT, mixed=False),
     "diff_pruning, packed attention": Case(replace(SOFT, structured=False), Packed, mixed=False),
 }
-every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+def cases(mixed: bool) -> list[Any]:
+    """The cases, or those whose rows can choose."""
+    marks = {True: [pytest.mark.slow], False: []}
+    kept = {name: case for name, case in CASES.items() if case.mixed or not mixed}
+    return [pytest.param(case, id=name, marks=marks[case.slow]) for name, case in kept.items()]
+
+
+every_method = pytest.mark.parametrize("case", cases(mixed=False))
 
 
 def moved(case, model, slots=1):
@@ -298,7 +312,7 @@ def test_merged_equals_attached(case):
     assert (model(x) - attached).norm() <= 1e-5 * attached.norm()
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.mixed])
+@pytest.mark.parametrize("case", cases(mixed=True))
 def test_mixed_rows_equal_separate_rows(case):
     model, x = case.base(), case.x()
     base = model(x)

@@ -40,7 +40,10 @@ def opened(model: nn.Module, slots: int = 1) -> Any:
     return handle
 
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+SLOW = ("Mistral", "Qwen2")
+every_family = pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[pytest.mark.slow] * (family in SLOW)) for family in FAMILIES]
+)
 
 
 @every_family
@@ -60,13 +63,14 @@ def test_it_starts_at_the_base_and_leaves_it_so(family):
 
 
 @pytest.mark.parametrize(
-    ("family", "attention"), [("Llama", "eager"), ("Llama", "sdpa"), ("Qwen3", "sdpa"), ("SmolLM3", "sdpa")]
+    ("family", "attention"),
+    [("Llama", "eager"), ("Qwen3", "sdpa"), pytest.param("SmolLM3", "sdpa", marks=pytest.mark.slow)],
 )
 @torch.no_grad()
 def test_generation_with_a_cache_is_that_without_and_padding_changes_nothing(family, attention):
     model = make(family, attn_implementation=attention)
     opened(model)
-    settings = {"max_new_tokens": 5, "do_sample": False, "input_ids": IDS, "attention_mask": MASK}
+    settings = {"max_new_tokens": 3, "do_sample": False, "input_ids": IDS, "attention_mask": MASK}
     text = model.generate(use_cache=True, **settings)
     assert torch.equal(text, model.generate(use_cache=False, **settings))
     # The queries' rotation meets prompts that have none: positions count from the first word, as in generate.
@@ -144,7 +148,7 @@ def test_peft_gives_the_same_where_all_heads_have_one_gate():
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["Mistral", "Qwen2"])
+@pytest.mark.parametrize("family", ["Mistral", pytest.param("Qwen2", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_rows_choose_and_generate_with_their_own(family):
     model = make(family)

@@ -69,20 +69,27 @@ def test_the_picture_is_added_to_every_prompt_as_the_formula_says():
         torch.testing.assert_close(x, P + added[:, None])
 
 
-@pytest.mark.parametrize("method", [MultimodalLlamaAdapter(num_tokens=3, levels=2), EARLY, LATE])
+@pytest.mark.parametrize(
+    "method",
+    [
+        MultimodalLlamaAdapter(num_tokens=3, levels=2),
+        *(pytest.param(method, marks=pytest.mark.slow) for method in (EARLY, LATE)),
+    ],
+)
 @torch.no_grad()
 def test_a_generation_keeps_its_pictures_and_the_next_one_has_its_own(method):
     model = llava()
     before = model(**batch(1, 1)).logits
     handle = opened(method, model)
-    settings = {"max_new_tokens": 4, "do_sample": False}
+    settings = {"max_new_tokens": 2, "do_sample": False}
     text = model.generate(**batch(1, 1), **settings)
     assert torch.equal(text, model.generate(**batch(1, 1), **settings, use_cache=False))
     shown = model(**batch(1, 1)).logits
     other = {**batch(1, 1), "pixel_values": -PICTURES[:2]}
     assert not torch.allclose(model(**other).logits, shown)
-    both = model.generate(**batch(1, 1), **settings, num_beams=2, num_return_sequences=2)
-    assert torch.equal(both, model.generate(**batch(1, 1), **settings, num_beams=2, num_return_sequences=2))
+    beams = {"num_beams": 2, "num_return_sequences": 2}
+    both = [model.generate(**batch(1, 1), **settings, **beams, use_cache=cache) for cache in (True, False)]
+    assert torch.equal(*both)
     words = model(WORDS).logits  # without a picture: nothing is left of the last one
     assert torch.equal(words, model(WORDS).logits)
     torch.testing.assert_close(model(**batch(1, 1)).logits, shown)
@@ -167,6 +174,7 @@ def test_captions_and_instructions_teach_parts_that_share_nothing():
         pass
 
 
+@pytest.mark.slow
 def test_sizes_on_llama_7b_with_clip_l():
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig())

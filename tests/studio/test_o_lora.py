@@ -81,14 +81,14 @@ def test_the_penalty_is_the_papers_and_turns_the_new_factors_away(tmp_path):
     assert penalty is not None
     torch.testing.assert_close(penalty.detach(), expected)
     optimizer = torch.optim.AdamW(handle.bank.parameters(), lr=1e-2)
-    before = sum(float(slot.overlap()) for slot in slots)
+    before = sum(slot.overlap().item() for slot in slots)
     for _ in range(40):
         optimizer.zero_grad()
         penalty = handle.penalty()
         assert penalty is not None
         penalty.backward()
         optimizer.step()
-    assert sum(float(slot.overlap()) for slot in slots) < 0.2 * before
+    assert sum(slot.overlap().item() for slot in slots) < 0.2 * before
     assert torch.equal(handle.tensors()[f"{slots[0].site.key}.A_past"], t[f"{slots[0].site.key}.A_past"])
 
 
