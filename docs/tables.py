@@ -23,6 +23,7 @@ from graft.studio.methods.lora import LoRA
 BLOCK = re.compile(
     r"(?P<head><!-- (?:fields (?P<place>\S+)|(?P<what>commands|site methods)) -->\n).*?(?=<!-- end -->)", re.DOTALL
 )
+LLAMA = ("prefix_tuning", "ladder_side_tuning")
 LOFTQ = "graft.studio.methods.loftq:loftq"
 WHEN_LOFTQ = "a base that is quantised to few bits"
 EVERYWHERE = {"--help", "--json", "--version"}
@@ -90,7 +91,7 @@ def commands() -> str:
 def site_methods() -> str:
     """Each method for any torch model: what it trains, its equation, its size on a ViT-S, when to use it, its paper.
 
-    Prefix tuning needs keys and values in a cache, and is counted on a Llama with the layers and widths of that ViT.
+    What needs a decoder, as prefix tuning, is counted on a Llama with the layers and widths of that ViT.
     """
     import timm
     import torch
@@ -112,11 +113,11 @@ def site_methods() -> str:
                 WHEN_LOFTQ,
             )
         else:
-            plan, what, when = cls().plan(llama if name == "prefix_tuning" else vit), cls.__doc__ or "", cls.when
+            plan, what, when = cls().plan(llama if name in LLAMA else vit), cls.__doc__ or "", cls.when
         places = ", ".join(dict.fromkeys(site.role or site.kind for site in plan))
         what = f"{what.partition(chr(10))[0]} At: {places}"
         equation = re.sub(r" {2,}", "  ", equation).replace("``", "").replace("|", "\\|")
-        count = f"{plan.parameters:,}" + (" (a Llama)" if name == "prefix_tuning" else "")
+        count = f"{plan.parameters:,}" + (" (a Llama)" if name in LLAMA else "")
         rows.append(f"| {' | '.join([f'`{name}`', what, f'`{equation}`', count, when, papers])} |")
     head = "| method | what it trains, and where by default | equation | parameters on a ViT-S | when | paper |"
     return "\n".join([head, "|---|---|---|---|---|---|", *rows]) + "\n"

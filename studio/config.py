@@ -1,7 +1,8 @@
 """Strict configuration: one frozen dataclass feeds Python, TOML, the command line and the saved card.
 
 A section of a job is read into the dataclass of its owner by pydantic, in strict mode: an unknown key, a wrong type or
-a missing value is an `InputError` that names the key, and the nearest one that exists.
+a missing value is an `InputError` that names the key, and the nearest one that exists. Where pydantic is not installed,
+which the core can do without, types are not checked.
 """
 
 from __future__ import annotations
@@ -35,11 +36,13 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     Raises:
         InputError: an unknown key, a missing key, a value of a wrong type, or one that the dataclass refuses.
     """
-    from pydantic import ValidationError
-
     if not isinstance(data, Mapping):
         raise InputError(where, f"expected a table, got {data!r}", "write its fields as key = value")
     check_keys(cls, data, where)
+    try:
+        from pydantic import ValidationError
+    except ModuleNotFoundError:
+        return _unchecked(cls, data, where)
     try:
         # JSON mode: strict about types, and still reads a list as a tuple and a string as a path, as TOML needs.
         return _adapter(typing.cast(Any, cls)).validate_json(json.dumps(dict(data), default=_plain), strict=True)
@@ -49,6 +52,21 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         if first["type"].startswith("missing"):
             raise InputError(key, "is required", f'add {first["loc"][-1]} = ... to "{where}"') from None
         raise InputError(f"{key} = {first['input']!r}", first["msg"], "correct its value") from None
+
+
+def _unchecked(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """A dataclass from plain values by what it checks itself; lists where it has tuples become such."""
+    hints = typing.get_type_hints(cls)
+
+    def plain(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hints[name]) and isinstance(value, Mapping):
+            return _unchecked(typing.cast(Any, hints[name]), value, f"{where}.{name}")
+        return tuple(value) if isinstance(value, list) and "tuple" in str(hints[name]) else value
+
+    try:
+        return cls(**{name: plain(name, value) for name, value in data.items()})
+    except TypeError as error:
+        raise InputError(where, f"a value is missing or of another kind ({error})", "correct it") from None
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:

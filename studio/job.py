@@ -23,6 +23,9 @@ class TrainConfig:
     """Rows in a batch, before accumulation."""
     learning_rate: float | None = None
     """Peak learning rate; None takes the method's own."""
+    optimiser: Literal["adamw", "galore", "mezo"] = "adamw"
+    """"galore" is AdamW with the moments of large matrices in few directions; "mezo" trains by forward passes alone, in
+    the memory of inference, and wants far smaller rates and far more steps."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """How the learning rate goes after the warm-up; cosine and linear end at zero."""
     warmup_steps: int = 0
@@ -31,6 +34,14 @@ class TrainConfig:
     """Of AdamW, where the method does not set its own."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    galore_rank: int = 128
+    """Directions that GaLore keeps of a matrix; one with a side of so many or fewer is plain AdamW."""
+    galore_every: int = 200
+    """Steps between new directions."""
+    galore_scale: float = 0.25
+    """Factor of GaLore's step on a matrix."""
+    mezo_eps: float = 1e-3
+    """How far MeZO moves the parameters to either side to find the slope."""
     patience: int = 0
     """Ends the training when its loss, smoothed over some 50 steps, has had no new low for so long; 0 never does."""
     gradient_accumulation: int = 1
@@ -63,13 +74,18 @@ class TrainConfig:
     """Settings in which jobs that share a batch may differ."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
+        whole = ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every")
+        for name in (*whole, "galore_rank", "galore_every"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         zero = ("warmup_steps", "patience", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
         for name in (*zero, "threads", "workers"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         rate = self.learning_rate
         require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")
+        for name in ("galore_scale", "mezo_eps"):
+            require(f"train.{name}", getattr(self, name), getattr(self, name) > 0, "a number above 0")
+        halves = self.optimiser == "mezo" and self.mixed_precision == "fp16"
+        require("train.mixed_precision", self.mixed_precision, not halves, "no or bf16 with optimiser = mezo")
         require("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
 
 

@@ -27,7 +27,8 @@ from graft.studio.batches import batches, step_seed
 from graft.studio.disk import append_line
 from graft.studio.errors import GraftError
 from graft.studio.job import Job, TrainConfig
-from graft.studio.optimiser import JobsAdamW
+from graft.studio.mezo import MeZO
+from graft.studio.optimiser import JobsAdamW, make
 from graft.studio.runs.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from graft.studio.runs.folder import Run
 from graft.studio.runs.progress import progress
@@ -147,8 +148,8 @@ class Loop:
         self.scales = [group.get("lr_scale", 1.0) for group in groups]
         self.decays = [group.get("weight_decay", config.weight_decay) for config in self.configs for group in groups]
         self.joint = _joint(task, groups, len(runs)) if len(runs) > 1 else None
-        decay, fused = self.config.weight_decay, _can_fuse(groups)
-        optimizer = self.joint or torch.optim.AdamW(groups, lr=self.peaks[0], weight_decay=decay, fused=fused)
+        optimizer = self.joint or make(self.config, groups, self.peaks[0])
+        self.mezo = optimizer if isinstance(optimizer, MeZO) else None
         self.module, self.optimizer = accelerator.prepare(task, optimizer)
         self.step, self.seconds, self.failures = 0, 0.0, {}
         self.ends = [config.steps for config in self.configs]
@@ -225,11 +226,9 @@ class Loop:
             self.task.before_step(self.step, max(self.ends))
         for _ in range(self.config.gradient_accumulation):
             seed, batch = next(self.batches)
-            torch.manual_seed(seed)  # for dropout
             with self.accelerator.accumulate(self.module):
-                loss, parts = self.module(batch)
-                self.accelerator.backward(loss)
-                if self.accelerator.sync_gradients and not self.joint and self.config.max_grad_norm > 0:
+                loss, parts = self._learn(seed, batch)
+                if self.accelerator.sync_gradients and not (self.joint or self.mezo) and self.config.max_grad_norm > 0:
                     self._clip(self.config.max_grad_norm)
                 self.optimizer.step()
                 if self.accelerator.sync_gradients and hasattr(self.task, "after_step"):
@@ -240,6 +239,26 @@ class Loop:
                 figures[name] = figures[name] + share if name in figures else share
         self.patience.add(figures["loss"])
         return figures
+
+    def _learn(self, seed: int, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and figures of a batch, whose gradients, or slope along a direction, were added to the step's."""
+
+        def run() -> tuple[Tensor, dict[str, Tensor]]:
+            torch.manual_seed(seed)  # for dropout
+            loss, parts = self.module(batch)
+            return loss, parts
+
+        if self.mezo is None:
+            loss, parts = run()
+            self.accelerator.backward(loss)
+            return loss, parts
+
+        def agreed() -> tuple[Tensor, dict[str, Tensor]]:
+            loss, parts = run()
+            return self.accelerator.reduce(loss, "mean"), parts
+
+        direction = step_seed(self.config.seed, self.step, -1, 0)  # the same in every process, and no batch's
+        return self.mezo.measure(direction, agreed, 1 / self.config.gradient_accumulation)
 
     def _clip(self, limit: float) -> None:
         """Scale gradients down to the limit, without waiting for their norm."""
@@ -437,11 +456,6 @@ def _lay_out(state: Mapping[Tensor, dict[str, Any]]) -> None:
 def _joint(task: Any, groups: Sequence[Mapping[str, Any]], jobs: int) -> JobsAdamW:
     owners = {id(parameter): owner for parameter, owner in task.owned()}
     return JobsAdamW([[(parameter, owners[id(parameter)]) for parameter in group["params"]] for group in groups], jobs)
-
-
-def _can_fuse(groups: Sequence[Mapping[str, Any]]) -> bool:
-    kinds = {p.device.type for group in groups for p in group["params"]}
-    return kinds <= {"cpu", "cuda"}
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""The optimiser of jobs that share a batch: AdamW on one flat buffer, each job with its own settings and moments."""
+"""What takes the steps of a training: torch's AdamW, MeZO or GaLore for one job, `JobsAdamW` for several.
+
+`JobsAdamW` is AdamW on one flat buffer, each job with its own settings and moments.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from graft.kernels.flat_adamw import Settings, State, layout, state, step
+from graft.studio.galore import GaLore
+from graft.studio.job import TrainConfig
+from graft.studio.mezo import MeZO
+
+
+def make(config: TrainConfig, groups: Sequence[dict[str, Any]], rate: float) -> torch.optim.Optimizer:
+    """Returns the optimiser that a job's ``train.optimiser`` names."""
+    decay = config.weight_decay
+    if config.optimiser == "mezo":
+        return MeZO(groups, rate, decay, config.mezo_eps)
+    if config.optimiser == "galore":
+        return GaLore(groups, rate, decay, config.galore_rank, config.galore_every, config.galore_scale)
+    fused = {p.device.type for group in groups for p in group["params"]} <= {"cpu", "cuda"}
+    return torch.optim.AdamW(groups, lr=rate, weight_decay=decay, fused=fused)
 
 
 class JobsAdamW(torch.optim.Optimizer):

@@ -29,6 +29,9 @@ METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
     ("diffusion", "pivotal"): "graft.diffusion.pivotal:PivotalTuning",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
+    ("llm_mm", "llama_adapter"): "graft.llm_mm.llama_adapter:LlamaAdapter",
+    ("llm_mm", "llama_adapter_multimodal"): "graft.llm_mm.llama_adapter_multimodal:MultimodalLlamaAdapter",
+    ("llm_mm", "llama_adapter_v2"): "graft.llm_mm.llama_adapter_v2:LlamaAdapterV2",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "llava"): "graft.studio.pocket.pretrain.llava:Llava",
@@ -57,6 +60,7 @@ METHODS: dict[tuple[str, str], str] = {
 SITE_METHODS: dict[str, str] = {
     "lora": "graft.studio.methods.lora:LoRA",
     "lora_fa": "graft.studio.methods.lora_fa:LoRAFA",
+    "o_lora": "graft.studio.methods.o_lora:OrthogonalLoRA",
     "moslora": "graft.studio.methods.moslora:MoSLoRA",
     "dora": "graft.studio.methods.dora:DoRA",
     "adalora": "graft.studio.methods.adalora:AdaLoRA",
@@ -75,6 +79,7 @@ SITE_METHODS: dict[str, str] = {
     "diff_pruning": "graft.studio.methods.diff_pruning:DiffPruning",
     "prompt_tuning": "graft.studio.methods.prompt_tuning:PromptTuning",
     "prefix_tuning": "graft.studio.methods.prefix_tuning:PrefixTuning",
+    "ladder_side_tuning": "graft.studio.methods.ladder_side_tuning:LadderSideTuning",
 }
 """Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
 

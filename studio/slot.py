@@ -57,6 +57,8 @@ class Slot(nn.Module):
     """Whether the slot can become part of the base's parameters."""
     fades: ClassVar[bool] = True
     """Whether it can be weakened, down to nothing for rows without a slot."""
+    waits: ClassVar[bool] = False
+    """Whether it has no gradient before another slot of its handle, a gate, has moved."""
     scale: Tensor
     route: Tensor | None
 

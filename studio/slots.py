@@ -228,9 +228,9 @@ class Handle:
                 raise SiteError(f"{len(self.plan)} sites", "none takes part in the output", _REMEDY)
             gradients = dict(zip(map(id, flat), torch.autograd.grad(loss, flat, allow_unused=True), strict=True))
         dead = []
-        for site, group in parameters.items():
+        for slot, (site, group) in zip(self._slots, parameters.items(), strict=True):
             found = [g for p in group if (g := gradients[id(p)]) is not None]
-            if not any(bool(g.count_nonzero()) for g in found):
+            if group and not any(slot.waits or bool(g.count_nonzero()) for g in found):
                 dead.append(site.key)
         if dead:
             reason = f"{len(dead)} of {len(self.plan)} sites get no gradient (bypassed, or the weight is read directly)"

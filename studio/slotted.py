@@ -200,7 +200,9 @@ def _slotted(original: type[nn.Module]) -> type[nn.Module]:
         mixin = _SlottedAttention
     elif issubclass(original, nn.TransformerEncoderLayer | nn.TransformerEncoder):
         mixin = _OwnPath
-    return type(f"Slotted{original.__name__}", (mixin, original), {})
+    # transformers keeps what a model can record under the full name of its class.
+    told = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(f"Slotted{original.__name__}", (mixin, original), told)
 
 
 def enter_module(module: Any) -> Any:

@@ -131,6 +131,8 @@ def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
         return domain.prepare(placed[0], None)
     if not hasattr(domain, "prepare_together"):
         raise InputError(f"{len(jobs)} jobs", f"{jobs[0].domain} trains one at a time", "Train them one by one")
+    if jobs[0].train.optimiser != "adamw":
+        raise InputError("train.optimiser", "jobs that share a batch are trained by AdamW", "Train them one by one")
     for job in jobs:
         for name in sorted({field.name for field in fields(TrainConfig)} - TrainConfig.own):
             if getattr(job.train, name) != getattr(jobs[0].train, name):

@@ -58,6 +58,7 @@ NOWHERE = {
     ("prompt_tuning", "open_clip_vit"): "no sequence",
     ("prompt_tuning", "unet"): "no sequence",
     ("prompt_tuning", "clip_text"): "no sequence",
+    **{("ladder_side_tuning", model): "no sequence" for model in ("timm_vit", "open_clip_vit", "unet", "clip_text")},
     ("prefix_tuning", "timm_vit"): "no sequence",
     ("prefix_tuning", "open_clip_vit"): "no sequence",
     ("prefix_tuning", "unet"): "no sequence",

@@ -9,8 +9,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 
+from graft.llm_mm.llama_adapter import LlamaAdapter
+from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
+from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError, SiteError
@@ -25,14 +28,16 @@ from graft.studio.methods.fish_mask import FishMask
 from graft.studio.methods.gated_lora import GatedLoRA
 from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.krona import KronA
+from graft.studio.methods.ladder_side_tuning import LadderSideTuning
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
 from graft.studio.methods.moslora import MoSLoRA
+from graft.studio.methods.o_lora import OrthogonalLoRA
 from graft.studio.methods.prefix_tuning import PrefixTuning
 from graft.studio.methods.prompt_tuning import PromptTuning
 from graft.studio.methods.sora import SoRA
 from graft.studio.methods.ssf import SSF
-from graft.studio.registry import SITE_METHODS, site_method
+from graft.studio.registry import METHODS, SITE_METHODS, method_class, site_method
 from graft.studio.slots import Handle
 
 
@@ -72,6 +77,22 @@ class Decoder(nn.Module):
         return self.lm(ids).logits
 
 
+class Seer(nn.Module):
+    """A small language model that reads a picture, which follows from the words."""
+
+    def __init__(self):
+        super().__init__()
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
+        vision, text = CLIPVisionConfig(image_size=16, patch_size=8, **size), LlamaConfig(vocab_size=12, **size)
+        config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=11)
+        self.llava = LlavaForConditionalGeneration(config)
+
+    def forward(self, ids):
+        pictures = (ids[:, :3, None, None] - 5.0) * torch.linspace(-1, 1, 256).view(16, 16)
+        ids = torch.cat([ids.new_full((len(ids), 4), 11), ids], 1)
+        return self.llava(ids, pixel_values=pictures).logits
+
+
 def vit(name="vit_tiny_patch16_224"):
     return timm.create_model(name, img_size=32, depth=2, embed_dim=16, num_heads=2, num_classes=3)
 
@@ -93,6 +114,9 @@ class Case:
     fades: bool = True
     """Whether there is a way between it and the base: a start near it, and rows of a batch without it."""
 
+    slow: bool = False
+    """Whether a faster case is close enough for every day."""
+
     def attach(self, model: nn.Module, slots: int = 1) -> Handle:
         if isinstance(self.method, FishMask):  # it looks at data first
             x = self.x()
@@ -101,8 +125,10 @@ class Case:
         return self.method.attach(model, slots=slots)
 
     @property
-    def name(self) -> str:
-        return next(name for name in SITE_METHODS if site_method(name) is type(self.method))
+    def name(self) -> tuple[str, str]:
+        """Domain, empty for methods without one, and name."""
+        of_domain = [key for key in METHODS if key[0] == "llm_mm" and method_class(*key) is type(self.method)]
+        return next(iter(of_domain), None) or ("", next(k for k in SITE_METHODS if site_method(k) is type(self.method)))
 
     def base(self) -> nn.Module:
         torch.manual_seed(0)
@@ -110,7 +136,7 @@ class Case:
 
     def x(self) -> Tensor:
         generator = torch.Generator().manual_seed(1)
-        if self.model in (Tokens, Decoder):
+        if self.model in (Tokens, Decoder, Seer):
             return torch.randint(11, (4, 7), generator=generator)
         return torch.randn(4, 3, 32, 32, generator=generator)
 
@@ -124,6 +150,7 @@ CASES = {
     "lora, weight mode": Case(LoRA(rank=2, targets="q", weight_mode=("attn.qkv",)), beit, mixed=False),
     "lora, packed attention": Case(LoRA(rank=2, targets="all-linear"), Packed),
     "lora_fa": Case(LoRAFA(rank=2, targets="all", dropout=0.2)),
+    "o_lora": Case(OrthogonalLoRA(rank=2, targets="all-linear")),
     "moslora": Case(MoSLoRA(rank=2, targets="all")),
     "dora": Case(DoRA(rank=2)),
     "dora, all sites": Case(DoRA(rank=2, alpha=3.0, targets="all", dropout=0.2)),
@@ -157,6 +184,18 @@ CASES = {
     "prompt_tuning, vision": Case(PromptTuning(length=3), exact=False, merges=False, fades=False),
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
+    "ladder_side_tuning": Case(LadderSideTuning(reduction=2), Decoder, merges=False),
+    "llama_adapter": Case(LlamaAdapter(num_tokens=3, layers=1), Decoder, merges=False),
+    "llama_adapter_multimodal": Case(
+        MultimodalLlamaAdapter(num_tokens=3, layers=2, hidden=4), Seer, merges=False, slow=True
+    ),
+    "llama_adapter_v2, early": Case(
+        LlamaAdapterV2(num_tokens=3, visual_tokens=2, visual_blocks=1, visual_width=8), Seer, merges=False, slow=True
+    ),
+    "llama_adapter_v2, late": Case(
+        LlamaAdapterV2(num_tokens=3, fusion="late", visual_blocks=1, scale_at="input"), Seer, merges=False, slow=True
+    ),
+    "llama_adapter_v2, words": Case(LlamaAdapterV2(num_tokens=3, fusion="none"), Decoder, merges=False, slow=True),
 }
 # Gates that are hardly ever exactly open or closed, so that each has a gradient.
 SOFT = DiffPruning(alpha=0.5, lower=-1e-3, upper=1 + 1e-3)
@@ -164,7 +203,16 @@ CASES |= {
     "diff_pruning": Case(SOFT, mixed=False),
     "diff_pruning, packed attention": Case(replace(SOFT, structured=False), Packed, mixed=False),
 }
-every_method = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+def cases(mixed: bool) -> list[Any]:
+    """The cases, or those whose rows can choose."""
+    marks = {True: [pytest.mark.slow], False: []}
+    kept = {name: case for name, case in CASES.items() if case.mixed or not mixed}
+    return [pytest.param(case, id=name, marks=marks[case.slow]) for name, case in kept.items()]
+
+
+every_method = pytest.mark.parametrize("case", cases(mixed=False))
 
 
 def moved(case, model, slots=1):
@@ -243,7 +291,8 @@ def test_a_saved_adapter_gives_the_same_output_on_a_fresh_base(case, tmp_path):
     handle = moved(case, model)
     expected = model(x)
     handle.detach()
-    card = Card(case.name, to_dict(case.method), base_hash=base_hash({"": model}), sites=handle.plan.to_list())
+    domain, name = case.name
+    card = Card(name, to_dict(case.method), domain, base_hash=base_hash({"": model}), sites=handle.plan.to_list())
     Adapter(handle.tensors(), card).save(tmp_path)
     fresh = case.base()
     with load_adapter(tmp_path).attached(fresh):
@@ -263,7 +312,7 @@ def test_merged_equals_attached(case):
     assert (model(x) - attached).norm() <= 1e-5 * attached.norm()
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items() if case.mixed])
+@pytest.mark.parametrize("case", cases(mixed=True))
 def test_mixed_rows_equal_separate_rows(case):
     model, x = case.base(), case.x()
     base = model(x)

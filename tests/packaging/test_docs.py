@@ -52,6 +52,7 @@ def test_counts_of_the_site_methods_are_those_of_their_formulas(root: Path) -> N
     expected = {
         "lora": lora,
         "lora_fa": lora // 2,
+        "o_lora": lora,
         "moslora": lora + 4 * L * r * r,
         "dora": lora + 4 * L * d,
         "adalora": 4 * L * 12 * (d + d + 1),
@@ -71,6 +72,8 @@ def test_counts_of_the_site_methods_are_those_of_their_formulas(root: Path) -> N
         + 2 * (1 + norms + 4 * L),  # w and alpha, and a group for each weight and bias
         "prompt_tuning": 100 * d,
         "prefix_tuning": 10 * d + 512 * (d + 1) + keys * (512 + 1),
+        # D of the words and of each layer, U, a gate and a block of one head (64 wide) for each layer, at an eighth
+        "ladder_side_tuning": (L + 2) * d * d // 8 + L * (1 + 4 * 64 * d // 8 + 3 * d * m // 64 + 2 * d // 8) + d // 8,
         "loftq": lora,
     }
     rows = re.findall(

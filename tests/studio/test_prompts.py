@@ -75,6 +75,13 @@ def test_generation_with_a_cache_is_that_without(method):
     torch.testing.assert_close(model(inputs_embeds=embeds).logits, out.logits)
 
 
+def test_hidden_states_are_those_of_the_model_below():
+    model = llama()
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == 3
+    PrefixTuning(length=4).attach(model)
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == 3
+
+
 def test_rows_have_prompts_of_their_own_and_generate_with_them():
     model = llama()
     handle = PromptTuning(length=4).attach(model, slots=2)

@@ -1,0 +1,215 @@
+"""Ladder side-tuning: a thin network beside the model learns from its hidden states; no gradient passes the model.
+
+Yi-Lin Sung, Jaemin Cho, Mohit Bansal: LST: Ladder Side-Tuning for Parameter and Memory Efficient Transfer Learning,
+2022, arXiv:2206.06522.
+
+    s <- mu_l s + (1 - mu_l) D_l h_l,  mu_l = sigmoid(a_l / temperature),  s <- block_l(s);    y = h + U norm(s)
+
+h_l is the output of layer l, h the model's last hidden state, s starts as D_0 of the embedded words. The blocks are of
+the model's own kind, ``reduction`` times thinner: width, feed-forward part and number of heads, each head as wide as
+the model's. a starts at zero, the rest as torch draws it, U at zero, so that the model starts as it was.
+
+Memory: the model runs without autograd. Kept for the backward pass is what the thin blocks compute, and the hidden
+states themselves, which the D_l have as input. Generation keeps keys and values of the blocks in the model's own cache.
+
+Differs from the authors' code: the side's output is added to the model's instead of replacing it; blocks are drawn
+instead of cut out of the model's by Fisher information; ``every`` leaves out layers evenly instead of by hand. Sites
+are decoders of transformers with a list of ``layers``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import partial
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.studio.errors import SiteError
+from graft.studio.method import SiteMethod, check
+from graft.studio.methods.prompt_tuning import by_name, cached, plan_sequences
+from graft.studio.network_slot import NetworkSlot
+from graft.studio.sites import Model, Plan, Site, named_modules
+from graft.studio.slot import Slot
+from graft.studio.slotted import Slotted
+
+
+@dataclass(frozen=True)
+class LadderSideTuning(SiteMethod):
+    """A thin network beside a language model, which keeps nothing of it for the backward pass."""
+
+    kinds = ("kv",)
+    when = "memory for activations is very short, and a little more time for each answer is not"
+
+    reduction: int = 8
+    """How many times thinner than the model the side is."""
+    every: int = 1
+    """Takes every so manyth layer's hidden state, the last one among them."""
+    temperature: float = 0.1
+    """Of the gates between the side and the hidden states; small ones switch sharply."""
+    targets: str | tuple[str, ...] = ()
+    """Paths of decoders; found by themselves when not given."""
+    towers: tuple[str, ...] | None = None
+    """Not used: a path says it."""
+
+    def __post_init__(self) -> None:
+        check(
+            self,
+            reduction=(self.reduction >= 1, "at least 1"),
+            every=(self.every >= 1, "at least 1"),
+            temperature=(self.temperature > 0, "above 0"),
+        )
+
+    def sites(self, model: Model) -> Plan:
+        """Returns the decoders; the shape is (blocks of the side, width of the model, of the side, parameters).
+
+        Raises:
+            SiteError: no decoder of transformers, or one without a list of layers.
+        """
+        modules, found = named_modules(model), []
+        for site in plan_sequences(model, self.targets, ("decoder",), "kv"):
+            decoder: Any = modules[site.name]
+            if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
+                reason = "it has no list of layers and a norm behind them"
+                raise SiteError(site.name, reason, "use a model of the kind of Llama, Mistral, Qwen or SmolLM")
+            with torch.device("meta"):
+                side = self.side(decoder)
+            count = sum(parameter.numel() for parameter in side.parameters())
+            shape = (len(side.blocks), *reversed(side.up.weight.T.shape), count)
+            found.append(Site(site.name, "kv", shape, role="decoder"))
+        return Plan(tuple(found))
+
+    def side(self, decoder: Any) -> Side:
+        """Returns a new side of a decoder."""
+        return Side(decoder, self.reduction, self.every, self.temperature)
+
+    def count(self, site: Site) -> int:
+        """Returns what was counted when the site was planned."""
+        return site.shape[-1]
+
+    def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
+        """Returns the side of a decoder."""
+        return SideSlot(site, slots, partial(self.side, module))
+
+
+class Side(nn.Module):
+    """The ladder: projections of the hidden states, blocks, and the way back to the model's width."""
+
+    def __init__(self, decoder: Any, reduction: int, every: int, temperature: float):
+        super().__init__()
+        layers, width = list(decoder.layers), decoder.config.hidden_size
+        self.taken = [i for i in range(len(layers)) if (len(layers) - 1 - i) % every == 0]
+        self.temperature = temperature
+        config = _thinner(decoder.config, reduction)
+        kind = type(layers[0]).__bases__[1] if isinstance(layers[0], Slotted) else type(layers[0])
+        norm = type(decoder.norm).__bases__[1] if isinstance(decoder.norm, Slotted) else type(decoder.norm)
+        thin = config.hidden_size
+        self.downs = nn.ModuleList(nn.Linear(width, thin, bias=False) for _ in range(len(self.taken) + 1))
+        self.blocks = nn.ModuleList(kind(config, i) for i in self.taken)
+        self.gates = nn.Parameter(torch.zeros(len(self.taken)))
+        self.norm = norm(thin, eps=getattr(config, "rms_norm_eps", 1e-6))
+        self.up = nn.Linear(thin, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, words: Tensor, states: list[Tensor], given: list[dict[str, Any]]) -> Tensor:
+        """Embedded words (b, n, d), each taken layer's output and arguments -> (b, n, d)."""
+        first, *downs = self.downs
+        s = first(words)
+        for k, (down, block) in enumerate(zip(downs, self.blocks, strict=True)):
+            mu = (self.gates[k] / self.temperature).sigmoid()
+            s = mu * s + (1 - mu) * down(states[k])
+            s = block(s, **given[k])
+            s = s[0] if isinstance(s, tuple) else s
+        y: Tensor = self.up(self.norm(s))
+        return y
+
+
+def _thinner(config: Any, reduction: int) -> Any:
+    """The config of a model's blocks at a fraction of their width, with heads as wide as before."""
+    heads, thin = config.num_attention_heads, deepcopy(config)
+    thin.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    thin.hidden_size = max(1, config.hidden_size // reduction)
+    thin.intermediate_size = max(1, config.intermediate_size // reduction)
+    thin.num_attention_heads = max(1, heads // reduction)
+    keys = getattr(config, "num_key_value_heads", None) or heads
+    thin.num_key_value_heads = gcd(thin.num_attention_heads, max(1, keys // reduction))
+    return thin
+
+
+class SideSlot(NetworkSlot):
+    """The side of a decoder."""
+
+    gates: Tensor
+
+    def around(self, module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the decoder without autograd, then the side on what its layers gave.
+
+        Raises:
+            SiteError: something before the decoder is trained too: its gradient would have to pass the model.
+        """
+        given = by_name(call, args, kwargs)
+        embeds = given.get("inputs_embeds")
+        if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
+            reason = "what comes before the decoder is trained, and no gradient passes it"
+            raise SiteError(self.site.key, reason, "freeze it, or use lora")
+        self._make_room(module, given)
+        words: list[Tensor] = []
+        states: list[Tensor] = []
+        told: list[dict[str, Any]] = []
+
+        def hear(layer: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+            states.append(out[0] if isinstance(out, tuple) else out)
+            told.append({name: value for name, value in kwargs.items() if name != "hidden_states"})
+
+        def hear_words(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            words.append(args[0] if args else kwargs["hidden_states"])
+
+        layers, side = module.layers, self.network[0]
+        hooks = [layers[i].register_forward_hook(hear, with_kwargs=True) for i in side.taken]
+        hooks.append(layers[0].register_forward_pre_hook(hear_words, with_kwargs=True))
+        try:
+            with torch.no_grad():
+                out = call(**given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        out["last_hidden_state"] = out["last_hidden_state"] + self.beside(module, words[0], states, told)
+        return out
+
+    def beside(self, module: Any, words: Tensor, states: list[Tensor], told: list[dict[str, Any]]) -> Tensor:
+        """What is added to the last hidden state (b, n, d); each slot's side sees all rows and has its own cache."""
+        _, strength = self.pick(self.gates)
+        used = [0] if self.route is None else self.route.clamp(min=0).unique().tolist()
+        total: Tensor | None = None
+        for slot in used:
+            self._point(module, slot)
+            rows = strength if self.route is None else strength * (self.route == slot)
+            y = self.call(slot, words, states, told) * rows[:, None, None].to(words.dtype)
+            total = y if total is None else total + y
+        assert total is not None
+        return total
+
+    def _point(self, module: Any, slot: int) -> None:
+        """Tells the blocks their places in the cache: behind the model's own layers, slot by slot."""
+        side: Any = self.network[0]
+        for k, block in enumerate(side.blocks):
+            block.self_attn.layer_idx = len(module.layers) + slot * len(side.taken) + k
+
+    def _make_room(self, module: Any, given: dict[str, Any]) -> None:
+        """Gives the cache layers for the blocks, of the kind of those that they follow."""
+        if given.get("past_key_values") is None:
+            asked = given.get("use_cache")
+            given["use_cache"] = module.config.use_cache and not torch.is_grad_enabled() if asked is None else asked
+            if not given["use_cache"]:
+                return
+            from transformers import DynamicCache
+
+            given["past_key_values"] = DynamicCache(config=module.config)
+        cache = given["past_key_values"]
+        if not cached(given) and cache.layer_class_to_replicate is None:
+            own, side = cache.layers[: len(module.layers)], self.network[0]
+            cache.layers = own + [deepcopy(own[i]) for _ in range(self.slots) for i in side.taken]

@@ -1,0 +1,145 @@
+"""Ladder side-tuning against its formula, with caches and padding; what it and LoRA-FA keep for the backward pass."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from graft.studio.errors import SiteError
+from graft.studio.methods.ladder_side_tuning import LadderSideTuning
+from graft.studio.methods.lora import LoRA
+from graft.studio.methods.lora_fa import LoRAFA
+
+SIZE = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+IDS = torch.randint(3, 50, (3, 7), generator=torch.Generator().manual_seed(1))
+MASK = torch.ones_like(IDS)
+MASK[1, :3] = 0
+
+
+def make(family: str = "Llama", **more: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZE, **more)
+    return getattr(transformers, f"{family}ForCausalLM")(config).requires_grad_(False).eval()
+
+
+def moved(model: nn.Module, method: LadderSideTuning, slots: int = 1) -> Any:
+    handle = method.attach(model, slots)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    handle.bank.eval()
+    return handle
+
+
+@torch.no_grad()
+def test_it_is_the_formula_of_the_ladder():
+    model = make()
+    base = model.model(IDS, output_hidden_states=True, use_cache=False)
+    handle = moved(model, LadderSideTuning(reduction=2, every=2))
+    t = {name.removeprefix("model."): tensor for name, tensor in handle.tensors().items()}
+    found = model.model(IDS).last_hidden_state
+    # The blocks are a Llama of half the width, whose heads are as wide as before.
+    thin = transformers.LlamaConfig(**{**SIZE, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+                                       "num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=8)  # fmt: skip
+    side = transformers.LlamaModel(thin)
+    for k, block in enumerate(side.layers):
+        own = {name: t[f"blocks_{k}_{name.replace('.', '_')}"] for name, _ in block.named_parameters()}
+        block.load_state_dict(own)
+    side.norm.weight.data = t["norm_weight"]
+    places = torch.arange(7)[None]
+    turns, mask = side.rotary_emb(base.last_hidden_state, places), torch.full((7, 7), float("-inf")).triu(1)
+    s = base.hidden_states[0] @ t["downs_0_weight"].T
+    for k, layer in enumerate((1, 3)):
+        mu = torch.sigmoid(t["gates"][k] / 0.1)
+        h: list[Tensor] = []
+        if layer == 3:  # the last hidden state that transformers tells is behind the norm
+            h = [model.model.layers[3](base.hidden_states[3], position_embeddings=model.model.rotary_emb(s, places),
+                                       attention_mask=mask[None, None])]  # fmt: skip
+        state = h[0] if h else base.hidden_states[layer + 1]
+        s = side.layers[k](mu * s + (1 - mu) * state @ t[f"downs_{k + 1}_weight"].T, position_embeddings=turns,
+                           attention_mask=mask[None, None])  # fmt: skip
+    torch.testing.assert_close(found, base.last_hidden_state + side.norm(s) @ t["up_weight"].T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("Llama", {}),
+        pytest.param("Qwen3", {"head_dim": 12}, marks=pytest.mark.slow),
+        pytest.param("SmolLM3", {}, marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_generation_with_a_cache_is_that_without_and_rows_choose(family, more):
+    model = make(family, **more)
+    settings = {"input_ids": IDS, "attention_mask": MASK, "max_new_tokens": 3, "do_sample": False}
+    plain = model.generate(**settings)
+    handle = moved(model, LadderSideTuning(reduction=2), slots=2)
+    text = model.generate(**settings)
+    assert torch.equal(text, model.generate(**settings, use_cache=False))
+    assert torch.equal(
+        model.generate(**settings, num_beams=2), model.generate(**settings, num_beams=2, use_cache=False)
+    )
+    handle.route(torch.tensor([1, -1, 0]))
+    mixed = model.generate(**settings)
+    assert torch.equal(mixed[1], plain[1])
+    assert torch.equal(mixed[2], text[2])
+    assert torch.equal(mixed, model.generate(**settings, use_cache=False))
+
+
+class Kept:
+    """Bytes of activations that autograd keeps while it is open; a tensor that is kept twice counts once."""
+
+    def __init__(self, model: nn.Module):
+        self.weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.found: dict[int, Tensor] = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self.weights:
+            self.found[place] = tensor
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.found.values())
+
+
+def kept(model: nn.Module, run: Any) -> int:
+    seen = Kept(model)
+    with seen.hooks:
+        run()
+    return seen.bytes
+
+
+def test_the_trunk_keeps_nothing_and_the_side_less_than_lora():
+    """On one model: LoRA-FA keeps less than LoRA, the ladder less than both; of the trunk itself nothing is kept."""
+    model = make()
+    x = torch.randint(3, 50, (2, 64))
+    counts, inside = {}, []
+    for method in (LoRA(rank=2, targets="all-linear"), LoRAFA(rank=2, targets="all-linear"), LadderSideTuning()):
+        handle = method.attach(model)
+        if isinstance(method, LadderSideTuning):
+            kinds = (nn.Linear, type(model.model.norm))
+            hooks = [m.register_forward_hook(lambda m, a, out: inside.append(out.requires_grad))
+                     for m in model.model.layers.modules() if isinstance(m, kinds)]  # fmt: skip
+        counts[type(method).__name__] = kept(model, lambda: model.model(x, use_cache=False).last_hidden_state)
+        handle.detach()
+    for hook in hooks:
+        hook.remove()
+    assert inside and not any(inside)
+    assert counts["LadderSideTuning"] < counts["LoRAFA"] < counts["LoRA"]
+
+
+def test_what_is_trained_before_it_is_refused():
+    model = make()
+    LadderSideTuning(reduction=2).attach(model)
+    with pytest.raises(SiteError, match="no gradient passes it"):
+        model(inputs_embeds=torch.randn(1, 3, 32, requires_grad=True))
+    small = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+    with pytest.raises(SiteError, match="no list of layers"):
+        LadderSideTuning().attach(transformers.GPT2LMHeadModel(small))
