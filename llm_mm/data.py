@@ -167,8 +167,8 @@ def _shared(rows: Sequence[Conversation], config: DataConfig) -> dict[str, list[
     count = {"test": round(config.test * len(groups)), "val": round(config.validation * len(groups))}
     for part, share in (("test", config.test), ("val", config.validation)):
         count[part] = max(count[part], int(share > 0 and len(groups) > 2))
-    drawn = dict.fromkeys(groups[:count["test"]], "test")
-    drawn |= dict.fromkeys(groups[count["test"]:count["test"] + count["val"]], "val")
+    drawn = dict.fromkeys(groups[: count["test"]], "test")
+    drawn |= dict.fromkeys(groups[count["test"] : count["test"] + count["val"]], "val")
     for row in rows:
         parts[(row.part or "train") if declared else drawn.get(_names(row), "train")].append(row)
     return parts

@@ -92,7 +92,7 @@ def run_settings(run: Run, path: str | None = None) -> dict[str, Any]:
     known = {field.name for field in fields(EvaluationConfig)}
     told = {key: value for key, value in run.job.data.items() if key in known}
     if path:
-        kept = {key: told[key] for key in ("fit", "background", "system", "length") if key in told}
+        kept: dict[str, Any] = {k: told[k] for k in ("fit", "background", "system", "length") if k in told}
         return {**kept, "path": path, "part": "all"}
     return told
 
@@ -106,8 +106,8 @@ def evaluate(base: MultimodalBase, adapter: Adapter | None, settings: Evaluation
         settings: the rows.
 
     Returns:
-        `exact`, `rotated`, `blank` and `questions`; `choice`, `yes_no`, `precision`, `recall` and `yes_rate` where there
-        are such questions; `exact NAME` of each kind, and `old` and `old rotated` of old data.
+        `exact`, `rotated`, `blank` and `questions`; `choice`, `yes_no`, `precision`, `recall` and `yes_rate` where
+        there are such questions; `exact NAME` of each kind, and `old` and `old rotated` of old data.
 
     Raises:
         InputError: no rows, or none of that part.
@@ -154,16 +154,15 @@ def measured(
     kinds = sorted({row.kind for row in rows if row.kind})
     if len(kinds) > 1:
         of_kind = [row.kind for row in single]
-        figures |= {
-            f"exact {kind}": _mean([h for h, k in zip(hits, of_kind, strict=True) if k == kind]) for kind in kinds
-        }
+        pairs = list(zip(hits, of_kind, strict=True))
+        figures |= {f"exact {kind}": _mean([hit for hit, of in pairs if of == kind]) for kind in kinds}
     return figures
 
 
 def exact_match(
     reader: Reader, rows: Sequence[Conversation], control: Control = "", frozen_tower: bool = True, batch_size: int = 32
 ) -> float:
-    """Share of answers that are right to the letter; under a control, of rows with pictures. Not a number without any."""
+    """Share of answers that are right to the letter; under a control, of rows with pictures. NaN without any."""
     if control:
         rows = [row for row in rows if row.pictures]
     if control == "blank":

@@ -231,7 +231,7 @@ class Joined:
             raise InputError(next(iter(rest)), "not part of the attached method", "Attach with its own card")
 
     def reset(self, slot: int, seed: int) -> None:
-        """Starts anew: LoRA from a seed, weights from the base's, the projector from a seed or another run's if asked."""
+        """Starts anew: LoRA from a seed, weights from the base's, the projector as the method says."""
         for each in self.handles:
             each.reset(slot, seed)
         if self.method.fresh:

@@ -1,7 +1,7 @@
-"""What the methods of this domain share: sites by the model's parts, learning rates by part, a merged model as a folder.
+"""What the methods of this domain share: sites and learning rates by part, and a merged model as a folder.
 
 LoRA, DoRA, LoRA-FA, (IA)3, prefix and prompt tuning are those of `graft.studio.methods`; here they are told which part
-of the model to stay in, by the whole path of a layer, and leave out layers of the image tower whose output nobody reads.
+of the model to stay in, by the whole path of a layer, and leave out layers whose output nobody reads.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def answered(reader: Reader, rows: Sequence[Conversation], tokens: int = 32) -> 
 def chat(
     base: MultimodalBase, adapter: Adapter | None, pictures: Sequence[Any], questions: Sequence[str], tokens: int = 32
 ) -> list[dict[str, str]]:
-    """Asks questions one after the other as one conversation, without the adapter and with it, each with its own answers.
+    """Asks questions as one conversation, without the adapter and with it, each side with its own answers before it.
 
     Args:
         base: the adapter's own.

@@ -104,12 +104,13 @@ BENCHMARKS: dict[str, str] = {
 }
 """Benchmark -> "module:function"."""
 
+_TALKING = ("llava", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # A file that marks a local folder, a key in it, and the values that the key may have (none: any) -> its domain.
 _MARKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("model_index.json", "_class_name", (), "diffusion"),
     ("open_clip_config.json", "model_cfg", (), "vlm"),
     ("config.json", "model_type", ("clip", "siglip"), "vlm"),
-    ("config.json", "model_type", ("llava", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "llm_mm"),
+    ("config.json", "model_type", _TALKING, "llm_mm"),
     ("config.json", "architecture", (), "vision"),
 )
 # How the name of a base begins -> its domain; the first that fits counts.

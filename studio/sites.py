@@ -159,7 +159,7 @@ Model = nn.Module | Mapping[str, nn.Module]
 
 
 def named_modules(model: Model) -> dict[str, nn.Module]:
-    """Returns every module of a model by path; components of a mapping are prefixed with their name, if they have one."""
+    """Returns every module of a model by path; those of a mapping's components begin with their name, if any."""
     if isinstance(model, nn.Module):
         return dict(model.named_modules())
     return {

@@ -1,4 +1,4 @@
-"""Weights of a model that are trained themselves, with the way back: a handle as `graft.studio.slots` gives for slots."""
+"""Weights of a model that are trained themselves, with the way back: what `graft.studio.slots` is for slots."""
 
 from __future__ import annotations
 
