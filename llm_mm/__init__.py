@@ -18,6 +18,7 @@ _PUBLIC = {
     "LlavaTuning": "llava",
     "MultimodalBase": "base",
     "PreviewConfig": "previews",
+    "assemble": "assembly",
     "chat": "previews",
     "evaluate": "evaluation",
     "load_base": "base",
@@ -30,6 +31,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from graft.llm_mm.assembly import assemble
     from graft.llm_mm.base import MultimodalBase, load_base
     from graft.llm_mm.data import DataConfig
     from graft.llm_mm.evaluation import EvaluationConfig, evaluate, run_settings
@@ -60,6 +62,7 @@ __all__ = [
     "LlavaTuning",
     "MultimodalBase",
     "PreviewConfig",
+    "assemble",
     "chat",
     "evaluate",
     "load_base",

@@ -139,7 +139,6 @@ class Writer:
             return [image if isinstance(part, int) else {"type": "text", "text": part} for part in turn.parts]
 
         listed = _takes_lists(self.template)
-        # answers are plain text for every template but the few that iterate over whatever they get
         return [{"role": turn.role, "content": content(turn, listed)} for turn in turns]
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
@@ -216,7 +215,8 @@ class Writer:
         special = set(self.tokenizer.all_special_ids)
         whose = [-1] * len(ids)
         for answer, (start, end) in enumerate(places):
-            inside = [k for k, (a, b) in enumerate(offsets) if a < b and start <= a and b <= end]
+            # a token may begin with the space before its word, which can be the template's
+            inside = [k for k, (a, b) in enumerate(offsets) if a < b and start < b and a < end]
             marks = [k for k in inside if ids[k] in special]
             for k in inside:
                 if not marks or k <= marks[-1]:  # a line break behind the end mark is the template's, not an answer's
@@ -224,6 +224,10 @@ class Writer:
         if not places or set(range(len(places))) - set(whose):
             reason = f"an answer of it has no token that would be learnt: {text!r}"
             raise DataError(f"row {conversation.number}", reason, "Give it an assistant's turn with words in it")
+        last = len(whose) - whose[::-1].index(len(places) - 1)
+        if ids[last - 1] not in special and self.tokenizer.eos_token_id is not None:
+            # the template writes no end mark: without one the model would not learn to stop
+            ids, whose = [*ids[:last], self.tokenizer.eos_token_id], [*whose[:last], len(places) - 1]
         ids, whose = self._expanded(conversation, ids, whose, expand)
         labels = [token if answer >= 0 else IGNORED for token, answer in zip(ids, whose, strict=True)]
         last = len(whose)

@@ -104,12 +104,14 @@ def preview(
         `sheet.png`, pictures with question and both answers below, and `answers.json`.
 
     Raises:
-        InputError: no pictures were named.
+        InputError: no pictures or no questions were named.
     """
     path = Path(config.path)
     files = (find_pictures(path) if path.is_dir() else [path] if path.is_file() else []) if config.path else []
     if not files:
         raise InputError(config.path or "preview.path", "there are no pictures", "Name some with --set path=PICTURES")
+    if not all(prompt.strip() for prompt in prompts):
+        raise InputError("graft preview", "there is no question", 'Ask with --prompt "what is this ?"')
     rows, shown, lines = list[dict[str, str]](), [], []
     reader = Reader.of(base, DataConfig(path="-"))
     for file in files[: config.pictures]:

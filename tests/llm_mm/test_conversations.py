@@ -85,7 +85,7 @@ def written(format: str, shape: str, photos: Callable[[str], Path]) -> Any:
         (_, question, answer) = sides[0]
         return {"image": names[0], "question": question, "answer": answer}
     if format == "alpaca":
-        row = {"instruction": sides[-1][1], "input": "", "output": sides[-1][2], "images": names}
+        row: dict[str, Any] = {"instruction": sides[-1][1], "input": "", "output": sides[-1][2], "images": names}
         if len(sides) > 1:
             row["history"] = [[question, answer] for _, question, answer in sides[:-1]]
         return row
@@ -161,9 +161,24 @@ def test_the_prompt_is_what_stands_before_the_last_answer(processors: dict[str, 
         writer = Writer(processors[name])
         row = talk("what is this ?", "red apple", "how many ?", "two", pictures=2)
         image = [writer.image_id] * 4
-        tokens = writer.tokens(row, lambda picture, image=image: image)
-        prompt = writer.prompt(row.asking(), lambda picture, image=image: image)
+        tokens = writer.tokens(row, dict.fromkeys(row.pictures, image).__getitem__)
+        prompt = writer.prompt(row.asking(), dict.fromkeys(row.pictures, image).__getitem__)
         assert tokens.ids[: tokens.answers[-1][0]] == prompt, name
+
+
+def test_an_end_is_learnt_where_the_template_writes_none(processors: dict[str, Any]):
+    """The form of llava-1.5's template: no end mark, and a space of its own before the answer."""
+    template = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for p in m['content'] %}"
+        "{% if p['type'] == 'image' %}<image>\n{% elif m['role'] == 'assistant' %}"
+        "{% generation %}{{ p['text'] + ' ' }}{% endgeneration %}{% else %}{{ p['text'] + ' ' }}{% endif %}"
+        "{% endfor %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    words = processors["pocket"].tokenizer
+    writer = Writer(type("P", (), {"chat_template": template, "tokenizer": words, "image_token": "<image>"})())
+    tokens = writer.tokens(talk("is it ?", "red apple", "is it ?", "no", pictures=1), lambda picture: [writer.image_id])
+    learnt = [tokens.ids[a:b] for a, b in tokens.answers]
+    assert learnt == [words("red apple").input_ids, [*words("no").input_ids, words.eos_token_id]]
 
 
 def test_nothing_to_learn_is_refused_with_the_sample(processors: dict[str, Any]):

@@ -28,7 +28,7 @@ def test_the_examples_of_all_formats_are_right(format: str, photos: Callable[[st
     assert found.turns[0].parts == (0, "What is this?")
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no picture": ({"image": "dog.png", "question": "a", "answer": "b"}, "row 2: there is no dog.png"),
     "outside": ({"image": "../x.png", "question": "a", "answer": "b"}, r"row 2: \.\./x.png lies outside"),
     "network": (
