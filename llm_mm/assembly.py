@@ -155,7 +155,7 @@ def _from_timm(source: str) -> tuple[Any, Any]:
         name = str(resolve(source))
     name = f"local-dir:{name}" if Path(name).is_dir() else name
     model: Any = timm.create_model(name, pretrained=True).eval()
-    patches = getattr(model, "patch_embed", None)
+    patches: Any = getattr(model, "patch_embed", None)
     if type(model).__name__ != "VisionTransformer" or not hasattr(patches, "num_patches"):
         raise InputError(source, f"timm calls it a {type(model).__name__}", REMEDY)
     block, side = model.blocks[0], patches.img_size[0]

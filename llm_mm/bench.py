@@ -66,22 +66,25 @@ def run(
     found.append({"method": "base", **_figures(start), "parameters": 0, "seconds": 0.0, "mib": 0.0})
     with tempfile.TemporaryDirectory() as spare:
         runs = Path(spare) if out is None else out / "runs"
+
+        def job(method: dict[str, Any], data: dict[str, Any], **changes: Any) -> dict[str, Any]:
+            section = {"batch_size": batch_size, "checkpoint_seconds": 0, **changes}
+            data = {"checked": 1, **data}
+            return {"base": base, "domain": "llm_mm", "method": method, "data": data, "train": section}
+
         for name in methods:
             section, rate, replay = METHODS[name]
             if ("llm_mm", section["name"]) not in registry.METHODS:
                 continue
-            data = {"dataset": NEW, "replay": replay, **({"replay_dataset": OLD} if replay else {}), "checked": 1}
-            length = steps * (2 if replay else 1)
-            found.append({"method": name, **_mean(
-                [_measured(base, section, data, rate, length, batch_size, seed, runs / name.replace(" ", "_"), settings)
-                 for seed in range(seeds)]
-            )})  # fmt: skip
+            data = {"dataset": NEW, "replay": replay, **({"replay_dataset": OLD} if replay else {})}
+            length, folder = steps * (2 if replay else 1), runs / name.replace(" ", "_")
+            jobs = [job(section, data, steps=length, learning_rate=rate, seed=seed) for seed in range(seeds)]
+            measured = [_measured(each, folder / str(seed), settings) for seed, each in enumerate(jobs)]
+            found.append({"method": name, **_mean(measured)})
         if restore_steps:
             old = EvaluationConfig(dataset=OLD, rows=rows)
-            figures = _measured(
-                base, RESTORED, {"dataset": OLD, "checked": 1}, RESTORED["projector_rate"], restore_steps, batch_size,
-                0, runs / "restored", old,
-            )  # fmt: skip
+            restored = job(RESTORED, {"dataset": OLD}, steps=restore_steps)
+            figures = _measured(restored, runs / "restored", old)
             found.append({"method": "fresh projector, stage 1", **figures, "new": None, "old": figures["new"]})
     result: dict[str, Any] = {
         "work": f"{base}, {steps} steps of {batch_size} rows, {seeds} seed{'s' * (seeds > 1)}",
@@ -99,35 +102,14 @@ def _figures(told: dict[str, Any]) -> dict[str, Any]:
     return {"new": told["exact"], "rotated": told["rotated"], "blank": told["blank"], "old": told.get("old")}
 
 
-def _measured(
-    base: str,
-    method: dict[str, Any],
-    data: dict[str, Any],
-    rate: float,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    folder: Path,
-    settings: EvaluationConfig,
-) -> dict[str, Any]:
+def _measured(job: dict[str, Any], folder: Path, settings: EvaluationConfig) -> dict[str, Any]:
     """One training and its figures on the test rows."""
     _forget_peak()
     began = time.process_time()
-    finished = train(
-        {
-            "base": base,
-            "domain": "llm_mm",
-            "method": method,
-            "data": data,
-            "train": {
-                "steps": steps, "batch_size": batch_size, "learning_rate": rate, "seed": seed, "checkpoint_seconds": 0,
-            },
-        },
-        run_dir=folder / str(seed),
-    )  # fmt: skip
+    finished = train(job, run_dir=folder)
     seconds, peak = time.process_time() - began, _peak()
     adapter = finished.adapter()
-    told = evaluate(load_base(base), adapter, settings)
+    told = evaluate(load_base(job["base"]), adapter, settings)
     return {**_figures(told), "parameters": adapter.card.metrics["parameters"], "seconds": seconds, "mib": peak}
 
 

@@ -54,7 +54,7 @@ def prepare(job: Job, run_folder: Path | None = None) -> LanguageTask:
     handle = method.attach(base.model)
     try:
         handle.reset(0, job.train.seed)
-        task = LanguageTask(reader, handle, method, name, data, rows, old, job.train.batch_size, job.sample.every)
+        task = LanguageTask(job, reader, handle, method, data, rows, old)
         began = time.perf_counter()
         handle.probe(lambda: _first_loss(task))
         seconds = time.perf_counter() - began

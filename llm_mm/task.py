@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from graft.llm_mm.pictures import PictureStore
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import to_dict
 from graft.studio.disk import write_json
+
+if TYPE_CHECKING:
+    from graft.studio.job import Job
 
 
 class Batch(NamedTuple):
@@ -109,32 +112,22 @@ class LanguageTask(nn.Module):
     """What the loop trains; `parameters()` and the saved state are those of the bank, the only child.
 
     Args:
+        job: its name of the method, batch size, and steps between measurements are read.
         reader: of the base, with the adapter attached.
         handle: of the adapter.
         method: its settings.
-        name: of the method.
-        data: its section.
+        data: the job's data section.
         rows: to train on, to be asked and to be tested with.
         old: the rows of old data, if there are any.
-        batch_size: rows of a batch.
-        every: steps between measurements; 0 measures at the end only.
     """
 
     def __init__(
-        self,
-        reader: Reader,
-        handle: Any,
-        method: Any,
-        name: str,
-        data: DataConfig,
-        rows: Rows,
-        old: Rows | None = None,
-        batch_size: int = 16,
-        every: int = 0,
+        self, job: Job, reader: Reader, handle: Any, method: Any, data: DataConfig, rows: Rows, old: Rows | None = None
     ):
         super().__init__()
-        self.reader, self.handle, self.method, self.name = reader, handle, method, name
-        self.data, self.rows, self.old, self.batch_size, self.every = data, rows, old, batch_size, every
+        self.name, self.batch_size, self.every = str(job.method["name"]), job.train.batch_size, job.sample.every
+        self.reader, self.handle, self.method = reader, handle, method
+        self.data, self.rows, self.old = data, rows, old
         self.bank = handle.bank
         self.frozen_tower = all(part_of(site.name) in ("projector", "language") for site in handle.plan)
         self.measured: dict[str, Tensor] = {}

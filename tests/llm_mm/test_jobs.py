@@ -110,6 +110,7 @@ def test_parts_are_told_by_whole_paths_and_dead_layers_left_out(
         LlavaTuning(language="frozen", projector="frozen")
 
 
+@pytest.mark.slow
 def test_stage_two_starts_from_the_projector_of_stage_one(job: Make, tmp_path: Path):
     first = train(job("llava", stage=1, fresh=True, projector_rate=1e-2), tmp_path / "first").adapter().tensors
     task = prepare(Job.load(job("llava", rank=2, start=str(tmp_path / "first"))))

@@ -26,6 +26,7 @@ from graft.studio.config import to_dict
 from graft.studio.errors import InputError
 from graft.studio.pocket import models
 
+SLOW = pytest.mark.slow
 SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -122,7 +123,7 @@ def smolvlm() -> MultimodalBase:
     return MultimodalBase("smolvlm", SmolVLMForConditionalGeneration(config), processor)
 
 
-@pytest.mark.parametrize("build", [llava_next, qwen, smolvlm])
+@pytest.mark.parametrize("build", [llava_next, *(pytest.param(each, marks=SLOW) for each in (qwen, smolvlm))])
 def test_lora_learns_on_models_of_the_true_classes(build: Callable[[], MultimodalBase], photos: Callable[[str], Path]):
     torch.manual_seed(0)
     base = build()
@@ -187,8 +188,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("projector", ["mlp", "linear"])
-@pytest.mark.parametrize("tower", ["clip", "siglip", "timm"])
+@pytest.mark.parametrize("projector", ["mlp", pytest.param("linear", marks=SLOW)])
+@pytest.mark.parametrize("tower", [pytest.param("clip", marks=SLOW), "siglip", "timm"])
 def test_parts_become_a_llava_that_transformers_loads(
     tower: str, projector: Any, parts: Path, tmp_path: Path, photos: Callable[[str], Path]
 ):
@@ -229,6 +230,7 @@ def trained(base: MultimodalBase, method: Any, name: str) -> Adapter:
     return adapter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "llava"])
 def test_peft_and_transformers_say_what_the_attached_adapter_says(name: str, tiny: Path, tmp_path: Path):
     from peft import PeftModel
