@@ -1,8 +1,90 @@
-"""Multimodal language models of transformers: bases that answer questions about pictures."""
+"""Multimodal language models of transformers: visual instruction tuning, and answers about pictures."""
 
-from graft.llm_mm.base import MultimodalBase, load_base
-from graft.llm_mm.llama_adapter import LlamaAdapter
-from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
-from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
+from __future__ import annotations
 
-__all__ = ["LlamaAdapter", "LlamaAdapterV2", "MultimodalBase", "MultimodalLlamaAdapter", "load_base"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+# Public name -> module that defines it. Resolved on first use, so that the command line starts without torch.
+_PUBLIC = {
+    "DataConfig": "data",
+    "EvaluationConfig": "evaluation",
+    "LanguageDoRA": "method",
+    "LanguageIA3": "method",
+    "LanguageLoRA": "method",
+    "LanguageLoRAFA": "method",
+    "LanguagePrefix": "method",
+    "LanguagePrompt": "method",
+    "LlamaAdapter": "llama_adapter",
+    "LlamaAdapterV2": "llama_adapter_v2",
+    "LlavaTuning": "llava",
+    "MultimodalBase": "base",
+    "MultimodalLlamaAdapter": "llama_adapter_multimodal",
+    "PreviewConfig": "previews",
+    "assemble": "assembly",
+    "chat": "previews",
+    "evaluate": "evaluation",
+    "load_base": "base",
+    "prepare": "jobs",
+    "preview": "previews",
+    "run_settings": "evaluation",
+    "save_base": "method",
+    "save_merged": "method",
+    "show_rows": "shown",
+}
+
+if TYPE_CHECKING:
+    from graft.llm_mm.assembly import assemble
+    from graft.llm_mm.base import MultimodalBase, load_base
+    from graft.llm_mm.data import DataConfig
+    from graft.llm_mm.evaluation import EvaluationConfig, evaluate, run_settings
+    from graft.llm_mm.jobs import prepare
+    from graft.llm_mm.llama_adapter import LlamaAdapter
+    from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
+    from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
+    from graft.llm_mm.llava import LlavaTuning
+    from graft.llm_mm.method import (
+        LanguageDoRA,
+        LanguageIA3,
+        LanguageLoRA,
+        LanguageLoRAFA,
+        LanguagePrefix,
+        LanguagePrompt,
+        save_base,
+        save_merged,
+    )
+    from graft.llm_mm.previews import PreviewConfig, chat, preview
+    from graft.llm_mm.shown import show_rows
+
+__all__ = [
+    "DataConfig",
+    "EvaluationConfig",
+    "LanguageDoRA",
+    "LanguageIA3",
+    "LanguageLoRA",
+    "LanguageLoRAFA",
+    "LanguagePrefix",
+    "LanguagePrompt",
+    "LlamaAdapter",
+    "LlamaAdapterV2",
+    "LlavaTuning",
+    "MultimodalBase",
+    "MultimodalLlamaAdapter",
+    "PreviewConfig",
+    "assemble",
+    "chat",
+    "evaluate",
+    "load_base",
+    "prepare",
+    "preview",
+    "run_settings",
+    "save_base",
+    "save_merged",
+    "show_rows",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -58,8 +57,15 @@ class MultimodalBase:
         """Where the model is."""
         return next(self.model.parameters()).device
 
+    @property
+    def is_llava(self) -> bool:
+        """Whether it is LLaVA's plain form: what its tower says goes through the projector into the text's place."""
+        return type(self.model).__name__ == "LlavaForConditionalGeneration"
+
     def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 100) -> list[str]:
         """Return the greedy answers, 16 tokens at most, to questions about pictures, one question for each."""
+        import numpy as np
+
         shown = [np.array(picture.convert("RGB")) for picture in pictures]
         return answer(self.model, self.processor, shown, questions, batch_size)
 

@@ -191,9 +191,15 @@ def _from_file(path: Path) -> dict[str, Any]:
     return data
 
 
+_PATHS = (
+    ("data", "path"), ("data", "split"), ("data", "images"), ("data", "replay_path"),
+    ("method", "class_path"), ("method", "start"),
+)  # fmt: skip
+
+
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Make paths of pictures and splits absolute: the job will be read again from another folder."""
-    for name, key in (("data", "path"), ("data", "split"), ("method", "class_path")):
+    for name, key in _PATHS:
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
             section[key] = str(folder / Path(section[key]).expanduser())

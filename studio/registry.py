@@ -32,6 +32,13 @@ METHODS: dict[tuple[str, str], str] = {
     ("llm_mm", "llama_adapter"): "graft.llm_mm.llama_adapter:LlamaAdapter",
     ("llm_mm", "llama_adapter_multimodal"): "graft.llm_mm.llama_adapter_multimodal:MultimodalLlamaAdapter",
     ("llm_mm", "llama_adapter_v2"): "graft.llm_mm.llama_adapter_v2:LlamaAdapterV2",
+    ("llm_mm", "dora"): "graft.llm_mm.method:LanguageDoRA",
+    ("llm_mm", "ia3"): "graft.llm_mm.method:LanguageIA3",
+    ("llm_mm", "llava"): "graft.llm_mm.llava:LlavaTuning",
+    ("llm_mm", "lora"): "graft.llm_mm.method:LanguageLoRA",
+    ("llm_mm", "lora_fa"): "graft.llm_mm.method:LanguageLoRAFA",
+    ("llm_mm", "prefix_tuning"): "graft.llm_mm.method:LanguagePrefix",
+    ("llm_mm", "prompt_tuning"): "graft.llm_mm.method:LanguagePrompt",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
     ("pocket", "llava"): "graft.studio.pocket.pretrain.llava:Llava",
@@ -98,15 +105,17 @@ BENCHMARKS: dict[str, str] = {
     "slots": "graft.studio.bench.slots:run",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",
     "vision": "graft.vision.bench:run",
+    "vqa": "graft.llm_mm.bench:run",
 }
 """Benchmark -> "module:function"."""
 
+_TALKING = ("llava", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # A file that marks a local folder, a key in it, and the values that the key may have (none: any) -> its domain.
 _MARKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("model_index.json", "_class_name", (), "diffusion"),
     ("open_clip_config.json", "model_cfg", (), "vlm"),
     ("config.json", "model_type", ("clip", "siglip"), "vlm"),
-    ("config.json", "model_type", ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"), "llm_mm"),
+    ("config.json", "model_type", _TALKING, "llm_mm"),
     ("config.json", "architecture", (), "vision"),
 )
 # How the name of a base begins -> its domain; the first that fits counts.

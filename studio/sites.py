@@ -159,11 +159,11 @@ Model = nn.Module | Mapping[str, nn.Module]
 
 
 def named_modules(model: Model) -> dict[str, nn.Module]:
-    """Returns every module of a model by path; components of a mapping are prefixed with their name."""
+    """Returns every module of a model by path; those of a mapping's components begin with their name, if any."""
     if isinstance(model, nn.Module):
         return dict(model.named_modules())
     return {
-        f"{component}.{name}" if name else component: module
+        f"{component}.{name}" if component and name else component or name: module
         for component, root in model.items()
         for name, module in root.named_modules()
     }

@@ -28,7 +28,9 @@ def add(commands: Any) -> None:
         if name in ("convert", "merge"):
             parser.add_argument("out", metavar="DIR", help="folder to write")
         if name == "convert":
-            formats = "diffusers, peft, kohya, loralib, torchtune, timm, merged, lora, lora-RANK or native"
+            formats = (
+                "diffusers, peft, kohya, loralib, torchtune, timm, transformers, merged, lora, lora-RANK or native"
+            )
             parser.add_argument("--to", default="diffusers", metavar="FORMAT", help=formats)
             head = "width of an attention head of the base, from or to torchtune, whose files do not tell it"
             parser.add_argument("--head-dim", type=int, metavar="N", help=head)
@@ -129,6 +131,10 @@ def merge(args: argparse.Namespace) -> Answer:
         if not hasattr(handle, "merge") or not hasattr(domain, "save_base"):
             reason = f"what {adapter.card.method} learns is not a change of the base's weights"
             raise InputError(name, reason, "Use `graft adapters convert`")
+        if hasattr(domain, "save_merged"):
+            off = domain.save_merged(base, handle, Path(args.out))
+            text = f"merged base written to {args.out}; its logits are within {off:.2g} of the attached adapter's"
+            return Answer({"folder": args.out, "difference": off}, text)
         handle.merge()
         folder = domain.save_base(base, Path(args.out))
     return Answer({"folder": str(folder)}, f"merged base written to {folder}")

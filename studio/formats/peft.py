@@ -76,7 +76,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     paths, back = [], {}
     for component, parts in by_component(modules).items():
         target = folder / component
-        paths += write_folder(target, config(parts, adapter.card.base), _keys(parts))
+        paths += write_folder(target, config(parts, adapter.card.base), keys(parts))
         written = _read(target, read_config(target))
         back.update({f"{component}.{name}".lstrip("."): module for name, module in written.items()})
     check_written(adapter, back, str(folder))
@@ -159,7 +159,8 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         raise FormatError(where, reason, "convert it with peft to a plain LoRA first")
 
 
-def _keys(modules: Mapping[str, LowRank]) -> dict[str, Any]:
+def keys(modules: Mapping[str, LowRank]) -> dict[str, Any]:
+    """Returns the tensors of factors by the names that peft gives them."""
     tensors = {}
     for name, module in modules.items():
         if module.kind == "embedding":

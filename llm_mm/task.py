@@ -1,0 +1,281 @@
+"""The training task that a job of this domain hands to the loop: rows as tokens, one forward, loss on the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from graft.llm_mm.base import MultimodalBase
+from graft.llm_mm.conversations import IGNORED, Conversation, Tokens, Writer
+from graft.llm_mm.data import DataConfig, Rows
+from graft.llm_mm.method import model_inputs
+from graft.llm_mm.parts import PARTS, part_of
+from graft.llm_mm.pictures import PictureStore
+from graft.studio.adapter import Adapter, Card
+from graft.studio.config import to_dict
+from graft.studio.disk import write_json
+
+if TYPE_CHECKING:
+    from graft.studio.job import Job
+
+
+class Batch(NamedTuple):
+    """Token ids, labels and padding mask (b, n), and the pictures in the order of their places."""
+
+    ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    pictures: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A base with all that turns conversations into its batches and a batch into logits."""
+
+    base: MultimodalBase
+    store: PictureStore
+    writer: Writer
+    length: int = 0
+    """Most tokens of a row; 0 takes all."""
+
+    @classmethod
+    def of(cls, base: MultimodalBase, data: DataConfig, cache: Any = None) -> Reader:
+        """Returns one for a data section."""
+        store = PictureStore(base, data.fit, data.background, cache if data.cache else None)
+        return cls(base, store, Writer(base.processor), data.length)
+
+    def tokens(self, row: Conversation) -> Tokens:
+        """Ids and labels of a conversation."""
+        return self.writer.tokens(row, self.store.expand, self.length)
+
+    def batch(self, rows: Sequence[Conversation]) -> tuple[Batch, list[Tokens]]:
+        """Rows side by side, padded at their ends; and the tokens of each."""
+        found = [self.tokens(row) for row in rows]
+        most = max(len(each.ids) for each in found)
+        tokenizer = self.writer.tokenizer
+        filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+        def column(values: Sequence[Sequence[int]], fill: int) -> Tensor:
+            return torch.stack([pad(torch.tensor(each), (0, most - len(each)), value=fill) for each in values])
+
+        pictures = tuple(
+            row.pictures[part]
+            for row, each in zip(rows, found, strict=True)
+            for turn in _kept(row, each)
+            for part in turn.parts
+            if isinstance(part, int)
+        )
+        batch = Batch(
+            column([each.ids for each in found], filler),
+            column([each.labels for each in found], IGNORED),
+            column([[1] * len(each.ids) for each in found], 0),
+            pictures,
+        )
+        return batch, found
+
+    def logits(self, batch: Batch, frozen_tower: bool) -> tuple[Tensor, Tensor]:
+        """Logits before each learnt token and these tokens, (m, vocabulary) and (m,), row by row.
+
+        Args:
+            batch: of `batch`.
+            frozen_tower: whether the image tower is the base's own, so that what it says may come from the cache.
+        """
+        base = self.base
+        ids, labels, mask = (each.to(base.device) for each in batch[:3])
+        places = labels[:, 1:] != IGNORED
+        if not (frozen_tower and self.store.features_kept):
+            given = model_inputs(base, ids, mask, self.store.inputs(batch.pictures))
+            logits = base.model(**given, use_cache=False).logits[:, :-1][places]
+            return logits.float(), labels[:, 1:][places]
+        model = base.model.model
+        embeds = model.get_input_embeddings()(ids)
+        if batch.pictures:
+            seen = model.multi_modal_projector(self.store.features(batch.pictures)).to(embeds.dtype)
+            embeds = embeds.masked_scatter((ids == self.writer.image_id)[..., None], seen)
+        hidden = model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        return base.model.lm_head(hidden[:, :-1][places]).float(), labels[:, 1:][places]
+
+
+def _kept(row: Conversation, tokens: Tokens) -> Sequence[Any]:
+    """The turns that were not dropped."""
+    ends = [k + 1 for k, turn in enumerate(row.turns) if turn.role == "assistant"]
+    return row.turns[: ends[len(tokens.answers) - 1]]
+
+
+class LanguageTask(nn.Module):
+    """What the loop trains; `parameters()` and the saved state are those of the bank, the only child.
+
+    Args:
+        job: its name of the method, batch size, and steps between measurements are read.
+        reader: of the base, with the adapter attached.
+        handle: of the adapter.
+        method: its settings.
+        data: the job's data section.
+        rows: to train on, to be asked and to be tested with.
+        old: the rows of old data, if there are any.
+    """
+
+    def __init__(
+        self, job: Job, reader: Reader, handle: Any, method: Any, data: DataConfig, rows: Rows, old: Rows | None = None
+    ):
+        super().__init__()
+        self.name, self.batch_size, self.every = str(job.method["name"]), job.train.batch_size, job.sample.every
+        self.reader, self.handle, self.method = reader, handle, method
+        self.data, self.rows, self.old = data, rows, old
+        self.bank = handle.bank
+        self.frozen_tower = all(part_of(site.name) in ("projector", "language") for site in handle.plan)
+        self.measured: dict[str, Tensor] = {}
+        self.facts = ""
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each part."""
+        if hasattr(self.method, "rates"):
+            found: dict[str, float] = self.method.rates()
+            return found
+        return dict.fromkeys((*PARTS, "other"), self.default_learning_rate)
+
+    @property
+    def default_learning_rate(self) -> float:
+        """The method's own."""
+        return float(getattr(self.method, "default_learning_rate", 1e-3))
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Trained numbers of each part."""
+        counts: dict[str, int] = {}
+        for name, parameter in self.bank.named_parameters():
+            counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+        return counts
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One for each part, at its learning rate."""
+        groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.bank.named_parameters():
+            groups.setdefault(part_of(name), []).append(parameter)
+        rates = self.rates
+        scale = {part: rates.get(part, self.default_learning_rate) / self.default_learning_rate for part in groups}
+        return [{"params": params, "lr_scale": scale[part]} for part, params in groups.items()]
+
+    def origin(self) -> dict[str, str]:
+        """Digests of the base and of the data."""
+        old = {"old_digest": self.old.digest} if self.old is not None else {}
+        return {
+            "base": self.reader.base.name,
+            "base_hash": self.reader.base.hash,
+            "data_digest": self.rows.digest,
+            **old,
+        }
+
+    def files(self) -> dict[str, str]:
+        """What the run folder gets beside the job: the table of parts."""
+        return {"parts.txt": self.facts + "\n"}
+
+    def batch(self, step: int, generator: torch.Generator) -> Batch:
+        """Rows of one step, old ones among them by their share."""
+        count = round(self.data.replay * self.batch_size) if self.old is not None else 0
+        rows = _drawn(self.rows.train, self.batch_size - count, generator)
+        if self.old is not None and count:
+            rows += _drawn(self.old.train, count, generator)
+        return self.reader.batch(rows)[0]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross entropy of the answers' tokens, and the share of them that are the likeliest ones."""
+        logits, labels = self.reader.logits(batch, self.frozen_tower)
+        loss = cross_entropy(logits, labels)
+        penalty = self.handle.penalty() if hasattr(self.handle, "penalty") else None
+        hit = (logits.argmax(-1) == labels).float().mean()
+        return loss if penalty is None else loss + penalty, {"token_accuracy": hit, **self.measured}
+
+    def before_step(self, step: int, steps: int) -> None:
+        """Lets the method prepare the step; measures what is kept aside when that is due."""
+        if hasattr(self.handle, "before_step"):
+            self.handle.before_step(step, steps)
+        due = self.every > 0 and step % self.every == 0
+        self.measured = {k: torch.tensor(v) for k, v in self.validate().items()} if due else {}
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Lets the method follow the step."""
+        if hasattr(self.handle, "after_step"):
+            self.handle.after_step(step, steps)
+
+    def validate(self) -> dict[str, float]:
+        """Exact match on rows kept aside, with their pictures, other pictures and none; and on the old data."""
+        from graft.llm_mm.evaluation import exact_match
+
+        figures: dict[str, float] = {}
+        mode = self.bank.training
+        self.bank.eval()
+        try:
+            asked = self.rows.val[: self.data.checked]
+            for control in ("", "rotated", "blank") if asked else ():
+                name = f"val_exact{'_' * bool(control)}{control}"
+                figures[name] = exact_match(self.reader, asked, control, self.frozen_tower)
+            if self.old is not None and self.old.val:
+                figures["old_exact"] = exact_match(
+                    self.reader, self.old.val[: self.data.checked], "", self.frozen_tower
+                )
+        finally:
+            self.bank.train(mode)
+        return {name: value for name, value in figures.items() if value == value}
+
+    def sample(self, step: int, folder: Path) -> list[Path]:
+        """Draws pictures kept aside with what is answered now; the figures stand beside."""
+        from graft.llm_mm.previews import answered, sheet
+
+        rows = [row for row in (self.rows.val or self.rows.train) if row.pictures][:12]
+        if not rows:
+            return []
+        mode = self.bank.training
+        self.bank.eval()
+        try:
+            told = answered(self.reader, [row.asking() for row in rows])
+        finally:
+            self.bank.train(mode)
+        lines = [
+            [row.turns[-2].text, f"right: {row.answers[-1]}", f"now: {now}"]
+            for row, now in zip(rows, told, strict=True)
+        ]
+        path = Path(folder) / f"step-{step:06d}.png"
+        sheet([self.reader.store.open(row.pictures[0]) for row in rows], lines, path)
+        write_json(path.with_suffix(".json"), [line[1:] for line in lines])
+        return [path]
+
+    def adapter(self, metrics: dict[str, Any], slot: int = 0) -> Adapter:
+        """What has been learnt so far."""
+        base = self.reader.base
+        details: dict[str, Any] = {key: getattr(self.data, key) for key in ("fit", "background", "system")}
+        card = Card(
+            method=self.name,
+            config=to_dict(self.method),
+            domain="llm_mm",
+            base=base.name,
+            base_hash=base.hash,
+            sites=self.handle.plan.to_list(),
+            metrics=metrics | {"parameters": sum(self.trained.values())} | self.validate(),
+            data_digest=self.rows.digest,
+            details=details,
+        )
+        return Adapter(self.handle.tensors(slot), card)
+
+
+def _drawn(rows: Sequence[Conversation], count: int, generator: torch.Generator) -> list[Conversation]:
+    """Rows at random, none twice before every one came once."""
+    rounds = -(-count // len(rows))
+    order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(rounds)])[:count]
+    return [rows[k] for k in order.tolist()]
+
+
+def ways(handle: Any, trained: Mapping[str, int]) -> dict[str, str]:
+    """How each trained part is trained, in words."""
+    told = getattr(getattr(handle, "method", None), "ways", None)
+    if told is not None:
+        return {part: {"lora": "LoRA"}.get(way, way) for part, way in told.items()}
+    name = type(handle.rule).__name__ if getattr(handle, "rule", None) is not None else "trained"
+    return dict.fromkeys(trained, name.removeprefix("Language"))

@@ -1,0 +1,133 @@
+"""Processors with other chat templates on the tokenizer of pocket-llava, and pictures on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import graft
+from graft.llm_mm.base import MultimodalBase
+from graft.studio.pocket import models
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}"
+    "{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+VICUNA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }} "
+    "{% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
+    "{% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""Takes text only, as those of language models do."""
+MARKS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "vicuna": (),
+    "pocket": (),
+}
+TEMPLATES = {"pocket": "", "chatml": CHATML, "llama3": LLAMA3, "vicuna": VICUNA}
+
+
+@pytest.fixture(scope="session")
+def processors() -> dict[str, Any]:
+    """Processors by the kind of their template."""
+    made = {}
+    for name, template in TEMPLATES.items():
+        processor = models.llava_processor()
+        if template:
+            processor.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS[name])})
+            processor.chat_template = template
+        made[name] = processor
+    return made
+
+
+@pytest.fixture(scope="module")
+def base() -> MultimodalBase:
+    found = graft.load_base("pocket-llava", device="cpu")
+    assert isinstance(found, MultimodalBase)
+    return found
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Callable[[str], Path]:
+    """Draws a picture of one colour under a name."""
+
+    def draw(name: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shade = sum(name.encode()) % 200
+        Image.fromarray(np.full((48, 64, 3), (shade, 255 - shade, 90), np.uint8)).save(path)
+        return path
+
+    return draw
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of its own for each test, but for the embedded models' folders."""
+    monkeypatch.setattr("graft.studio.caches.default_root", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of the smallest size with the processor of pocket-llava, as a folder."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    processor = models.llava_processor()
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**size, num_hidden_layers=3, image_size=64, patch_size=8),
+            text_config=LlamaConfig(
+                **size,
+                num_hidden_layers=2,
+                vocab_size=len(processor.tokenizer),
+                pad_token_id=processor.tokenizer.pad_token_id,
+                bos_token_id=processor.tokenizer.bos_token_id,
+                eos_token_id=processor.tokenizer.eos_token_id,
+            ),
+            image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"),
+        )
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    folder = tmp_path_factory.mktemp("tiny") / "llava"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def questions(photos: Callable[[str], Path], tmp_path: Path) -> Path:
+    """Ten questions about ten pictures and two without a picture."""
+    rows = [
+        {"image": photos(f"{k}.png").name, "question": "is it red ?", "answer": "yes" if k % 2 else "no"}
+        for k in range(10)
+    ]
+    rows += [{"question": f"count {word}", "answer": word} for word in ("one", "two")]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path

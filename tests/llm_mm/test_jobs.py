@@ -1,0 +1,259 @@
+"""From a file of questions to a trained adapter: parts, stages, exact resume, figures, and what is refused before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import graft
+from graft.llm_mm.base import MultimodalBase
+from graft.llm_mm.conversations import Conversation, Turn
+from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.evaluation import EvaluationConfig, evaluate, exact_match, rotated
+from graft.llm_mm.jobs import check_sight, prepare
+from graft.llm_mm.llava import LlavaTuning
+from graft.llm_mm.method import LanguageLoRA
+from graft.llm_mm.parts import is_dead, part_of
+from graft.llm_mm.previews import answered, chat
+from graft.llm_mm.task import LanguageTask, Reader
+from graft.studio.adapter import Adapter
+from graft.studio.caches import Cache
+from graft.studio.cli import main
+from graft.studio.config import write_toml
+from graft.studio.errors import InputError
+from graft.studio.job import Job
+from graft.studio.runs import open_run
+from graft.studio.training import resume, train
+
+Make = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def job(tiny: Path, questions: Path) -> Make:
+    """Describes a training of a few steps: `job("lora", rank=2)`."""
+
+    def make(method: str = "lora", data: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+        return {
+            "base": str(tiny),
+            "domain": "llm_mm",
+            "method": {"name": method, **settings},
+            "data": {"path": str(questions), "validation": 0.2, "test": 0.2, **(data or {})},
+            "train": {"steps": 4, "batch_size": 4, "device": "cpu", "threads": 1, "log_every": 1},
+        }
+
+    return make
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 2, "towers": ["language", "projector", "vision"], "dropout": 0.1},
+    "dora": {"rank": 2},
+    "lora_fa": {"rank": 2},
+    "ia3": {},
+    "prefix_tuning": {"length": 2},
+    "prompt_tuning": {"length": 2},
+    "llava": {"rank": 2, "vision": "full"},
+    "llava, stage 1": {"stage": 1, "fresh": True},
+    "llava, full": {"language": "full"},
+}
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if "stage 1" in case else pytest.mark.slow) for case in METHODS]
+)
+def test_every_method_resumes_with_the_same_bits(case: str, job: Make, tmp_path: Path):
+    """Cut behind its second step, projector included, a run ends as one that was not."""
+    made = job(case.partition(",")[0], **METHODS[case])
+    made["train"] |= {"checkpoint_every": 2}
+    whole = train(made, tmp_path / "whole")
+    shutil.copytree(whole.folder, tmp_path / "cut")
+    cut = open_run(tmp_path / "cut")
+    for old in (cut.folder / "checkpoints").glob("*4"):
+        shutil.rmtree(old)
+    shutil.rmtree(cut.folder / "result")
+    (cut.folder / "checkpoints" / "LATEST").write_text("000002")
+    cut.write_state(status="stopped")
+    resume(cut)
+    one, two = (Adapter.load(tmp_path / name / "result").tensors for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    parts = {part_of(name) for name in one}
+    assert ("projector" in parts) == (case in ("lora", "llava", "llava, stage 1", "llava, full"))
+    assert ("language" in parts) == (case != "llava, stage 1")
+    start = graft.load_base(made["base"], "cpu", domain="llm_mm")
+    before = start.hash
+    with Adapter.load(tmp_path / "whole" / "result").attached(start):
+        pass
+    assert MultimodalBase("again", start.model, start.processor).hash == before
+
+
+def test_parts_are_told_by_whole_paths_and_dead_layers_left_out(
+    job: Make, tiny: Path, capsys: pytest.CaptureFixture[str]
+):
+    task = prepare(Job.load(job("llava", rank=2, vision="lora", projector_rate=1e-3, language_rate=2e-3)))
+    told = {line.split()[0]: line.split() for line in capsys.readouterr().err.splitlines() if line}
+    assert told["vision"][2] == told["language"][2] == "LoRA" and told["projector"][2] == "full"
+    assert told["projector"][3:] == [f"{16 * 16 * 2 + 16 * 2:,}", "0.001"] and told["language"][4] == "0.002"
+    sites = [site.name for site in task.handle.plan]
+    assert any("vision_tower.encoder.layers.1" in name for name in sites)
+    assert not any("layers.2" in name and "vision" in name for name in sites)  # behind the layer that is read
+    assert is_dead("model.vision_tower.post_layernorm", task.reader.base.model)
+    scales = {group["lr_scale"] for group in task.param_groups()}
+    assert {round(scale * task.default_learning_rate, 6) for scale in scales} == {2e-3, 1e-3, 2e-4}
+    with pytest.raises(InputError, match="the targets name nothing that acts in vision"):
+        LanguageLoRA(targets="lm_head", towers=("vision",)).plan(task.reader.base.model)
+    with pytest.raises(InputError, match="a part that is not frozen"):
+        LlavaTuning(language="frozen", projector="frozen")
+
+
+@pytest.mark.slow
+def test_stage_two_starts_from_the_projector_of_stage_one(job: Make, tmp_path: Path):
+    first = train(job("llava", stage=1, fresh=True, projector_rate=1e-2), tmp_path / "first").adapter().tensors
+    task = prepare(Job.load(job("llava", rank=2, start=str(tmp_path / "first"))))
+    own = task.handle.tensors()
+    assert first and all(torch.equal(own[name], first[name]) for name in first)
+    with pytest.raises(InputError, match="does not train the projector in full"):
+        prepare(Job.load(job("llava", projector="frozen", start=str(tmp_path / "first"))))
+
+
+def test_the_towers_words_are_kept_by_content(job: Make):
+    cache = Cache()
+    data = DataConfig(**job()["data"])
+    rows = [row for row in read_rows(data).train if row.pictures][:3]
+    reader = Reader.of(graft.load_base(job()["base"], "cpu", domain="llm_mm"), data, cache)
+    one = reader.store.features([row.pictures[0] for row in rows])
+    assert cache.counts["vision", "miss"] == 3
+    again = Reader.of(reader.base, data, cache)
+    assert torch.equal(again.store.features([row.pictures[0] for row in rows]), one)
+    assert cache.counts["vision", "miss"] == 3
+    other = Reader.of(reader.base, DataConfig(**{**job()["data"], "fit": "pad"}), cache)
+    assert not torch.equal(other.store.features([rows[0].pictures[0]])[0], one[0])
+    assert cache.counts["vision", "miss"] == 4
+
+
+def test_old_rows_have_their_share_of_a_batch(job: Make, tmp_path: Path):
+    old = tmp_path / "old.jsonl"
+    old.write_text("\n".join(json.dumps({"question": f"old {k}", "answer": "old"}) for k in range(8)))
+    task = prepare(Job.load(job(data={"replay_path": str(old), "replay": 0.5})))
+    drawn: list[Conversation] = []
+    real, Reader.batch = Reader.batch, lambda self, rows: (drawn.extend(rows), real(self, rows))[1]  # type: ignore[method-assign,assignment,func-returns-value]
+    try:
+        task.batch(0, torch.Generator().manual_seed(0))
+    finally:
+        Reader.batch = real  # type: ignore[method-assign]
+    assert sum(row.answers == ("old",) for row in drawn) == 2 == len(drawn) - 2
+    assert {"val_exact", "old_exact"} <= set(task.validate())
+
+
+def test_a_model_that_does_not_see_is_refused(tiny: Path):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader = Reader.of(base, DataConfig(path="-"))
+    check_sight(base, reader.store)
+    with torch.no_grad():
+        base.model.model.multi_modal_projector.linear_2.weight.zero_()
+    with pytest.raises(InputError, match="a black and a white picture give the same logits"):
+        check_sight(base, reader.store)
+
+
+def test_rows_that_cannot_be_used_stop_the_job(job: Make):
+    with pytest.raises(InputError, match=r"(?s)rows cannot be used.*row 1: its first answer ends at token 72"):
+        prepare(Job.load(job(data={"length": 68})))
+
+
+def told(kind: str, answer: str, picture: Any = None, choices: tuple[str, ...] = ()) -> Conversation:
+    parts = (*([0] if picture is not None else ()), "is it ?")
+    shown = (picture,) if picture is not None else ()
+    return Conversation(1, (Turn("user", parts), Turn("assistant", (answer,))), shown, kind, choices)
+
+
+def test_figures_are_those_counted_by_hand(tiny: Path, monkeypatch: pytest.MonkeyPatch, photos: Callable[[str], Path]):
+    """With a model that knows the truth of some pictures, instead of weights."""
+    from graft.llm_mm import evaluation
+
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader = Reader.of(base, DataConfig(path="-"))
+    pictures = [str(photos(f"{k}.png")) for k in range(4)]
+    rows = [told("a", answer, pictures[k]) for k, answer in enumerate(("yes", "yes", "no", "no"))]
+    rows.append(told("b", "red apple", None, ("red apple", "blue apple")))
+    truth = {(pictures[0], "yes"): 1, (pictures[1], "no"): 1, (pictures[2], "no"): 1, (pictures[3], "yes"): 1}
+
+    def logits(self: Reader, batch: Any, frozen_tower: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        labels, right, shown = batch.labels[batch.labels != -100], [], iter(batch.pictures)
+        for ids, row in zip(batch.ids, batch.labels, strict=True):
+            said = self.writer.tokenizer.decode(row[row != -100], skip_special_tokens=True).strip()
+            key = next(shown) if bool((ids == self.writer.image_id).any()) else None
+            good = said == "red apple" if key is None else isinstance(key, str) and (key, said) in truth
+            right += [good] * int((row != -100).sum())
+        hit = torch.nn.functional.one_hot(labels, len(self.writer.tokenizer)).float()
+        sign = torch.tensor(right).float()[:, None] * 2 - 1
+        return hit * sign, labels
+
+    monkeypatch.setattr(evaluation.Reader, "logits", logits)
+    figures = evaluation.measured(reader, rows)
+    assert figures["exact"] == 3 / 5 and figures["exact a"] == 2 / 4 and figures["exact b"] == 1
+    assert figures["choice"] == 1 and figures["blank"] == 0 and figures["questions"] == 5
+    assert (figures["yes_no"], figures["precision"], figures["recall"], figures["yes_rate"]) == (0.5, 0.5, 0.5, 0.5)
+    turned = rotated(reader, rows[:4])
+    assert [row.pictures[0] for row in turned] == [*pictures[1:], pictures[0]]
+    assert exact_match(reader, rows, "rotated") == 0
+    assert exact_match(reader, [rows[k] for k in (2, 1)], "rotated") == 0.5  # picture 1 is told "no", too
+
+
+@torch.no_grad()
+def test_right_to_the_letter_is_what_greedy_decoding_writes(tiny: Path, photos: Callable[[str], Path]):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader = Reader.of(base, DataConfig(path="-"))
+    row = told("a", "x", str(photos("a.png")))
+    (said,) = answered(reader, [row.asking()], tokens=3)
+    assert said
+    batch, tokens = reader.batch([row.answering(said)])
+    logits, labels = reader.logits(batch, True)
+    spoken = reader.writer.tokenizer(said).input_ids
+    assert labels[:-1].tolist() == spoken
+    assert logits.argmax(-1)[: len(spoken) - 1].tolist() == spoken[:-1]  # the last piece was cut within its word
+    rows = chat(base, None, [row.pictures[0]], ["is it ?", "and now ?"], tokens=3)
+    assert rows[0]["base"] == said and set(rows[1]) == {"question", "base"}
+
+
+@pytest.mark.slow
+def test_from_the_command_line(
+    job: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    made = job("lora", rank=2)
+    made["sample"] = {"every": 2}
+    (tmp_path / "job.toml").write_text(write_toml(made))
+
+    def run(*argv: str) -> Any:
+        capsys.readouterr()
+        assert main([*argv, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    shown = run("data", "preview", "job.toml", "--rows", "2", "--out", "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert len(shown["rows"]) == 2 and 'src="data:image/png;base64,' in page and 'class="learnt"' in page
+    assert [kind for kind, _ in shown["rows"][0]["runs"]].count("image") == 1
+    assert run("train", "job.toml", "--run-dir", "run")["status"] == "finished"
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert "val_exact_rotated" in rows[0] and "val_exact" not in rows[1] and "val_exact" in rows[2]
+    assert (tmp_path / "run" / "parts.txt").read_text().startswith("part")
+    assert (tmp_path / "run" / "result" / "preview.png").exists()
+    figures = run("eval", "run")
+    assert figures["adapter"]["questions"] == 2 and {"exact", "rotated", "blank"} <= set(figures["base"])
+    asked = run("chat", "run", "0.png", "--ask", "is it red ?")
+    assert set(asked[0]) == {"question", "base", "adapter"}
+    files = run("preview", "run", "--prompt", "is it red ?", "--set", "path=1.png", "--out", "out")["files"]
+    assert [Path(file).name for file in files] == ["sheet.png", "answers.json"]
+
+
+def test_what_is_measured_is_what_the_run_put_aside(job: Make, tiny: Path):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    path = job()["data"]["path"]
+    tested = evaluate(base, None, EvaluationConfig(path=path, validation=0.2, test=0.2))
+    assert tested["questions"] == 2
+    assert evaluate(base, None, EvaluationConfig(path=path, part="all"))["questions"] == 12
+    assert issubclass(LanguageTask, torch.nn.Module)
