@@ -112,7 +112,7 @@ class DiffusionMethod:
 def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:
     """The posterior of every variant, from the cache: `mean` and `std`, each (p, k, c, h, w)."""
     config = base.pipe.vae.config
-    vae = [base.part_hashes["vae"], config.scaling_factor, config.get("shift_factor")]
+    vae = [base.part_hashes["vae"], config.get("scaling_factor"), config.get("shift_factor")]
     rows = []
     for keys, pixels in zip(dataset.keys, dataset.pixels, strict=True):
         row = [

@@ -104,13 +104,12 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
             for choose in base.choosers:
                 choose([(start + i) // len(seeds) for i in range(len(some))])
             drawn += base.pipe(
-                [prompt for prompt, _ in some],
-                negative_prompt=[config.negative_prompt] * len(some) if config.guidance > 1 else None,
+                prompt=[prompt for prompt, _ in some],
                 height=side,
                 width=side,
                 num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+                **base.guided(config.guidance, [config.negative_prompt] * len(some) if config.guidance > 1 else None),
             ).images
     for choose in base.choosers:
         choose(None)
