@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graft.diffusion.base import Condition, DiffusionBase
 from graft.diffusion.data import DataConfig, Dataset
+from graft.diffusion.objectives import Objective, objective_for
 from graft.diffusion.task import Source
 from graft.studio.caches import Cache, content_key
 
@@ -96,6 +97,10 @@ class DiffusionMethod:
         prompts = [table.rows(slot, self.prompts(picture.caption)) for picture in subject.dataset.pictures]
         posterior = latents(base, subject.dataset, cache)
         yield Source(posterior["mean"], posterior["std"], prompts, subject.job.train.batch_size, slot=slot)
+
+    def objective(self, scheduler: Any, tokens: int) -> Objective:
+        """What is predicted, as the base's scheduler was trained, on pictures of so many tokens."""
+        return objective_for(scheduler, self.snr_gamma, tokens)
 
     @classmethod
     def attach_jobs(cls, work: Work) -> tuple[Any, Encode]:

@@ -28,6 +28,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "lora"): "graft.diffusion.lora:DiffusionLoRA",
     ("diffusion", "dora"): "graft.diffusion.lora:DiffusionDoRA",
     ("diffusion", "pivotal"): "graft.diffusion.pivotal:PivotalTuning",
+    ("diffusion", "t2i_adapter"): "graft.diffusion.t2i_adapter:T2IAdapter",
     ("diffusion", "textual_inversion"): "graft.diffusion.textual_inversion:TextualInversion",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",
     ("pocket", "clip"): "graft.studio.pocket.pretrain.clip:Clip",
