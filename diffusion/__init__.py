@@ -1,4 +1,4 @@
-"""Diffusion: Textual Inversion, Custom Diffusion, ControlNet, IP-Adapter, LoRA and DoRA for diffusers pipelines."""
+"""Diffusion: Textual Inversion, Custom Diffusion, ControlNet, T2I-Adapter, IP-Adapter, LoRA, DoRA, on diffusers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _PUBLIC = {
     "IPAdapter": "ip_adapter",
     "PivotalTuning": "pivotal",
     "PreviewConfig": "previews",
+    "T2IAdapter": "t2i_adapter",
     "TextualInversion": "textual_inversion",
     "evaluate": "evaluation",
     "load_base": "base",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
+    from graft.diffusion.t2i_adapter import T2IAdapter
     from graft.diffusion.textual_inversion import TextualInversion
 
 __all__ = [
@@ -50,6 +52,7 @@ __all__ = [
     "IPAdapter",
     "PivotalTuning",
     "PreviewConfig",
+    "T2IAdapter",
     "TextualInversion",
     "evaluate",
     "load_base",

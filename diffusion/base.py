@@ -148,13 +148,20 @@ class DiffusionBase:
     @torch.no_grad()
     def exercise(self) -> None:
         """Calls every network once, on as little as it takes: what is not called then takes no part in pictures."""
-        vae, blocks = self.pipe.vae, self.denoiser.config.get("block_out_channels", (0,))
-        latent = 2 ** len(blocks)
-        pixels = latent * int(self.pipe.vae_scale_factor)
+        side = 2 ** len(self.denoiser.config.get("block_out_channels", (0,))) * int(self.pipe.vae_scale_factor)
+        pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         condition = {name: part.to(self.dtype) for name, part in self.condition(self.tokenize([""])).items()}
-        noisy = torch.zeros(1, vae.config.latent_channels, latent, latent, device=self.device, dtype=self.dtype)
+        noisy = self.posterior(pixels)["mean"].to(self.device, self.dtype)
         self.denoise(noisy, torch.zeros(1, dtype=torch.long, device=self.device), condition)
-        vae(torch.zeros(1, vae.config.in_channels, pixels, pixels, device=vae.device, dtype=vae.dtype))
+        self.pipe.vae(self.as_seen(pixels))
+
+    def as_seen(self, pixels: Tensor) -> Tensor:
+        """Pictures, (b, 3, h, w) uint8, as the VAE takes them."""
+        return pixels.to(self.pipe.vae.device, self.pipe.vae.dtype) / 127.5 - 1
+
+    def guided(self, scale: float, negative: list[str] | None = None) -> dict[str, Any]:
+        """Arguments of the pipeline's call for guidance of this scale away from negative prompts, one per picture."""
+        return {"guidance_scale": scale, "negative_prompt": negative}
 
     @torch.no_grad()
     def posterior(self, pixels: Tensor) -> dict[str, Tensor]:
@@ -167,8 +174,7 @@ class DiffusionBase:
             `mean` and `std`, each (b, c, h/f, w/f) float32.
         """
         vae = self.pipe.vae
-        inputs = pixels.to(vae.device, vae.dtype) / 127.5 - 1
-        posterior = vae.encode(inputs).latent_dist
+        posterior = vae.encode(self.as_seen(pixels)).latent_dist
         scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
         return {"mean": ((posterior.mean - shift) * scale).float(), "std": (posterior.std * scale).float()}
 
@@ -249,7 +255,7 @@ def _family(name: str, pipe: Any) -> type[DiffusionBase]:
     """
     from graft.diffusion.transformers import FAMILIES
 
-    kind, remedy = type(pipe).__name__, "Use one of Stable Diffusion 1, 2, XL or 3, FLUX.1 or Z-Image"
+    kind, remedy = type(pipe).__name__, "Use Stable Diffusion 1, 2, XL or 3, FLUX.1, FLUX.2, Z-Image or Qwen-Image"
     if kind in FAMILIES:
         return FAMILIES[kind]
     if any(getattr(pipe, part, None) is None for part in ("unet", "vae", "text_encoder")):

@@ -165,7 +165,7 @@ def evaluate(
         return _measure(base, word, real, settings, clip)
     with adapter.attached(base) as handle:
         if hasattr(handle, "follow_files"):
-            reason = "a ControlNet draws after a condition, and these measures show it none"
+            reason = "this adapter draws after a condition, and these measures show it none"
             raise InputError(
                 "evaluate", reason, "Look at it with graft preview, or measure it with graft bench control"
             )

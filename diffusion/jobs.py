@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from graft.diffusion.base import load_base
 from graft.diffusion.data import DataConfig, load_dataset
 from graft.diffusion.method import PromptTable, Subject, Work
-from graft.diffusion.objectives import objective_for
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
 from graft.diffusion.task import DiffusionTask, row_slots
@@ -163,7 +162,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         data = from_dict(DataConfig, dict(job.data), "data")
         subjects.append(Subject(job, method, data, load_dataset(data, base.side(data.resolution), cache)))
     tokens = base.tokens(subjects[0].dataset.pixels.shape[-1])
-    objective = objective_for(base.pipe.scheduler, methods[0].snr_gamma, tokens)
+    objective = methods[0].objective(base.pipe.scheduler, tokens)
     table = PromptTable()
     sources = [
         source

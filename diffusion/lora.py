@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from graft.diffusion.data import TEMPLATES
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
 from graft.diffusion.task import Source, row_slots
+from graft.diffusion.transformers import ATTENTION
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import require
 from graft.studio.errors import InputError
@@ -110,13 +111,21 @@ class Subjects(DiffusionMethod):
 
         Args:
             model: the base's `modules`.
+
+        Raises:
+            InputError: it is not that, or its text encoder cannot be adapted.
         """
         if isinstance(model, nn.Module) or not {"unet", "transformer"} & set(model):
             given = f"a {type(model).__name__}"
             raise InputError(given, "these are not the networks of a pipeline", "Give base.modules, or use LoRA")
         denoiser = "unet" if "unet" in model else "transformer"
         parts = [denoiser, *(name for name in model if self.text_encoder and name.startswith("text_encoder"))]
-        sites = plan_sites({name: model[name] for name in parts}, self.targets, towers=self.towers).sites
+        family = ATTENTION.get(type(model[denoiser]).__name__)
+        if family and self.text_encoder:
+            reason = "no loader of this family takes factors of its language model"
+            raise InputError("method.text_encoder = true", reason, "Leave it out")
+        targets = family if family and self.targets == "attention" else self.targets
+        sites = plan_sites({name: model[name] for name in parts}, targets, towers=self.towers).sites
         # The last block of SD3 throws its answers for the text away: what asks for them is dead.
         attentions = model[denoiser].named_modules(prefix=denoiser)
         dead = {f"{name}.add_q_proj" for name, module in attentions if getattr(module, "context_pre_only", False)}
@@ -170,12 +179,12 @@ def _name(scheduler: Any) -> list[str]:
 
 def _draw(base: DiffusionBase, prompt: str, seed: int, side: int, steps: int, guidance: float) -> dict[str, Tensor]:
     latents = base.pipe(
-        prompt,
+        prompt=prompt,
         height=side,
         width=side,
         num_inference_steps=steps,
-        guidance_scale=guidance,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
+        **base.guided(guidance),
     ).images
     return {"latents": base.as_drawn(latents, side)[0].float()}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graft.diffusion.base import Condition, DiffusionBase
 from graft.diffusion.data import DataConfig, Dataset
+from graft.diffusion.objectives import Objective, objective_for
 from graft.diffusion.task import Source
 from graft.studio.caches import Cache, content_key
 
@@ -97,6 +98,10 @@ class DiffusionMethod:
         posterior = latents(base, subject.dataset, cache)
         yield Source(posterior["mean"], posterior["std"], prompts, subject.job.train.batch_size, slot=slot)
 
+    def objective(self, scheduler: Any, tokens: int) -> Objective:
+        """What is predicted, as the base's scheduler was trained, on pictures of so many tokens."""
+        return objective_for(scheduler, self.snr_gamma, tokens)
+
     @classmethod
     def attach_jobs(cls, work: Work) -> tuple[Any, Encode]:
         """Attaches what all jobs train, a slot each, and returns its handle and the way from prompts to conditions.
@@ -112,7 +117,7 @@ class DiffusionMethod:
 def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:
     """The posterior of every variant, from the cache: `mean` and `std`, each (p, k, c, h, w)."""
     config = base.pipe.vae.config
-    vae = [base.part_hashes["vae"], config.scaling_factor, config.get("shift_factor")]
+    vae = [base.part_hashes["vae"], config.get("scaling_factor"), config.get("shift_factor")]
     rows = []
     for keys, pixels in zip(dataset.keys, dataset.pixels, strict=True):
         row = [

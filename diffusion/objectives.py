@@ -85,9 +85,13 @@ PREDICTIONS = {
 
 
 class Denoising:
-    """Epsilon, v or x_0 prediction on a table of `alphas_cumprod` (T,); levels are integers, uniform on 0..T-1."""
+    """Epsilon, v or x_0 prediction on a table of `alphas_cumprod` (T,); levels are integers on 0..T-1.
 
-    def __init__(self, alphas_cumprod: Tensor, prediction: str, snr_gamma: float | None = None):
+    They are uniform or, with `cubic`, (1 - u^3) T of a uniform u: most of them at much noise.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction: str, snr_gamma: float | None = None, cubic: bool = False):
+        self.cubic = cubic
         self.abar = alphas_cumprod.detach().double().cpu()
         self.prediction = PREDICTIONS[prediction]
         snr = self.abar / (1 - self.abar)
@@ -95,8 +99,9 @@ class Denoising:
         self.table = weights.float()
 
     def levels(self, b: int, generator: torch.Generator) -> Tensor:
-        """Draws `b` integers, each uniform on 0..T-1."""
-        return (spread(b, generator) * len(self.abar)).long()
+        """Draws `b` integers on 0..T-1."""
+        shares = spread(b, generator)
+        return ((1 - shares**3 if self.cubic else shares) * len(self.abar)).long().clamp(max=len(self.abar) - 1)
 
     def timesteps(self, levels: Tensor) -> Tensor:
         """The levels themselves."""
@@ -158,16 +163,17 @@ class Flow:
         return torch.ones_like(levels)
 
 
-def objective_for(scheduler: Any, snr_gamma: float | None = None, tokens: int = 0) -> Objective:
+def objective_for(scheduler: Any, snr_gamma: float | None = None, tokens: int = 0, cubic: bool = False) -> Objective:
     """The objective that a base's scheduler was trained with.
 
     Args:
         scheduler: a diffusers scheduler. One without `alphas_cumprod` but with `sigmas` is a flow scheduler.
         snr_gamma: min-SNR's gamma (the paper's is 5); None weights every level equally.
         tokens: of a picture, for schedulers whose shift grows with it.
+        cubic: draw most noise levels at much noise.
 
     Raises:
-        InputError: an unknown prediction type, a scheduler of neither kind, or min-SNR on a flow model.
+        InputError: an unknown prediction type, a scheduler of neither kind, or min-SNR or cubic levels on a flow model.
     """
     config, name = scheduler.config, type(scheduler).__name__
     if snr_gamma is not None and snr_gamma <= 0:
@@ -177,11 +183,13 @@ def objective_for(scheduler: Any, snr_gamma: float | None = None, tokens: int = 
         if kind not in PREDICTIONS:
             known = ", ".join(PREDICTIONS)
             raise InputError(f"prediction_type {kind!r}", f"{name} must predict one of {known}", "Use another base")
-        return Denoising(scheduler.alphas_cumprod, kind, snr_gamma)
+        return Denoising(scheduler.alphas_cumprod, kind, snr_gamma, cubic)
     if not hasattr(scheduler, "sigmas"):
         raise InputError(name, "neither alphas_cumprod nor sigmas tell how to add noise", "Use a diffusers scheduler")
     if snr_gamma is not None:
         raise InputError(f"snr_gamma = {snr_gamma}", f"min-SNR does not fit {name}, a flow scheduler", "Leave it out")
+    if cubic:
+        raise InputError('levels = "cubic"', f"they do not fit {name}, a flow scheduler", 'Use levels = "uniform"')
     return Flow(scale=float(config.get("num_train_timesteps", 1000)), shift=_shift(config, tokens))
 
 

@@ -51,14 +51,14 @@ class PreviewConfig:
     scale: float = 1.0
     """How strongly it is followed: 1 as trained, about 0.5 beside a text that is to count."""
     condition: str | tuple[str, ...] = ()
-    """For ControlNets, one each: a picture, from which the map is made as in training (a depth map and its like: the
-    map itself), or a folder with one for each prompt."""
+    """For ControlNets and T2I-Adapters, one each: a picture, from which the map is made as in training (a depth map and
+    its like: the map itself), or a folder with one for each prompt."""
     ready: bool = False
     """The conditions are finished maps: nothing is made from them."""
     beside: str | tuple[str, ...] = ()
     """Further adapters of the base, attached at the same time."""
     weights: tuple[float, ...] = ()
-    """Strength of each ControlNet; empty is 1 for all."""
+    """Strength of each of them; empty is 1 for all."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.resolution < 0:
@@ -104,13 +104,12 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
             for choose in base.choosers:
                 choose([(start + i) // len(seeds) for i in range(len(some))])
             drawn += base.pipe(
-                [prompt for prompt, _ in some],
-                negative_prompt=[config.negative_prompt] * len(some) if config.guidance > 1 else None,
+                prompt=[prompt for prompt, _ in some],
                 height=side,
                 width=side,
                 num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in some],
+                **base.guided(config.guidance, [config.negative_prompt] * len(some) if config.guidance > 1 else None),
             ).images
     for choose in base.choosers:
         choose(None)
@@ -185,16 +184,16 @@ def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConfig, rows: int) -> dict[str, Pictures]:
-    """Gives every ControlNet among what is attached its own condition; returns their pictures, a row per prompt.
+    """Gives all that is attached and follows maps its own; returns their pictures, a row per prompt.
 
     Raises:
-        InputError: as many conditions, or weights, as ControlNets are needed.
+        InputError: as many conditions, or weights, as there are of them are needed.
     """
     controls = [handle for handle in handles if hasattr(handle, "follow_files")]
     paths, weights = _several(config.condition), config.weights or (1.0,) * len(controls)
     for name, given in (("condition", paths), ("weights", weights)):
         if len(given) != len(controls):
-            reason = f"{len(controls)} ControlNets are attached, so as many are needed"
+            reason = f"{len(controls)} ControlNets or T2I-Adapters are attached, so as many are needed"
             raise InputError(f"{name} = {list(given)}", reason, f"Add --set {name}=... or leave it out")
     shown: dict[str, Pictures] = {}
     for i, (control, path, weight) in enumerate(zip(controls, paths, weights, strict=True)):

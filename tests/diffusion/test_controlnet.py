@@ -271,7 +271,7 @@ def test_previews_show_each_prompt_after_its_own_map(folder: Path, mapped: Path,
     assert alone[-1].name == "with-0-seed1.png" and np.abs(pictures[0] - pictures[1]).max() <= 1
     with pytest.raises(InputError, match="2 pictures for 3 prompts"):
         preview(base, adapter, ["a", "b", "c"], [0], tmp_path / "three", config)
-    with pytest.raises(InputError, match="1 ControlNets are attached, so as many are needed"):
+    with pytest.raises(InputError, match="1 ControlNets or T2I-Adapters are attached, so as many are needed"):
         preview(base, adapter, ["a cat"], [0], tmp_path / "none", PreviewConfig(steps=1))
     with pytest.raises(InputError, match="nothing.png"):
         preview(base, adapter, ["a"], [0], tmp_path / "n", PreviewConfig(condition=str(tmp_path / "nothing.png")))

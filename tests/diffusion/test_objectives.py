@@ -82,6 +82,17 @@ def test_denoising_levels_are_uniform():
     assert torch.bincount(levels).tolist() == pytest.approx([2000] * 10, rel=0.1)
 
 
+def test_cubic_levels_are_those_of_t2i_adapter():
+    """t = (1 - u^3) T: a share 1 - (1 - t / T)^(1/3) of all levels is below t."""
+    objective = objective_for(DDPMScheduler(), cubic=True)
+    levels = objective.levels(50_000, torch.Generator().manual_seed(0))
+    assert levels.min() >= 0 and levels.max() == 999 and levels.float().mean() == pytest.approx(749.5, abs=2)
+    for t in (100, 500, 900):
+        assert (levels < t).float().mean() == pytest.approx(1 - (1 - t / 1000) ** (1 / 3), abs=0.01)
+    with pytest.raises(InputError, match="flow scheduler"):
+        objective_for(FlowMatchEulerDiscreteScheduler(), cubic=True)
+
+
 def test_wrong_schedulers_and_gammas_are_refused():
     with pytest.raises(InputError, match="snr_gamma = 0"):
         objective_for(DDIMScheduler(), 0.0)
