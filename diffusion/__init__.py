@@ -20,6 +20,7 @@ _PUBLIC = {
     "TextualInversion": "textual_inversion",
     "evaluate": "evaluation",
     "load_base": "base",
+    "load_words": "textual_inversion",
     "prepare": "jobs",
     "prepare_together": "jobs",
     "preview": "previews",
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
-    from graft.diffusion.textual_inversion import TextualInversion
+    from graft.diffusion.textual_inversion import TextualInversion, load_words
 
 __all__ = [
     "ControlNet",
@@ -53,6 +54,7 @@ __all__ = [
     "TextualInversion",
     "evaluate",
     "load_base",
+    "load_words",
     "prepare",
     "prepare_together",
     "preview",

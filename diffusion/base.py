@@ -93,6 +93,12 @@ class DiffusionBase:
         return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
 
     @property
+    def architecture(self) -> str:
+        """Its family as ModelSpec names it, for the header of files; empty for one of which it says nothing."""
+        width = int(self.denoiser.config.get("cross_attention_dim") or 0)
+        return {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}.get(width, "")
+
+    @property
     def step(self) -> int:
         """Sides are multiples of this many pixels."""
         return max(8, int(self.pipe.vae_scale_factor))
@@ -176,6 +182,8 @@ class DiffusionBase:
 class SDXLBase(DiffusionBase):
     """Stable Diffusion XL (Podell et al., 2023, arXiv:2307.01952): two text encoders, and a denoiser that is told the
     size and crop of the picture too."""
+
+    architecture = "stable-diffusion-xl-v1-base"
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids of both tokenizers: (p, 2, n) long, on the CPU."""

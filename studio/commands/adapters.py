@@ -69,9 +69,11 @@ def inspect(args: argparse.Namespace) -> Answer:
     ]
     parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
     document = {**dataclasses.asdict(adapter.card), "parameters": parameters, "tensors": tensors}
+    provenance = adapter.card.details.get("provenance", {})
+    told = document | {"details": {k: v for k, v in adapter.card.details.items() if k != "provenance"}} | provenance
     facts = [
         {"": key, " ": f"{len(value)} sites" if key == "sites" else value}
-        for key, value in document.items()
+        for key, value in told.items()
         if key != "tensors"
     ]
     shown = table(tensors[:20], ("name", "shape", "dtype"))

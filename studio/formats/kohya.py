@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import (
     LowRank,
@@ -111,7 +112,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
             tensors[f"{short}{_LENGTH}"] = module.length.view(-1, *[1] * (module.down.dim() - 1))
     tensors |= _companions(tensors)
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    path = write_tensors(folder / FILE, tensors, {"format": "pt", **header})
+    path = write_tensors(folder / FILE, tensors, {"format": "pt", **header, **provenance.header(adapter.card)})
     check_written(adapter, {names[short]: module for short, module in _read(path).items()}, str(path))
     return [path]
 

@@ -76,7 +76,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     paths, back = [], {}
     for component, parts in by_component(modules).items():
         target = folder / component
-        paths += write_folder(target, config(parts, adapter.card.base), _keys(parts))
+        paths += write_folder(target, config(parts, adapter.card.base), _keys(parts), adapter.card)
         written = _read(target, read_config(target))
         back.update({f"{component}.{name}".lstrip("."): module for name, module in written.items()})
     check_written(adapter, back, str(folder))
