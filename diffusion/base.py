@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
 from graft.studio.config import require
-from graft.studio.disk import naming_full_disk, require_empty
+from graft.studio.disk import new_folder
 from graft.studio.errors import InputError
 
 Condition = dict[str, Tensor]
@@ -366,16 +364,6 @@ def save_base(base: DiffusionBase, folder: str | Path) -> Path:
         InputError: the folder holds something.
         DiskFullError: no space.
     """
-    folder = Path(folder).absolute()
-    require_empty(folder)
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        with naming_full_disk(folder):
-            base.pipe.save_pretrained(draft)
-            if folder.exists():
-                folder.rmdir()
-            draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return folder
+    with new_folder(Path(folder)) as draft:
+        base.pipe.save_pretrained(draft)
+    return Path(folder).absolute()

@@ -22,8 +22,9 @@ _BEGINS = ("modelspec.", "graft.")
 
 def header(card: Card) -> dict[str, str]:
     """Returns the entries for an adapter; one that was read from a file with entries keeps them."""
+    reworked = {"graft.reworked": "; ".join(card.details["reworked"])} if "reworked" in card.details else {}
     if kept := card.details.get("provenance"):
-        return dict(kept)
+        return dict(kept) | reworked
     of: dict[str, Any] = {
         "graft.method": card.method,
         "graft.config": card.config,
@@ -36,7 +37,7 @@ def header(card: Card) -> dict[str, str]:
         "graft.created": card.created,
     }
     entries = {key: value if isinstance(value, str) else _json(value) for key, value in of.items() if value}
-    return entries | modelspec(card)
+    return entries | reworked | modelspec(card)
 
 
 def modelspec(card: Card) -> dict[str, str]:
