@@ -18,6 +18,7 @@ _PUBLIC = {
     "PivotalTuning": "pivotal",
     "PreviewConfig": "previews",
     "TextualInversion": "textual_inversion",
+    "compare": "verification",
     "evaluate": "evaluation",
     "load_base": "base",
     "load_words": "textual_inversion",
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
     from graft.diffusion.textual_inversion import TextualInversion, load_words
+    from graft.diffusion.verification import compare
 
 __all__ = [
     "ControlNet",
@@ -52,6 +54,7 @@ __all__ = [
     "PivotalTuning",
     "PreviewConfig",
     "TextualInversion",
+    "compare",
     "evaluate",
     "load_base",
     "load_words",

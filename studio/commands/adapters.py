@@ -110,11 +110,12 @@ def convert(args: argparse.Namespace) -> Answer:
 
 
 def verify(args: argparse.Namespace) -> Answer:
-    """Whole, finite, and attached to its base without leaving a trace."""
+    """Whole, finite, attached to its base without leaving a trace, and the same in the library that it is for."""
+    from graft.studio import registry
     from graft.studio.adapter import base_hash
     from graft.studio.errors import FormatError
 
-    adapter, _ = find_adapter(args.name, args.runs)
+    adapter, run = find_adapter(args.name, args.runs)
     broken = [name for name, tensor in adapter.tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise FormatError(args.name, f"{', '.join(broken[:5])} are not finite", "Train it again")
@@ -122,15 +123,33 @@ def verify(args: argparse.Namespace) -> Answer:
     before = base_hash(base.modules)
     with adapter.attached(base):
         pass
+    domain = registry.domain(base.domain)
+    source = Path(args.name) if run is None else None
+    compared = domain.compare(base, adapter, source) if hasattr(domain, "compare") else None
     document = {
         "tensors": len(adapter.tensors),
         "base": base.name,
         "base_hash": base.hash,
         "attaches": True,
         "detaches": base_hash(base.modules) == before,
+        "compared": compared,
     }
+    right = document["detaches"] and (compared is None or compared["same"])
     return Answer(
-        document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]})", 0 if document["detaches"] else 1
+        document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]}){_likeness(compared)}", 0 if right else 1
+    )
+
+
+def _likeness(compared: dict[str, Any] | None) -> str:
+    """What another library makes of the adapter, in words."""
+    if compared is None:
+        return ""
+    if "refused" in compared:
+        return f"\n{compared['library']} does not load {compared['file']}: {compared['refused']}"
+    verdict = "the same" if compared["same"] else "NOT the same"
+    return (
+        f"\n{compared['library']} draws {verdict} from {compared['file']}: error {compared['error']:.2g} of the "
+        f"adapter's change, which is {compared['change']:.2g} of the latents"
     )
 
 
