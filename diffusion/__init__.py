@@ -12,6 +12,7 @@ _PUBLIC = {
     "DataConfig": "data",
     "DiffusionBase": "base",
     "DiffusionDoRA": "lora",
+    "DiffusionLoKr": "lora",
     "DiffusionLoRA": "lora",
     "EvaluationConfig": "evaluation",
     "IPAdapter": "ip_adapter",
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
     from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
-    from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
+    from graft.diffusion.lora import DiffusionDoRA, DiffusionLoKr, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
     from graft.diffusion.textual_inversion import TextualInversion, load_words
@@ -48,6 +49,7 @@ __all__ = [
     "DataConfig",
     "DiffusionBase",
     "DiffusionDoRA",
+    "DiffusionLoKr",
     "DiffusionLoRA",
     "EvaluationConfig",
     "IPAdapter",

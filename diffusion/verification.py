@@ -35,13 +35,14 @@ TOLERANCE = 0.01
 _LORAS = ("lora", "dora", "lokr", "pivotal")
 
 
-def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None) -> dict[str, Any] | None:
+def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, side: int = 0) -> dict[str, Any] | None:
     """Draws with the adapter as attached here and as diffusers loads its file; the base is as before afterwards.
 
     Args:
         base: of the adapter; nothing is attached.
         adapter: of LoRA, DoRA, LoKr, pivotal tuning or Textual Inversion.
         source: the file it was read from, which diffusers will read too; None writes one.
+        side: of the pictures, in pixels; 0 takes the base's own.
 
     Returns:
         `library`, `file`, `change`, `error` and `same`, or `refused`, diffusers' message; None for other methods.
@@ -51,18 +52,18 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None) -
     prompt = f"a photo of {adapter.card.trigger or 'a cat'}"
     told: dict[str, Any] = {"library": "diffusers"}
     with tempfile.TemporaryDirectory() as folder, undisturbed(base):
-        plain = _latents(base, prompt)
+        plain = _latents(base, prompt, side)
         with adapter.attached(base):
-            ours = _latents(base, prompt)
+            ours = _latents(base, prompt, side)
         files = _files(adapter, source, Path(folder))
         told["file"] = ", ".join(file.name for file in files)
         try:
-            theirs = _stock(base, adapter, files, lambda: _latents(base, prompt))
+            theirs = _stock(base, adapter, files, lambda: _latents(base, prompt, side))
         except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
             return told | {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0], "same": False}
     moved = float((ours - plain).norm())
-    error = float((theirs - ours).norm()) / moved if moved else float((theirs - ours).norm() / plain.norm())
-    return told | {"change": moved / float(plain.norm()), "error": error, "same": error <= TOLERANCE}
+    apart = float((theirs - ours).norm()) / (moved or float(plain.norm()))
+    return told | {"change": moved / float(plain.norm()), "error": apart, "same": apart <= TOLERANCE}
 
 
 def _files(adapter: Adapter, source: Path | None, folder: Path) -> list[Path]:
@@ -79,9 +80,10 @@ def _files(adapter: Adapter, source: Path | None, folder: Path) -> list[Path]:
 def _stock(base: DiffusionBase, adapter: Adapter, files: list[Path], run: Callable[[], Tensor]) -> Tensor:
     """What `run` gives with the files loaded by diffusers' own functions."""
     pipe, word = base.pipe, str(adapter.card.trigger)
-    lora, *others = files if adapter.card.method in _LORAS else [None, *files]
+    count = 1 if adapter.card.method in _LORAS else 0  # a LoRA's file stands first
+    loras, others = files[:count], files[count:]
     with ExitStack() as former:
-        if lora is not None:
+        for lora in loras:
             former.callback(pipe.unload_lora_weights)
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         for file in others:
@@ -110,8 +112,8 @@ def _kept(pipe: Any, name: str, words: str) -> Iterator[tuple[Any, Any]]:
 
 
 @torch.no_grad()
-def _latents(base: DiffusionBase, prompt: str) -> Tensor:
-    side = base.side()
+def _latents(base: DiffusionBase, prompt: str, side: int) -> Tensor:
+    side = base.side(side)
     with mixed(base):
         drawn = base.pipe(
             prompt,

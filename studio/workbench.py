@@ -214,8 +214,8 @@ def plain(adapter: Adapter) -> Adapter:
         if not hasattr(cls, "as_lora"):
             raise InputError(f"method {card.method}", "it is no LoRA in the end", "give a LoRA")
         adapter = cls.as_lora(adapter)
-        kept = {name: adapter.card.config[name] for name in ("rank", "alpha", "rslora", "targets", "towers")
-                if name in adapter.card.config}  # fmt: skip
+        shared = {"rank", "alpha", "rslora", "targets", "towers"}
+        kept = {name: value for name, value in adapter.card.config.items() if name in shared}
         adapter = replace(adapter, card=replace(adapter.card, method="lora", config=kept))
     keys = {site.key for site in Plan.from_list(adapter.card.sites)}
     for name in adapter.tensors:

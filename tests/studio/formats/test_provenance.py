@@ -1,6 +1,7 @@
 """Where an adapter comes from stands in the header of every file, and other libraries load it all the same."""
 
 import json
+from typing import Any
 from dataclasses import replace
 
 import peft
@@ -15,7 +16,7 @@ from graft.studio.formats.low_rank import LowRank, to_adapter
 from graft.studio.formats.provenance import header
 
 UNET = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-MADE = {
+MADE: dict[str, Any] = {
     "base": "pocket-sd",
     "base_hash": "ab12",
     "data_digest": "cd34",
