@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from graft.diffusion.base import DiffusionBase, load_base, save_base
-from graft.diffusion.lora import DiffusionLoRA
+from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
 from graft.diffusion.textual_inversion import TextualInversion
 from graft.diffusion.verification import compare
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
@@ -103,6 +103,23 @@ def test_a_lora_is_extracted_from_two_folders(base: DiffusionBase, folder: Path,
     assert "% of the change is left out; written to" in capsys.readouterr().out
     assert main([*run[:3], str(tmp_path / "tuned"), str(tmp_path / "none"), "--rank", "1"]) == 2
     assert "their weights are the same" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_dora_of_kohya_is_told_to_be_another_thing_in_diffusers(base: DiffusionBase, tmp_path: Path):
+    """diffusers drops `dora_scale`; in its own file the same DoRA is the same."""
+    method = DiffusionDoRA(rank=2, targets="attention")
+    handle = method.attach(base.modules)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    handle.detach()
+    card = Card("dora", to_dict(method), "diffusion", base.name, base.hash, handle.plan.to_list(), trigger="sks")
+    adapter = Adapter(handle.tensors(), card)
+    (file,) = adapter.export(tmp_path, "kohya")
+    dropped, own = compare(base, load_adapter(file), file), compare(base, adapter)
+    assert dropped is not None and not dropped["same"] and dropped["error"] > 0.1
+    assert own is not None and own["same"]
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])

@@ -1,8 +1,8 @@
 """Where an adapter comes from stands in the header of every file, and other libraries load it all the same."""
 
 import json
-from typing import Any
 from dataclasses import replace
+from typing import Any
 
 import peft
 import pytest
