@@ -12,6 +12,7 @@ _PUBLIC = {
     "DataConfig": "data",
     "DiffusionBase": "base",
     "DiffusionDoRA": "lora",
+    "DiffusionLoKr": "lora",
     "DiffusionLoRA": "lora",
     "EvaluationConfig": "evaluation",
     "IPAdapter": "ip_adapter",
@@ -19,8 +20,10 @@ _PUBLIC = {
     "PreviewConfig": "previews",
     "T2IAdapter": "t2i_adapter",
     "TextualInversion": "textual_inversion",
+    "compare": "verification",
     "evaluate": "evaluation",
     "load_base": "base",
+    "load_words": "textual_inversion",
     "prepare": "jobs",
     "prepare_together": "jobs",
     "preview": "previews",
@@ -35,11 +38,12 @@ if TYPE_CHECKING:
     from graft.diffusion.evaluation import EvaluationConfig, evaluate
     from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
-    from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
+    from graft.diffusion.lora import DiffusionDoRA, DiffusionLoKr, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
     from graft.diffusion.t2i_adapter import T2IAdapter
-    from graft.diffusion.textual_inversion import TextualInversion
+    from graft.diffusion.textual_inversion import TextualInversion, load_words
+    from graft.diffusion.verification import compare
 
 __all__ = [
     "ControlNet",
@@ -47,6 +51,7 @@ __all__ = [
     "DataConfig",
     "DiffusionBase",
     "DiffusionDoRA",
+    "DiffusionLoKr",
     "DiffusionLoRA",
     "EvaluationConfig",
     "IPAdapter",
@@ -54,8 +59,10 @@ __all__ = [
     "PreviewConfig",
     "T2IAdapter",
     "TextualInversion",
+    "compare",
     "evaluate",
     "load_base",
+    "load_words",
     "prepare",
     "prepare_together",
     "preview",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from graft.studio.adapter import base_hash
 from graft.studio.config import require
-from graft.studio.disk import naming_full_disk, require_empty
+from graft.studio.disk import new_folder
 from graft.studio.errors import InputError
 
 Condition = dict[str, Tensor]
@@ -91,6 +89,12 @@ class DiffusionBase:
     def resolution(self) -> int:
         """Side in pixels that the base was trained at."""
         return int(self.denoiser.config.sample_size) * int(self.pipe.vae_scale_factor)
+
+    @property
+    def architecture(self) -> str:
+        """Its family as ModelSpec names it, for the header of files; empty for one of which it says nothing."""
+        width = int(self.denoiser.config.get("cross_attention_dim") or 0)
+        return {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}.get(width, "")
 
     @property
     def step(self) -> int:
@@ -182,6 +186,8 @@ class DiffusionBase:
 class SDXLBase(DiffusionBase):
     """Stable Diffusion XL (Podell et al., 2023, arXiv:2307.01952): two text encoders, and a denoiser that is told the
     size and crop of the picture too."""
+
+    architecture = "stable-diffusion-xl-v1-base"
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids of both tokenizers: (p, 2, n) long, on the CPU."""
@@ -364,16 +370,6 @@ def save_base(base: DiffusionBase, folder: str | Path) -> Path:
         InputError: the folder holds something.
         DiskFullError: no space.
     """
-    folder = Path(folder).absolute()
-    require_empty(folder)
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        with naming_full_disk(folder):
-            base.pipe.save_pretrained(draft)
-            if folder.exists():
-                folder.rmdir()
-            draft.rename(folder)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    return folder
+    with new_folder(Path(folder)) as draft:
+        base.pipe.save_pretrained(draft)
+    return Path(folder).absolute()

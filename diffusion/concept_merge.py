@@ -52,7 +52,8 @@ def merge_concepts(base: DiffusionBase, adapters: Sequence[Adapter], captions: S
         captions: what should be drawn as before; a few hundred.
 
     Raises:
-        InputError: fewer than two, another method's, or concepts that prompts do not tell apart.
+        InputError: fewer than two, another method's, concepts that prompts do not tell apart, or a base with two text
+            encoders.
         BaseMismatchError: one that was trained on another base.
     """
     if len(adapters) < 2 or any(adapter.card.method != "custom_diffusion" for adapter in adapters):
@@ -62,6 +63,8 @@ def merge_concepts(base: DiffusionBase, adapters: Sequence[Adapter], captions: S
         if adapter.card.base_hash not in ("", base.hash):
             given, reason = f"adapter for {adapter.card.base}", f"{base.name} has hash {base.hash}"
             raise BaseMismatchError(f"{given} with hash {adapter.card.base_hash}", reason, "use its own base")
+    if "text_encoder_2" in base.modules:
+        raise InputError(base.name, "concepts in two text encoders cannot be merged", "Train them together")
     methods = [from_dict(CustomDiffusion, adapter.card.config, "adapter.json") for adapter in adapters]
     tokens = _names([method.tokens for method in methods])
     rows = [rows for adapter, method in zip(adapters, methods, strict=True) for rows in _rows(adapter, method)]
@@ -170,7 +173,7 @@ def _first_occurrences(rows: Tensor) -> list[int]:
 
 def _rows(adapter: Adapter, method: CustomDiffusion) -> list[Tensor]:
     words = words_of(adapter)
-    return [words[token] for token in method.tokens]
+    return [words[token]["embedding"] for token in method.tokens]
 
 
 def _names(given: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -35,7 +35,7 @@ from graft.diffusion.data import TEMPLATES, DataConfig, Picture, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, latents
 from graft.diffusion.task import Source, row_slots
-from graft.diffusion.textual_inversion import Concepts, TextualInversion, attach_concepts
+from graft.diffusion.textual_inversion import ENCODERS, Concepts, TextualInversion, attach_concepts
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict, require
 from graft.studio.errors import DataError, FormatError, InputError
@@ -169,8 +169,9 @@ class CustomDiffusion(DiffusionMethod):
         yield Source(posterior["mean"], posterior["std"], prompts, rows, slot=slot)
         classes = list(dict.fromkeys(prompt for prompt in self.of_each(self.class_prompt) if prompt))
         side = subject.dataset.pixels.shape[-1]
+        digest = ""
         if self.class_path is not None:
-            mean, std, shown = _folder(base, self.class_path, classes, side, cache)
+            mean, std, shown, digest = _folder(base, self.class_path, classes, side, cache)
         elif classes:
             drawn = [class_latents(base, prompt, self.class_pictures, side, cache) for prompt in classes]
             mean, std = (torch.cat([each[name] for each in drawn])[:, None] for name in ("mean", "std"))
@@ -178,7 +179,7 @@ class CustomDiffusion(DiffusionMethod):
         else:
             return
         prompts = [table.rows(slot, [prompt]) for prompt in shown]
-        yield Source(mean, std, prompts, rows, self.prior_weight, slot)
+        yield Source(mean, std, prompts, rows, self.prior_weight, slot, digest=digest)
 
     @classmethod
     def attach_jobs(cls, work: Work) -> tuple[CustomConcepts, Encode]:
@@ -188,9 +189,9 @@ class CustomDiffusion(DiffusionMethod):
         handle.route(row_slots(work.sources) if len(methods) > 1 else None)
         ids = base.tokenize([handle.spoken(slot, text) for slot, text in work.table.entries])
         for (slot, text), row in zip(work.table.entries, ids, strict=True):
-            if any(token in text for token in methods[slot].tokens) and not bool((row >= handle.known).any()):
+            if any(token in text for token in methods[slot].tokens) and not handle.words.in_prompt(row):
                 handle.detach()
-                reason = f"it is cut off after {ids.shape[1]} tokens, before the word to learn"
+                reason = f"it is cut off after {ids.shape[-1]} tokens, before the word to learn"
                 raise InputError(f"caption {text!r}", reason, "Shorten it, or put the word first")
         return handle, lambda rows: base.condition(ids[rows])
 
@@ -234,14 +235,15 @@ class CustomDiffusion(DiffusionMethod):
 
 def _folder(
     base: DiffusionBase, path: str, classes: Sequence[str], side: int, cache: Cache
-) -> tuple[Tensor, Tensor, list[str]]:
-    """Posterior and captions of a folder of class pictures."""
+) -> tuple[Tensor, Tensor, list[str], str]:
+    """Posterior, captions and digest of a folder of class pictures."""
     dataset = load_dataset(DataConfig(path=path, caption=classes[0] if classes else None), side, cache)
     bare = [picture.path.name for picture in dataset.pictures if not picture.caption]
     if bare:
         raise DataError(path, f"{bare[0]} has no caption", "Write captions beside the pictures, or set class_prompt")
     posterior = latents(base, dataset, cache)
-    return posterior["mean"], posterior["std"], [picture.caption or "" for picture in dataset.pictures]
+    captions = [picture.caption or "" for picture in dataset.pictures]
+    return posterior["mean"], posterior["std"], captions, dataset.digest
 
 
 class DenseSlot(Slot):
@@ -288,11 +290,6 @@ class CustomConcepts:
         """What `route` was told last."""
         return self.weights.routed
 
-    @property
-    def known(self) -> int:
-        """Number of tokens that the base had before: ids of new words begin here."""
-        return len(self.words.base.tokenizer) - sum(len(rows) for rows in self.words.bank.rows)
-
     def spoken(self, slot: int, prompt: str) -> str:
         """The prompt with the words that a method's concepts have here, where several methods may share one."""
         pairs = zip(self.methods[slot].tokens, self._inner[slot], strict=True)
@@ -307,14 +304,15 @@ class CustomConcepts:
 
     def owned(self) -> list[tuple[nn.Parameter, int | None]]:
         """Words belong to the methods that have them; changes are stacks over all."""
-        rows = self.words.bank.rows
-        words = [(rows[place], slot) for slot, places in enumerate(self._places) for place in places]
+        of = {place: slot for slot, places in enumerate(self._places) for place in places}
+        words = [(row, of[place]) for row, place in self.words.owned() if place is not None]
         return [*words, *((stack, None) for stack in self.weights.bank.parameters())]
 
     def tensors(self, slot: int = 0) -> dict[str, Tensor]:
-        """What a trained adapter keeps: `embedding.WORD` (n, d) and `SITE.change` (o, i)."""
+        """What a trained adapter keeps: `embedding.WORD` (n, d), of a second text encoder `embedding_2.WORD`, and
+        `SITE.change` (o, i)."""
         named = zip(self.methods[slot].tokens, self._places[slot], strict=True)
-        rows = {f"embedding.{token}": self.words.tensors(place)["embedding"] for token, place in named}
+        rows = {f"{name}.{token}": rows for token, place in named for name, rows in self.words.tensors(place).items()}
         return rows | {name: tensor.cpu() for name, tensor in self.weights.tensors(slot).items()}
 
     def load(self, tensors: Mapping[str, Tensor], slot: int = 0) -> None:
@@ -324,8 +322,9 @@ class CustomConcepts:
             FormatError: a name missing or unknown, or another shape than this base needs.
         """
         for token, place in zip(self.methods[slot].tokens, self._places[slot], strict=True):
-            self.words.load({"embedding": tensors[name]} if (name := f"embedding.{token}") in tensors else {}, place)
-        changes = {name: tensor for name, tensor in tensors.items() if not name.startswith("embedding.")}
+            rows = {name: tensors[key] for name in ENCODERS if (key := f"{name}.{token}") in tensors}
+            self.words.load(rows, place)
+        changes = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in ENCODERS}
         modules: dict[str, Any] = named_modules(self.words.base.modules)
         for site in self.plan:
             whole, own = changes.pop(f"{site.key}.weight", None), modules[site.name].weight.detach()
@@ -366,13 +365,13 @@ def attach_custom(
     """Attaches the concepts of several methods, a slot each.
 
     Args:
-        base: with one text encoder and a UNet.
+        base: with a UNet and one or two text encoders.
         methods: one per slot.
         seeds: of random starts, one per slot.
         vectors: rows of each word; empty leaves it to the methods.
 
     Raises:
-        InputError: a word that the tokenizer knows already or cannot keep whole, or two text encoders.
+        InputError: a word that a tokenizer knows already or cannot keep whole.
         SiteError: a denoiser without cross-attention.
     """
     if "unet" not in base.modules:

@@ -6,7 +6,8 @@
 | `merged` | `custom_diffusion_unet.safetensors` | `unet.load_state_dict(..., strict=False)` |
 | `lora` | `pytorch_lora_weights.safetensors` | every program that reads diffusers' LoRA |
 
-and in each a file per word, `<new1>.safetensors`, for `pipe.load_textual_inversion`. The first two are exact. A LoRA is
+and in each a file per word, `<new1>.safetensors` (and `<new1>_2.safetensors` for a second text encoder), for
+`pipe.load_textual_inversion`. The first two are exact. A LoRA is
 the best approximation of the change of its rank (singular value decomposition): `lora` keeps in each layer the largest
 singular values that make up 60 % of their sum, as the authors do to save space, `lora-8` keeps eight. What it leaves
 out is logged and stands in the header as `residual`, || D - B A || / || D || over all layers.
@@ -23,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graft.diffusion.textual_inversion import ENCODERS
 from graft.studio.adapter import Adapter
 from graft.studio.errors import BaseMismatchError, InputError
-from graft.studio.formats import custom_diffusion, diffusers
+from graft.studio.formats import custom_diffusion, diffusers, provenance
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, to_adapter
 from graft.studio.sites import Plan, named_modules
@@ -54,17 +56,23 @@ def export(adapter: Adapter, folder: Path, format: str) -> list[Path]:
     else:
         weights = {name.removeprefix("unet."): weight for name, weight in whole_weights(adapter).items()}
         if format == "diffusers":
-            file = custom_diffusion.write_weights(folder, weights)
+            file = custom_diffusion.write_weights(folder, weights, provenance.header(adapter.card))
         else:
             named = {f"{name}.weight": weight for name, weight in weights.items()}
-            file = write_tensors(folder / MERGED, named, {"format": "pt"})
-    return [file, *(custom_diffusion.write_word(folder, token, rows) for token, rows in words_of(adapter).items())]
+            file = write_tensors(folder / MERGED, named, {"format": "pt", **provenance.header(adapter.card)})
+    told = provenance.header(adapter.card)
+    words = [custom_diffusion.write_word(folder, token, rows, told) for token, rows in words_of(adapter).items()]
+    return [file, *(path for paths in words for path in paths)]
 
 
-def words_of(adapter: Adapter) -> dict[str, Tensor]:
-    """Rows (n, d) of each word."""
-    begin = "embedding."
-    return {name.removeprefix(begin): rows for name, rows in adapter.tensors.items() if name.startswith(begin)}
+def words_of(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """Rows (n, d) of each word: `embedding`, and of a second text encoder `embedding_2`."""
+    words: dict[str, dict[str, Tensor]] = {}
+    for key, rows in adapter.tensors.items():
+        name, _, token = key.partition(".")
+        if name in ENCODERS:
+            words.setdefault(token, {})[name] = rows
+    return words
 
 
 def whole_weights(adapter: Adapter, base: DiffusionBase | None = None) -> dict[str, Tensor]:
@@ -120,7 +128,8 @@ def _write_lora(adapter: Adapter, folder: Path, rank: int) -> Path:
     [path] = diffusers.export(to_adapter(factors, "diffusion", "the adapter"), folder)
     tensors, header = read_tensors(path)
     log.warning("LoRA of ranks %d to %d: %.2f %% of the change is left out", min(ranks), max(ranks), 100 * residual)
-    return write_tensors(path, tensors, {**header, "residual": f"{residual:.6f}"})
+    told = provenance.header(adapter.card)
+    return write_tensors(path, tensors, {**header, **told, "residual": f"{residual:.6f}"})
 
 
 def low_rank(change: Tensor, rank: int = 0) -> LowRank:

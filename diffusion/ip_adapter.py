@@ -39,6 +39,7 @@ from graft.studio.adapter import load_adapter
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import from_dict, require
 from graft.studio.errors import BaseMismatchError, FormatError, GraftError, InputError, SiteError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import write_tensors
 from graft.studio.formats.ip_adapter import FILE
 
@@ -192,7 +193,9 @@ class IPAdapter(DiffusionMethod):
         if format != "diffusers":
             raise InputError(f"format {format!r}", "IP-Adapter is not written in it", "use native or diffusers")
         name = adapter.card.details.get("image_encoder") or adapter.card.config.get("image_encoder")
-        files = [write_tensors(Path(folder) / FILE, adapter.tensors, {"format": "pt"})]
+        files = [
+            write_tensors(Path(folder) / FILE, adapter.tensors, {"format": "pt", **provenance.header(adapter.card)})
+        ]
         if name:
             encoder = same_encoder(name, torch.device("cpu"), adapter.card.details)
             files.append(encoder.save(Path(folder) / "image_encoder"))

@@ -17,10 +17,10 @@ from graft.diffusion.data import DataConfig, load_dataset
 from graft.diffusion.method import PromptTable, Subject, Work
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
-from graft.diffusion.task import DiffusionTask, row_slots
+from graft.diffusion.task import DiffusionTask, Source, row_slots
 from graft.diffusion.textual_inversion import Concepts
 from graft.studio.adapter import Adapter, Card
-from graft.studio.caches import Cache
+from graft.studio.caches import Cache, content_key
 from graft.studio.config import from_dict, to_dict
 from graft.studio.errors import InputError
 from graft.studio.registry import method_class
@@ -36,6 +36,8 @@ class ConceptTask(DiffusionTask):
 
     subjects: list[Subject]
     """One per slot."""
+    digests: list[str]
+    """Of the pictures that each job learns from, those of classes too."""
 
     @property
     def default_learning_rate(self) -> float:
@@ -44,7 +46,7 @@ class ConceptTask(DiffusionTask):
 
     def origin(self) -> dict[str, str]:
         """Digests of the base and of each job's pictures and captions."""
-        data = ",".join(subject.dataset.digest for subject in self.subjects)
+        data = ",".join(self.digests)
         own = getattr(self.handle, "details", {})
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data, **own}
 
@@ -118,9 +120,10 @@ class ConceptTask(DiffusionTask):
             base_hash=self.base.hash,
             sites=plan.to_list() if plan is not None else [],
             metrics=metrics,
-            data_digest=subject.dataset.digest,
+            data_digest=self.digests[slot],
             trigger=subject.method.trigger,
-            details=getattr(self.handle, "details", {}),
+            details=({"architecture": family} if (family := self.base.architecture) else {})
+            | getattr(self.handle, "details", {}),
         )
         return Adapter(self.handle.tensors(slot), card)
 
@@ -173,6 +176,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     narrow(base, jobs[0].train.mixed_precision)
     task = ConceptTask(base, handle, sources, objective, encode)
     task.subjects = subjects
+    task.digests = [_digest(subject, slot, sources) for slot, subject in enumerate(subjects)]
     log.info("cache: %s", cache)
     try:
         handle.probe(partial(_first_loss, task))
@@ -180,6 +184,12 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         handle.detach()
         raise
     return task
+
+
+def _digest(subject: Subject, slot: int, sources: Sequence[Source]) -> str:
+    """Digest of a job's pictures and, where a folder gives those of the classes, of these."""
+    others = [source.digest for source in sources if source.slot == slot and source.digest]
+    return content_key([subject.dataset.digest, *others]) if others else subject.dataset.digest
 
 
 def _first_loss(task: ConceptTask) -> Tensor:

@@ -1,7 +1,7 @@
-r"""LoRA and DoRA for diffusion models, with DreamBooth's prior preservation.
+r"""LoRA, DoRA and LoKr for diffusion models, with DreamBooth's prior preservation.
 
 Low-rank factors on the denoiser (and, if asked, the text encoder) learn a concept under a trigger word; the methods
-themselves are `graft.studio.methods.lora` and `dora`. Prior preservation (Ruiz et al., "DreamBooth: Fine Tuning
+themselves are `graft.studio.methods.lora`, `dora` and `lokr`. Prior preservation (Ruiz et al., "DreamBooth: Fine Tuning
 Text-to-Image Diffusion Models for Subject-Driven Generation", 2022, arXiv:2208.12242) adds to the loss
 
     prior_weight * E || target(x', n, t) - denoiser(x'_t, t, text(class_prompt)) ||^2
@@ -29,6 +29,7 @@ from graft.studio.caches import Cache, content_key
 from graft.studio.config import require
 from graft.studio.errors import InputError
 from graft.studio.methods.dora import DoRA
+from graft.studio.methods.lokr import LoKr
 from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Model, Plan, plan_sites
 
@@ -148,6 +149,15 @@ class DiffusionDoRA(Subjects, DoRA):
 
     Example:
         >>> handle = DiffusionDoRA(rank=4, trigger="sks").attach(base.modules)  # doctest: +SKIP
+    """
+
+
+@dataclass(frozen=True)
+class DiffusionLoKr(Subjects, LoKr):
+    """LoKr on a diffusion base.
+
+    Example:
+        >>> handle = DiffusionLoKr(rank=4, factor=8, trigger="sks").attach(base.modules)  # doctest: +SKIP
     """
 
 

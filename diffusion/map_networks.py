@@ -25,6 +25,7 @@ from graft.studio.caches import Cache
 from graft.studio.config import from_dict, require
 from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError, InputError, SiteError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import write_tensors
 
 if TYPE_CHECKING:
@@ -175,7 +176,8 @@ class MapMethod(DiffusionMethod):
         if format != "diffusers":
             raise InputError(f"format {format!r}", f"a {cls.title} is not written in it", "use native or diffusers")
         config = _plain(adapter.card.details.get(cls.section))
-        file = write_tensors(folder / "diffusion_pytorch_model.safetensors", adapter.tensors, {"format": "pt"})
+        told = {"format": "pt", **provenance.header(adapter.card)}
+        file = write_tensors(folder / "diffusion_pytorch_model.safetensors", adapter.tensors, told)
         return [write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode()), file]
 
 

@@ -26,7 +26,7 @@ from graft.diffusion.custom_diffusion import CustomConcepts
 from graft.diffusion.lora import DiffusionLoRA
 from graft.diffusion.method import Encode, Work
 from graft.diffusion.task import row_slots
-from graft.diffusion.textual_inversion import TextualInversion, attach_concepts
+from graft.diffusion.textual_inversion import ENCODERS, TextualInversion, attach_concepts
 from graft.studio.adapter import Adapter
 from graft.studio.config import from_dict, require
 from graft.studio.errors import FormatError, InputError
@@ -117,18 +117,23 @@ class PivotalTuning(DiffusionLoRA):
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
-        """Writes the LoRA for diffusers or kohya, and the word's rows beside it for `pipe.load_textual_inversion`."""
-        from graft.studio.formats import custom_diffusion, diffusers, kohya
+        """Writes the LoRA for diffusers or kohya, and the word's rows beside it: a file for each text encoder, for
+        `pipe.load_textual_inversion`; for kohya, with two text encoders, one file for both."""
+        from graft.studio.formats import custom_diffusion, diffusers, kohya, provenance
+        from graft.studio.formats.textual_inversion import write_together
 
         writers = {"diffusers": diffusers.export, "kohya": kohya.export}
         if format not in writers:
             reason = "a word with a LoRA is not written in it"
             raise InputError(f"format {format!r}", reason, f"use native, {', '.join(writers)}")
-        key = f"embedding.{adapter.card.config['trigger']}"
-        factors = {name: tensor for name, tensor in adapter.tensors.items() if name != key}
-        paths = writers[format](Adapter(factors, replace(adapter.card, method="lora")), folder)
-        rows = adapter.tensors[key].float()
-        return [*paths, custom_diffusion.write_word(folder, adapter.card.config["trigger"], rows)]
+        token, factors = str(adapter.card.config["trigger"]), dict(adapter.tensors)
+        rows = {name: factors.pop(key) for name in ENCODERS if (key := f"{name}.{token}") in factors}
+        header = provenance.header(adapter.card)
+        told = {**adapter.card.details, "provenance": header}  # the file of the LoRA says what both are of
+        paths = writers[format](Adapter(factors, replace(adapter.card, method="lora", details=told)), folder)
+        if format == "kohya" and len(rows) > 1:
+            return [*paths, write_together(folder, token, rows, header)]
+        return [*paths, *custom_diffusion.write_word(folder, token, rows, header)]
 
 
 def _attach(

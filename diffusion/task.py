@@ -52,6 +52,8 @@ class Source:
     """What else the denoiser is told of each picture, by name: (p, k, ...)."""
     drops: Drops | None = None
     """How often a row goes without its prompt or its extras; None never."""
+    digest: str = ""
+    """Digest of pictures that come from another folder than the job's own."""
 
 
 class Batch(NamedTuple):

@@ -6,10 +6,15 @@ arXiv:2208.01618):
 
     v* = argmin_v E_{x, n, t} || target(x, n, t) - denoiser(x_t, t, text(prompt, v)) ||^2
 
-with prompts such as "a photo of <concept>". Differences from the authors' code: the new rows live outside the table
-(gathered from the frozen table, then put in at placeholder positions: the same mathematics, but no gradient, optimiser
-state or copy of the table); several vectors start as noisy copies, so that they are not symmetric; the initialiser may
-be a phrase, whose tokens are dealt out in turn.
+with prompts such as "a photo of <concept>". In Stable Diffusion XL the word has rows in the tables of both text
+encoders. Differences from the authors' code: the new rows live outside the table (gathered from the frozen table, then
+put in at placeholder positions: the same mathematics, but no gradient, optimiser state or copy of the table); several
+vectors start as noisy copies, so that they are not symmetric; the initialiser may be a phrase, whose tokens are dealt
+out in turn.
+
+The second text encoder of the published XL bases names a wrong end of text in its config (2), for which transformers
+takes the pooled output at the largest id of the prompt: with a new word, at the word. Rows are learnt like that, as
+diffusers will use them.
 """
 
 from __future__ import annotations
@@ -28,10 +33,13 @@ from graft.diffusion.data import TEMPLATES
 from graft.diffusion.method import DiffusionMethod, Encode, Work
 from graft.studio.config import from_dict, require
 from graft.studio.errors import FormatError, InputError, SiteError
-from graft.studio.formats.files import write_tensors
+from graft.studio.formats import provenance
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter
+
+ENCODERS = {"embedding": ("text_encoder", "tokenizer"), "embedding_2": ("text_encoder_2", "tokenizer_2")}
+"""Name of a word's rows -> the pipeline's text encoder and tokenizer that they are for."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +108,10 @@ class TextualInversion(DiffusionMethod):
         ids = work.base.tokenize(
             [text.replace(methods[slot].token, inner[slot].token) for slot, text in work.table.entries]
         )
-        known = len(work.base.tokenizer) - sum(method.vectors for method in methods)
         for (_, text), row in zip(work.table.entries, ids, strict=True):
-            if not bool((row >= known).any()):
+            if not handle.in_prompt(row):
                 handle.detach()
-                reason = f"it is cut off after {ids.shape[1]} tokens, before the word to learn"
+                reason = f"it is cut off after {ids.shape[-1]} tokens, before the word to learn"
                 raise InputError(f"caption {text!r}", reason, "Shorten it, or put the word first")
         return handle, lambda rows: work.base.condition(ids[rows])
 
@@ -125,15 +132,20 @@ class TextualInversion(DiffusionMethod):
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
-        """Writes `learned_embeds.safetensors`, {token: (n, d)}, for `pipe.load_textual_inversion`.
+        """Writes the word for another program.
 
-        AUTOMATIC1111 and ComfyUI read the same file.
+        `diffusers` is a file for each text encoder, for `pipe.load_textual_inversion`; where there is one, A1111 and
+        ComfyUI read it too. `kohya` is one file for all text encoders, which those two read in any case.
         """
-        if format != "diffusers":
-            raise InputError(f"format {format!r}", "Textual Inversion is not written in it", "use native or diffusers")
-        rows = adapter.tensors["embedding"].float()
-        file = Path(folder) / "learned_embeds.safetensors"
-        return [write_tensors(file, {adapter.card.config["token"]: rows}, {"format": "pt"})]
+        from graft.studio.formats.textual_inversion import write_apart, write_together
+
+        told, header = (Path(folder), adapter.card.config["token"], adapter.tensors), provenance.header(adapter.card)
+        if format == "diffusers":
+            return write_apart(*told, header)
+        if format == "kohya":
+            return [write_together(*told, header)]
+        remedy = "use native, diffusers or kohya"
+        raise InputError(f"format {format!r}", "Textual Inversion is not written in it", remedy)
 
 
 class ConceptRows(nn.Module):
@@ -167,108 +179,185 @@ class ConceptEmbedding(nn.Embedding):
         return torch.where(new[..., None], learnt, known)
 
 
-class Concepts:
-    """Words attached to a base: `bank` holds what is trained; `detach` restores tokenizer and table."""
+class WordTable:
+    """Words in one text encoder: its table finds the rows of a bank behind its own, its tokenizer knows the words."""
 
-    def __init__(self, base: Any, methods: Sequence[TextualInversion], bank: ConceptRows, tokenizer: Any):
-        self.base, self.methods, self.bank = base, methods, bank
-        self._former = base.pipe.tokenizer
+    def __init__(self, pipe: Any, names: tuple[str, str], bank: ConceptRows, tokenizer: Any):
+        self.pipe, self.names, self.bank = pipe, names, bank
+        self.former, self.own = getattr(pipe, names[1]), tokenizer
         self._former_weight: nn.Parameter | None = None
-        self._table = base.pipe.text_encoder.get_input_embeddings()
-        state = self._table.__dict__.setdefault("concepts", (len(self._former), []))
+        self._table = getattr(pipe, names[0]).get_input_embeddings()
+        self.first, banks = self._table.__dict__.setdefault("concepts", (len(self.former), []))
         self._table.__class__ = ConceptEmbedding
-        state[1].append(bank)
-        base.pipe.tokenizer = self._own = tokenizer
+        self.known = len(self.former)
+        banks.append(bank)
+        setattr(pipe, names[1], tokenizer)
 
-    def owned(self) -> list[tuple[nn.Parameter, int | None]]:
-        """Each word is a parameter of its own."""
-        return [(row, slot) for slot, row in enumerate(self.bank.rows)]
+    @property
+    def alone(self) -> bool:
+        """Whether no other words are attached to the table."""
+        return self._table.__dict__["concepts"][1] == [self.bank]
 
-    def tensors(self, slot: int = 0) -> dict[str, Tensor]:
-        """What a trained adapter keeps: `embedding` (n, d)."""
-        return {"embedding": self.bank.vectors(slot).detach().cpu().clone()}
-
-    def load(self, tensors: dict[str, Tensor], slot: int = 0) -> None:
-        """Sets a word's rows.
-
-        Raises:
-            FormatError: another shape than this base and `vectors` need.
-        """
-        rows, found = self.bank.rows[slot], tensors.get("embedding")
-        if found is None or found.shape != rows.shape:
-            got = "nothing" if found is None else tuple(found.shape)
-            raise FormatError("embedding", f"expected {tuple(rows.shape)}, got {got}", "Use the base it was trained on")
-        with torch.no_grad():
-            rows.copy_(found)
-
-    def probe(self, run: Callable[[], Tensor]) -> None:
-        """One forward and backward: every word must get a gradient.
-
-        Raises:
-            SiteError: naming the words that no prompt of `run` contains or that the denoiser does not hear.
-        """
-        grads = torch.autograd.grad(run().sum(), list(self.bank.parameters()), allow_unused=True)
-        dead = [m.token for m, g in zip(self.methods, grads, strict=True) if g is None or not g.abs().sum() > 0]
-        if dead:
-            raise SiteError(", ".join(dead), "no gradient reaches the new rows", "Check the prompts and the base")
+    @property
+    def latest(self) -> bool:
+        """Whether no other words were attached after these."""
+        return getattr(self.pipe, self.names[1]) is self.own
 
     @torch.no_grad()
-    def merge(self, slot: int = 0) -> None:
-        """Makes the rows part of the table itself, so that the base can be saved with its words; `detach` restores it.
-
-        Raises:
-            InputError: other words are attached too.
-        """
-        first, banks = self._table.__dict__["concepts"]
-        if banks != [self.bank]:
-            raise InputError(self.methods[0].token, "other words are attached too", "Detach them first")
+    def merge(self) -> None:
+        """Makes the rows part of the table itself."""
         self._former_weight, rows = self._table.weight, self.bank().to(self._table.weight)
         # A table may be longer than its tokenizer; ids of new words go on where the tokenizer's end.
-        grown = torch.cat([self._former_weight[:first], rows, self._former_weight[first + len(rows) :]])
-        self._set_table(nn.Parameter(grown, requires_grad=False))
+        grown = torch.cat([self._former_weight[: self.first], rows, self._former_weight[self.first + len(rows) :]])
+        self._set(nn.Parameter(grown, requires_grad=False))
 
-    def _set_table(self, weight: nn.Parameter) -> None:
+    def _set(self, weight: nn.Parameter) -> None:
         self._table.weight, self._table.num_embeddings = weight, len(weight)
-        self.base.pipe.text_encoder.config.vocab_size = len(weight)
+        getattr(self.pipe, self.names[0]).config.vocab_size = len(weight)
 
     def detach(self) -> None:
-        """Restores the base bit for bit. Words attached later must be detached first."""
-        if self.base.pipe.tokenizer is not self._own:
-            raise InputError(self.methods[0].token, "another word was attached after it", "Detach that one first")
+        """Gives the table and the tokenizer back as they were."""
         if self._former_weight is not None:
-            self._set_table(self._former_weight)
+            self._set(self._former_weight)
         _, banks = self._table.__dict__["concepts"]
         banks.remove(self.bank)
         if not banks:
             del self._table.__dict__["concepts"]
             self._table.__class__ = nn.Embedding
-        self.base.pipe.tokenizer = self._former
+        setattr(self.pipe, self.names[1], self.former)
+
+
+class Concepts:
+    """Words attached to a base, in each of its text encoders; `bank` holds what is trained; `detach` takes them out."""
+
+    def __init__(self, base: Any, methods: Sequence[TextualInversion], tables: dict[str, WordTable]):
+        self.base, self.methods, self.tables = base, methods, tables
+        banks = {name: table.bank for name, table in tables.items()}
+        self.bank: Any = nn.ModuleDict(banks) if len(banks) > 1 else banks["embedding"]
+
+    def owned(self) -> list[tuple[nn.Parameter, int | None]]:
+        """Each word is a parameter of its own in each text encoder."""
+        return [(row, slot) for table in self.tables.values() for slot, row in enumerate(table.bank.rows)]
+
+    def in_prompt(self, ids: Tensor) -> bool:
+        """Whether every text encoder hears one of the words in a prompt's ids, (n,) or (encoders, n)."""
+        rows = ids.reshape(-1, ids.shape[-1])
+        return all(bool((row >= table.known).any()) for row, table in zip(rows, self.tables.values(), strict=True))
+
+    def tensors(self, slot: int = 0) -> dict[str, Tensor]:
+        """What a trained adapter keeps: `embedding` (n, d) and, of a second text encoder, `embedding_2`."""
+        return {name: table.bank.vectors(slot).detach().cpu().clone() for name, table in self.tables.items()}
+
+    def load(self, tensors: dict[str, Tensor], slot: int = 0) -> None:
+        """Sets a word's rows.
+
+        Raises:
+            FormatError: another shape than this base and `vectors` need, or rows for more or fewer text encoders.
+        """
+        if other := set(tensors) - set(self.tables):
+            reason = f"{self.base.name} has {len(self.tables)} text encoder, the word was learnt in two"
+            raise FormatError(min(other), reason, "Use the base it was trained on")
+        for name, table in self.tables.items():
+            rows, found = table.bank.rows[slot], tensors.get(name)
+            if found is None or found.shape != rows.shape:
+                got = "nothing" if found is None else tuple(found.shape)
+                raise FormatError(name, f"expected {tuple(rows.shape)}, got {got}", "Use the base it was trained on")
+        with torch.no_grad():
+            for name, table in self.tables.items():
+                table.bank.rows[slot].copy_(tensors[name])
+
+    def probe(self, run: Callable[[], Tensor]) -> None:
+        """One forward and backward: every word must get a gradient in every text encoder.
+
+        Raises:
+            SiteError: naming the words that no prompt of `run` contains or that the denoiser does not hear.
+        """
+        owned = self.owned()
+        grads = torch.autograd.grad(run().sum(), [row for row, _ in owned], allow_unused=True)
+        slots = {slot for (_, slot), g in zip(owned, grads, strict=True) if g is None or not g.abs().sum() > 0}
+        if dead := [method.token for slot, method in enumerate(self.methods) if slot in slots]:
+            raise SiteError(", ".join(dead), "no gradient reaches the new rows", "Check the prompts and the base")
+
+    def merge(self, slot: int = 0) -> None:
+        """Makes the rows part of the tables themselves, so that the base can be saved with its words; `detach` restores
+        it.
+
+        Raises:
+            InputError: other words are attached too.
+        """
+        if not all(table.alone for table in self.tables.values()):
+            raise InputError(self.methods[0].token, "other words are attached too", "Detach them first")
+        for table in self.tables.values():
+            table.merge()
+
+    def detach(self) -> None:
+        """Restores the base bit for bit. Words attached later must be detached first."""
+        if not all(table.latest for table in self.tables.values()):
+            raise InputError(self.methods[0].token, "another word was attached after it", "Detach that one first")
+        for table in self.tables.values():
+            table.detach()
 
 
 def attach_concepts(base: Any, methods: Sequence[TextualInversion], seeds: Sequence[int]) -> Concepts:
     """Adds several words to one base; a row of a batch picks its word by the ids of its prompt.
 
     Args:
-        base: a `DiffusionBase` with one text encoder.
-        methods: one word each.
+        base: a `DiffusionBase` with a UNet and one or two text encoders.
+        methods: one per word, in slot order.
         seeds: of the random starts.
 
     Raises:
-        InputError: a word that the tokenizer knows already or cannot keep whole, or a second text encoder.
+        InputError: a word that a tokenizer knows already or cannot keep whole, or another denoiser than a UNet.
     """
     if "unet" not in base.modules:
         raise InputError(base.name, "Textual Inversion needs CLIP's words in every layer", "Use method lora")
-    if getattr(base.pipe, "text_encoder_2", None) is not None:
-        raise InputError(base.name, "a new word is learnt in one text encoder, it has two", "Use method lora")
-    table = base.pipe.text_encoder.get_input_embeddings()
-    if type(table) not in (nn.Embedding, ConceptEmbedding):
-        raise SiteError("text_encoder", f"its table is a {type(table).__name__}", "Detach what is attached there")
-    tokenizer = _with_words(base.tokenizer, [method.token for method in methods], [m.vectors for m in methods])
-    weight = table.weight.detach().float()
-    median = float(weight.norm(dim=-1).median())
-    starts = [_start(m, base.tokenizer, weight, seed) for m, seed in zip(methods, seeds, strict=True)]
-    bank = ConceptRows(starts, [median if m.keep_norm else None for m in methods]).to(table.weight.device)
-    return Concepts(base, methods, bank, tokenizer)
+    grown, banks = {}, {}
+    parts = {name: names for name, names in ENCODERS.items() if getattr(base.pipe, names[0], None) is not None}
+    for name, (encoder, words) in parts.items():
+        table, known = getattr(base.pipe, encoder).get_input_embeddings(), getattr(base.pipe, words)
+        if type(table) not in (nn.Embedding, ConceptEmbedding):
+            raise SiteError(encoder, f"its table is a {type(table).__name__}", "Detach what is attached there")
+        grown[name] = _with_words(known, [method.token for method in methods], [m.vectors for m in methods])
+        weight = table.weight.detach().float()
+        median = float(weight.norm(dim=-1).median())
+        starts = [_start(m, known, weight, seed) for m, seed in zip(methods, seeds, strict=True)]
+        banks[name] = ConceptRows(starts, [median if m.keep_norm else None for m in methods]).to(table.weight.device)
+    tables = {name: WordTable(base.pipe, names, banks[name], grown[name]) for name, names in parts.items()}
+    return Concepts(base, methods, tables)
+
+
+def load_words(pipe: Any, path: str | Path, token: str | None = None) -> str:
+    """Loads a word into a stock pipeline of diffusers, which by itself reads no file for two text encoders.
+
+    Args:
+        pipe: `StableDiffusionPipeline`, `StableDiffusionXLPipeline` or another with their text encoders.
+        path: any file or folder of Textual Inversion that `load_adapter` reads.
+        token: what to call it, instead of its own word.
+
+    Returns:
+        The word, for prompts.
+
+    Raises:
+        InputError: a file of something else, or of a word for other text encoders.
+    """
+    from graft.studio.adapter import load_adapter
+
+    adapter = load_adapter(path)
+    if adapter.card.method != "textual_inversion":
+        raise InputError(
+            str(path), f"an adapter of {adapter.card.method}, not a word", "Give a file of Textual Inversion"
+        )
+    parts = {name: names for name, names in ENCODERS.items() if getattr(pipe, names[0], None) is not None}
+    widths = {name: getattr(pipe, names[0]).get_input_embeddings().weight.shape[1] for name, names in parts.items()}
+    if widths != (own := {name: rows.shape[1] for name, rows in adapter.tensors.items()}):
+        given = f"rows of width {' and '.join(map(str, own.values()))}"
+        reason = f"the pipeline's text encoders have {' and '.join(map(str, widths.values()))}"
+        raise InputError(str(path), f"{given}; {reason}", "Use the base it was trained on")
+    token = token or str(adapter.card.config["token"])
+    for name, (encoder, tokenizer) in parts.items():
+        told = {"text_encoder": getattr(pipe, encoder), "tokenizer": getattr(pipe, tokenizer)}
+        pipe.load_textual_inversion(adapter.tensors[name], token=token, **told)
+    return token
 
 
 def _with_words(tokenizer: Any, tokens: list[str], counts: list[int]) -> Any:

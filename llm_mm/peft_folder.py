@@ -33,7 +33,7 @@ def export(method: LlavaTuning, adapter: Adapter, folder: Path) -> list[Path]:
     if saved:
         written["modules_to_save"] = sorted({_module(name) for name in saved})
         tensors |= {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
-    return write_folder(folder, written, tensors)
+    return write_folder(folder, written, tensors, adapter.card)
 
 
 def _module(name: str) -> str:

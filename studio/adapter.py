@@ -23,6 +23,7 @@ from graft.studio.config import from_dict
 from graft.studio.disk import write_atomic
 from graft.studio.errors import BaseMismatchError, FormatError, InputError
 from graft.studio.formats.files import read_tensors, write_tensors
+from graft.studio.formats.provenance import modelspec
 
 FORMAT_VERSION = 1
 _TENSORS, _CARD = "adapter.safetensors", "adapter.json"
@@ -110,7 +111,8 @@ class Adapter:
     def save(self, folder: str | Path) -> Path:
         """Writes ``adapter.safetensors`` and ``adapter.json`` and returns the folder."""
         folder = Path(folder)
-        write_tensors(folder / _TENSORS, self.tensors, {"format": "pt", "graft": self.card.to_json()})
+        header = {"format": "pt", "graft": self.card.to_json(), **modelspec(self.card)}
+        write_tensors(folder / _TENSORS, self.tensors, header)
         write_atomic(folder / _CARD, self.card.to_json().encode())
         return folder
 

@@ -61,6 +61,29 @@ def require_empty(folder: Path, error: type[InputError] = InputError, remedy: st
         raise error(str(folder), "it is not an empty folder", remedy)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield a draft that gets the folder's name when all is written; of one that fails nothing stays.
+
+    Raises:
+        InputError: the folder holds something.
+        DiskFullError: no space.
+    """
+    folder = folder.absolute()
+    require_empty(folder)
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    try:
+        with naming_full_disk(folder):
+            draft.mkdir(parents=True)
+            yield draft
+            if folder.exists():
+                folder.rmdir()
+            draft.rename(folder)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
 def write_atomic(path: Path, data: bytes) -> Path:
     """Write a file by a temporary one beside it, fsync and rename: a reader sees the old file or the new one.
 

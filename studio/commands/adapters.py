@@ -13,33 +13,51 @@ from graft.studio.commands.preview import load_base_of
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    inner = group(commands, "adapters", "list, inspect, convert, verify and merge adapters")
+    inner = group(commands, "adapters", "list, inspect, convert, verify, resize, extract and merge adapters")
     add_runs(command(inner, "list", list_, "list the adapters of the runs"))
     for name, run, help in (
         ("inspect", inspect, "show what an adapter is and what it was made from"),
         ("convert", convert, "write an adapter for another library"),
-        ("verify", verify, "check that an adapter is whole and fits its base"),
+        ("verify", verify, "check that an adapter is whole, fits its base, and does the same in the library it is for"),
+        ("resize", resize, "cut a LoRA to a smaller rank and tell what is lost"),
         ("merge", merge, "write a copy of the base with the adapter in its weights; of several, one adapter for all"),
     ):
         parser = command(inner, name, run, help)
         many: dict[str, Any] = {"nargs": "+"} if name == "merge" else {}
         told = "a run, or the folder or file of an adapter"
         parser.add_argument("name", metavar="RUN_OR_ADAPTER", help=told, **many)
-        if name in ("convert", "merge"):
+        if name in ("convert", "resize", "merge"):
             parser.add_argument("out", metavar="DIR", help="folder to write")
-        if name == "convert":
+        if name in ("convert", "resize"):
             formats = (
                 "diffusers, peft, kohya, loralib, torchtune, timm, transformers, merged, lora, lora-RANK or native"
             )
-            parser.add_argument("--to", default="diffusers", metavar="FORMAT", help=formats)
+            default = "diffusers" if name == "convert" else "native"
+            parser.add_argument("--to", default=default, metavar="FORMAT", help=f"{formats} (default: {default})")
+        if name == "convert":
             head = "width of an attention head of the base, from or to torchtune, whose files do not tell it"
             parser.add_argument("--head-dim", type=int, metavar="N", help=head)
         if name in ("verify", "merge"):
             parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
         if name == "merge":
-            captions = "of several: a text file with captions, one a line, that should be drawn as before"
+            captions = "of several of custom_diffusion: a text file with captions, one a line, to be drawn as before"
             parser.add_argument("--captions", metavar="FILE", help=captions)
+            parser.add_argument("--weights", metavar="W,W", help="of several LoRAs: what each counts (default: 1 each)")
+        if name in ("resize", "merge"):
+            _add_cut(parser, "" if name == "resize" else "of several LoRAs: ")
         add_runs(parser)
+    parser = command(inner, "extract", extract, "write the difference of two bases as a LoRA and tell what is lost")
+    parser.add_argument("tuned", metavar="TUNED", help="the base with the change, such as the folder of a checkpoint")
+    parser.add_argument("base", metavar="BASE", help="the base without it, which the LoRA will be for")
+    parser.add_argument("out", metavar="DIR", help="folder to write")
+    _add_cut(parser, "")
+    parser.add_argument("--targets", default="all", metavar="SITES", help="as in a job's method (default: all)")
+
+
+def _add_cut(parser: argparse.ArgumentParser, when: str) -> None:
+    parser.add_argument("--rank", type=int, metavar="R", help=f"{when}largest rank of a module")
+    kept = f"{when}share of the squared singular values that each module keeps at least, such as 0.9"
+    parser.add_argument("--keep", type=float, metavar="SHARE", help=kept)
 
 
 def list_(args: argparse.Namespace) -> Answer:
@@ -71,9 +89,11 @@ def inspect(args: argparse.Namespace) -> Answer:
     ]
     parameters = sum(tensor.numel() for tensor in adapter.tensors.values())
     document = {**dataclasses.asdict(adapter.card), "parameters": parameters, "tensors": tensors}
+    provenance = adapter.card.details.get("provenance", {})
+    told = document | {"details": {k: v for k, v in adapter.card.details.items() if k != "provenance"}} | provenance
     facts = [
         {"": key, " ": f"{len(value)} sites" if key == "sites" else value}
-        for key, value in document.items()
+        for key, value in told.items()
         if key != "tensors"
     ]
     shown = table(tensors[:20], ("name", "shape", "dtype"))
@@ -92,11 +112,12 @@ def convert(args: argparse.Namespace) -> Answer:
 
 
 def verify(args: argparse.Namespace) -> Answer:
-    """Whole, finite, and attached to its base without leaving a trace."""
+    """Whole, finite, attached to its base without leaving a trace, and the same in the library that it is for."""
+    from graft.studio import registry
     from graft.studio.adapter import base_hash
     from graft.studio.errors import FormatError
 
-    adapter, _ = find_adapter(args.name, args.runs)
+    adapter, run = find_adapter(args.name, args.runs)
     broken = [name for name, tensor in adapter.tensors.items() if not bool(tensor.isfinite().all())]
     if broken:
         raise FormatError(args.name, f"{', '.join(broken[:5])} are not finite", "Train it again")
@@ -104,16 +125,82 @@ def verify(args: argparse.Namespace) -> Answer:
     before = base_hash(base.modules)
     with adapter.attached(base):
         pass
+    domain = registry.domain(base.domain)
+    source = Path(args.name) if run is None else None
+    compared = domain.compare(base, adapter, source) if hasattr(domain, "compare") else None
     document = {
         "tensors": len(adapter.tensors),
         "base": base.name,
         "base_hash": base.hash,
         "attaches": True,
         "detaches": base_hash(base.modules) == before,
+        "compared": compared,
     }
+    right = document["detaches"] and (compared is None or compared["same"])
     return Answer(
-        document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]})", 0 if document["detaches"] else 1
+        document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]}){_likeness(compared)}", 0 if right else 1
     )
+
+
+def _likeness(compared: dict[str, Any] | None) -> str:
+    """What another library makes of the adapter, in words."""
+    if compared is None:
+        return ""
+    if "refused" in compared:
+        return f"\n{compared['library']} does not load {compared['file']}: {compared['refused']}"
+    verdict = "the same" if compared["same"] else "NOT the same"
+    return (
+        f"\n{compared['library']} draws {verdict} from {compared['file']}: error {compared['error']:.2g} of the "
+        f"adapter's change, which is {compared['change']:.2g} of the latents"
+    )
+
+
+def resize(args: argparse.Namespace) -> Answer:
+    """The adapter with a smaller rank."""
+    from graft.studio import workbench
+
+    cut = workbench.Cut(args.rank, args.keep)
+    adapter, _ = find_adapter(args.name, args.runs)
+    return _written(workbench.resize(adapter, cut), args.out, args.to)
+
+
+def extract(args: argparse.Namespace) -> Answer:
+    """What makes one base of another, as a LoRA."""
+    from graft.studio import workbench
+    from graft.studio.disk import require_empty
+    from graft.studio.registry import load_base
+
+    cut = workbench.Cut(args.rank, args.keep)
+    require_empty(Path(args.out))
+    base, tuned = load_base(args.base, "cpu"), load_base(args.tuned, "cpu")
+    return _written(workbench.extract(tuned, base, cut, args.targets), args.out, "native")
+
+
+def _written(reworked: Any, out: str, format: str) -> Answer:
+    """Write what the workbench made, whole or not at all, and tell what it lost."""
+    from graft.studio.disk import new_folder
+
+    with new_folder(Path(out)) as draft:
+        files = [path.relative_to(draft) for path in reworked.adapter.export(draft, format)]
+    folder = Path(out).absolute()
+    rows = [{"module": loss.module, "rank": loss.rank, "error": loss.error} for loss in reworked.losses]
+    elsewhere = {"tensors": reworked.elsewhere, "norm": reworked.elsewhere_size} if reworked.elsewhere else None
+    document = {"folder": str(folder), "files": [str(folder / file) for file in files], "error": reworked.error,
+                "modules": rows, "elsewhere": elsewhere}  # fmt: skip
+    worst = sorted(rows, key=lambda row: -row["error"])
+    told = [table(worst[:20], ("module", "rank", "error"))]
+    if len(rows) > 20:
+        told.append(f"... and {len(rows) - 20} more with smaller errors")
+    if elsewhere:
+        told.append(
+            f"left out: {len(reworked.elsewhere)} tensors that no factor can hold, such as {reworked.elsewhere[0]}"
+        )
+    ranks = [loss.rank for loss in reworked.losses]
+    told.append(
+        f"{len(ranks)} modules of ranks {min(ranks)} to {max(ranks)}: {100 * reworked.error:.4g} % of the change is "
+        f"left out; written to {folder}"
+    )
+    return Answer(document, "\n".join(told))
 
 
 def merge(args: argparse.Namespace) -> Answer:
@@ -142,22 +229,42 @@ def merge(args: argparse.Namespace) -> Answer:
 
 def _combined(args: argparse.Namespace) -> Answer:
     """One adapter that does what several do."""
-    from graft.studio import registry
+    from graft.studio import registry, workbench
     from graft.studio.disk import require_empty
     from graft.studio.errors import InputError
 
+    require_empty(Path(args.out))
     adapters = [find_adapter(name, args.runs)[0] for name in args.name]
     card = adapters[0].card
     method = registry.method_class(card.domain, card.method) if card.domain else None
-    if not hasattr(method, "combine") or {adapter.card.method for adapter in adapters} != {card.method}:
+    if not hasattr(method, "combine"):
+        weights = _weights(args.weights) if args.weights else [1.0] * len(adapters)
+        cut = workbench.Cut(args.rank, args.keep) if args.rank or args.keep is not None else None
+        return _written(workbench.add(adapters, weights, cut), args.out, "native")
+    if {adapter.card.method for adapter in adapters} != {card.method}:
         given = ", ".join(dict.fromkeys(adapter.card.method for adapter in adapters))
-        raise InputError(given, "these cannot be joined", "Several adapters of custom_diffusion can")
-    require_empty(Path(args.out))
+        raise InputError(given, "these cannot be joined", "Several adapters of custom_diffusion can, or several LoRAs")
     lines = _lines(args.captions) if args.captions else ()
     combined = method.combine(adapters, load_base_of(adapters[0], args.base), lines)  # type: ignore[union-attr]
     folder = combined.save(args.out)
     told = f"one adapter written to {folder}; it is called by: {combined.card.trigger}"
     return Answer({"folder": str(folder), "trigger": combined.card.trigger}, told)
+
+
+def _weights(text: str) -> list[float]:
+    """Numbers between commas.
+
+    Raises:
+        InputError: something else.
+    """
+    from graft.studio.errors import InputError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(
+            f"--weights {text}", "these are not numbers between commas", "Write --weights 0.7,0.3"
+        ) from None
 
 
 def _lines(path: str) -> list[str]:

@@ -69,7 +69,7 @@ def _write(folder: Path, modules: Mapping[str, tuple[LowRank, Tensor]], card: Ca
         "inference_mode": True,
         "task_type": None,
     }
-    return write_folder(folder, config, tensors)
+    return write_folder(folder, config, tensors, card)
 
 
 def read(folder: Path, settings: Mapping[str, Any]) -> Adapter:

@@ -22,6 +22,8 @@ from graft.studio.sites import Plan, Site
 
 FILE = "pytorch_custom_diffusion_weights.safetensors"
 _END = "_custom_diffusion.weight"
+_WORDS = {"embedding": "", "embedding_2": "_2"}
+"""Rows of a word -> how the name of their file ends."""
 
 
 def recognises(keys: Iterable[str]) -> bool:
@@ -29,19 +31,25 @@ def recognises(keys: Iterable[str]) -> bool:
     return any("_custom_diffusion." in key for key in keys)
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> Path:
+def write_weights(folder: Path, weights: Mapping[str, Tensor], header: Mapping[str, str]) -> Path:
     """Writes whole weights, named by their layers in the UNet such as ``...attn2.to_k``."""
     tensors = {}
     for name, weight in weights.items():
         layer, _, last = name.rpartition(".")
         tensors[f"{layer}.processor.{last}{_END}"] = weight
-    return write_tensors(folder / FILE, tensors, {"format": "pt"})
+    return write_tensors(folder / FILE, tensors, {"format": "pt", **header})
 
 
-def write_word(folder: Path, token: str, rows: Tensor) -> Path:
-    """Writes the rows (n, d) of a word so that ``pipe.load_textual_inversion`` reads them; one row without its n."""
-    path = folder / f"{token.replace('/', '_')}.safetensors"
-    return write_tensors(path, {token: rows[0] if len(rows) == 1 else rows}, {"format": "pt"})
+def write_word(folder: Path, token: str, rows: Mapping[str, Tensor], header: Mapping[str, str]) -> list[Path]:
+    """Writes the rows (n, d) of a word for ``pipe.load_textual_inversion``, a file for each text encoder; one row
+    without its n."""
+    paths = []
+    for name, each in rows.items():
+        path = folder / f"{token.replace('/', '_')}{_WORDS[name]}.safetensors"
+        values = each.float()
+        told = {"format": "pt", **header}
+        paths.append(write_tensors(path, {token: values[0] if len(values) == 1 else values}, told))
+    return paths
 
 
 def read(path: Path) -> Adapter:
@@ -60,18 +68,19 @@ def read(path: Path) -> Adapter:
         site = Site(f"unet.{layer}.{last}", "linear", tuple(weight.shape), None, "unet", last[-1])
         sites.append(site)
         tensors[f"{site.key}.weight"] = weight.float()
-    words = dict(word for other in sorted(file.parent.iterdir()) if (word := _word(other)) is not None)
-    if not words:
+    found = [word for other in sorted(file.parent.iterdir()) if (word := _word(other)) is not None]
+    if not found:
         raise FormatError(str(file), "no file of a word stands beside it", "put <new1>.safetensors into its folder")
-    tensors |= {f"embedding.{token}": rows for token, rows in words.items()}
-    config = {"token": list(words) if len(words) > 1 else next(iter(words))}
+    tensors |= {f"{name}.{token}": rows for name, token, rows in found}
+    words = list(dict.fromkeys(token for _, token, _ in found))
+    config = {"token": words if len(words) > 1 else words[0]}
     plan = Plan(tuple(sites)).to_list()
     card = Card("custom_diffusion", config, "diffusion", sites=plan, trigger=" and ".join(words))
     return Adapter(tensors, card)
 
 
-def _word(path: Path) -> tuple[str, Tensor] | None:
-    """Word and rows (n, d) of a file that is named like a word; None for other files."""
+def _word(path: Path) -> tuple[str, str, Tensor] | None:
+    """Which rows, their word, and themselves (n, d), of a file that is named like a word; None for other files."""
     if not path.name.startswith("<") or path.suffix not in (".safetensors", ".bin"):
         return None
     try:
@@ -81,4 +90,6 @@ def _word(path: Path) -> tuple[str, Tensor] | None:
         raise FormatError(str(path), reason, "save the word again as safetensors") from error
     if len(tensors) != 1 or (rows := next(iter(tensors.values()))).dim() not in (1, 2):
         raise FormatError(str(path), "it does not hold the rows of one word", "save the word again")
-    return next(iter(tensors)), rows.float().reshape(-1, rows.shape[-1])
+    (token,) = tensors
+    second = path.stem.endswith("_2") and not token.endswith("_2")
+    return "embedding_2" if second else "embedding", token, rows.float().reshape(-1, rows.shape[-1])

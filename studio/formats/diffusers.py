@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
-from graft.studio.formats import peft
+from graft.studio.formats import peft, provenance
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import (
     LowRank,
@@ -71,7 +71,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
             tensors[f"{name}{peft.LENGTH}{end}"] = module.length_at_output
     for component, parts in components.items():
         header |= {f"{component}.{key}": value for key, value in peft.config(parts, adapter.card.base).items()}
-    metadata = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True)}
+    metadata = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True), **provenance.header(adapter.card)}
     path = write_tensors(folder / FILE, tensors, metadata)
     check_written(adapter, _read(path), str(path))
     return [path]

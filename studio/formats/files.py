@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +18,21 @@ PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
-    """Writes a safetensors file atomically."""
+    """Writes a safetensors file atomically; the same tensors and metadata give the same bytes."""
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return write_atomic(path, save(ready, dict(metadata)))
+    return write_atomic(path, _in_order(save(ready, dict(metadata))))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its metadata in the order of their names: the library's own order is drawn anew each time."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if len(header.get("__metadata__", {})) < 2:
+        return data
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(data)[8 + size :]])
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -57,7 +57,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
             "feedforward_modules": sorted(name for name, (before, _) in parts.items() if before),
         }
         tensors = {f"{PREFIX}{name}{_END}": vector for name, (_, vector) in parts.items()}
-        paths += write_folder(folder / component, config | names, tensors)
+        paths += write_folder(folder / component, config | names, tensors, adapter.card)
     return paths
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import (
     LowRank,
@@ -96,7 +97,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     """
     modules = from_adapter(adapter)
     two = any(name.startswith("text_encoder_2.") for name in modules)
-    names = {_name(name, two): name for name in modules}
+    names = {name_of(name, two): name for name in modules}
     rank = max(module.rank for module in modules.values())
     tensors: dict[str, Tensor] = {}
     for short, name in names.items():
@@ -111,7 +112,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
             tensors[f"{short}{_LENGTH}"] = module.length.view(-1, *[1] * (module.down.dim() - 1))
     tensors |= _companions(tensors)
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
-    path = write_tensors(folder / FILE, tensors, {"format": "pt", **header})
+    path = write_tensors(folder / FILE, tensors, {"format": "pt", **header, **provenance.header(adapter.card)})
     check_written(adapter, {names[short]: module for short, module in _read(path).items()}, str(path))
     return [path]
 
@@ -144,7 +145,7 @@ def read(path: Path) -> Adapter:
     """
     modules: dict[str, LowRank] = {}
     for short, module in _read(path).items():
-        name = _path(short)
+        name = path_of(short)
         if not name or name in modules:
             reason = "a module that is named twice" if name else "no module of Stable Diffusion's UNet or text encoders"
             raise FormatError(f"{path}: {short}", reason, "only LoRAs of SD 1.x, SD 2.x and SDXL are read")
@@ -176,14 +177,14 @@ def _read(path: Path) -> dict[str, LowRank]:
     return modules
 
 
-def _name(path: str, two: bool) -> str:
+def name_of(path: str, two: bool) -> str:
     """kohya's name of a module; ``two`` says whether the adapter has a second text encoder."""
     component, _, inside = path.partition(".")
     if inside.startswith("encoder."):  # transformers 5.6 took ``text_model`` out of its CLIPTextModel
         inside = f"text_model.{inside}"
     prefix = {"unet": "lora_unet", "text_encoder": "lora_te1" if two else "lora_te", "text_encoder_2": "lora_te2"}
     short = f"{prefix.get(component, component)}_{inside.replace('.', '_')}"
-    if _path(short) != f"{component}.{inside}":
+    if path_of(short) != f"{component}.{inside}":
         reason = "kohya's file has no name for it"
         raise InputError(path, reason, "attach to the UNet and text encoders of SD or SDXL, or use diffusers or peft")
     # The one place whose diffusers name diffusers itself misreads in these files.
@@ -191,7 +192,7 @@ def _name(path: str, two: bool) -> str:
     return f"lora_unet_{label[short]}" if short in label else short
 
 
-def _path(short: str) -> str:
+def path_of(short: str) -> str:
     """Path of a module; empty if the name is not made of the words."""
     found = re.fullmatch(r"(lora_unet|lora_te[12]?)_(.+)", short)
     if found is None:

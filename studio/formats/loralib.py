@@ -22,6 +22,7 @@ from torch import Tensor
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, block_diagonal, by_module, check_written, pair, to_adapter
 from graft.studio.sites import nearest
@@ -58,7 +59,8 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         wide = [part.padded(rank) for _, part in parts]
         tensors[f"{name}.lora_A"] = torch.cat([part.down for part in wide])
         tensors[f"{name}.lora_B"] = torch.cat([part.up for part in wide])
-    path = write_tensors(folder / FILE, tensors, {"format": "pt", _HEADER: json.dumps(header, sort_keys=True)})
+    told = {"format": "pt", _HEADER: json.dumps(header, sort_keys=True), **provenance.header(adapter.card)}
+    path = write_tensors(folder / FILE, tensors, told)
     check_written(adapter, _read(path), str(path))
     return [path]
 

@@ -76,7 +76,7 @@ def from_adapter(adapter: Adapter) -> dict[str, LowRank]:
 
 def by_module(adapter: Adapter) -> dict[str, list[tuple[Site, LowRank]]]:
     """Returns for each module its site, or those on rows of its projection, with their factors."""
-    scaling = _config(adapter).scaling
+    scaling = config_of(adapter).scaling
     modules: dict[str, list[tuple[Site, LowRank]]] = {}
     for site in Plan.from_list(adapter.card.sites):
         down, up, length = (adapter.tensors.get(f"{site.key}.{name}") for name in "ABm")
@@ -146,7 +146,7 @@ def check_written(adapter: Adapter, written: Mapping[str, LowRank], where: str) 
     Raises:
         FormatError: the file does not say the same.
     """
-    scaling = _config(adapter).scaling
+    scaling = config_of(adapter).scaling
     plan = Plan.from_list(adapter.card.sites)
     if extra := set(written) ^ {site.name for site in plan}:
         raise FormatError(
@@ -201,7 +201,12 @@ def low_rank(down: Tensor, up: Tensor, scaling: float) -> LowRank:
     return LowRank("conv" if down.dim() > 2 else "linear", down, up.flatten(1) * scaling)
 
 
-def _config(adapter: Adapter) -> LoRA:
+def config_of(adapter: Adapter) -> LoRA:
+    """Returns what a LoRA's card says of its scale.
+
+    Raises:
+        InputError: another method's card.
+    """
     config = adapter.card.config
     if not {"rank", "alpha"} <= set(config):
         raise InputError(f"method {adapter.card.method}", "not a LoRA", "export it in its own formats")

@@ -21,7 +21,7 @@ from typing import Any
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError, InputError
-from graft.studio.formats import adalora, ia3, prompts
+from graft.studio.formats import adalora, ia3, lokr, prompts
 from graft.studio.formats.files import read_tensors
 from graft.studio.formats.low_rank import (
     LowRank,
@@ -38,6 +38,7 @@ from graft.studio.formats.peft_folder import CONFIG, FILE, PREFIX, by_component,
 _READERS = {
     "IA3": ia3.read,
     "ADALORA": adalora.read,
+    "LOKR": lokr.read_folder,
     "PROMPT_TUNING": prompts.read,
     "PREFIX_TUNING": prompts.read,
 }
@@ -76,7 +77,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     paths, back = [], {}
     for component, parts in by_component(modules).items():
         target = folder / component
-        paths += write_folder(target, config(parts, adapter.card.base), keys(parts))
+        paths += write_folder(target, config(parts, adapter.card.base), keys(parts), adapter.card)
         written = _read(target, read_config(target))
         back.update({f"{component}.{name}".lstrip("."): module for name, module in written.items()})
     check_written(adapter, back, str(folder))

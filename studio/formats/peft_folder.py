@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import write_tensors
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Card
 
 CONFIG, FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -33,10 +37,10 @@ def by_component(modules: Mapping[str, T]) -> dict[str, dict[str, T]]:
     return components
 
 
-def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Path]:
-    """Writes both files."""
+def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: Card) -> list[Path]:
+    """Writes both files, with where the adapter comes from in the header."""
     return [
-        write_tensors(folder / FILE, tensors, {"format": "pt"}),
+        write_tensors(folder / FILE, tensors, {"format": "pt", **provenance.header(card)}),
         write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode()),
     ]
 

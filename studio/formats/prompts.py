@@ -45,7 +45,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     else:
         values = adapter.tensors[f"{site.key}.P"]
         config |= {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "token_dim": site.shape[0]}
-    return write_folder(folder, config | {"num_virtual_tokens": len(values)}, {_KEY: values})
+    return write_folder(folder, config | {"num_virtual_tokens": len(values)}, {_KEY: values}, adapter.card)
 
 
 def _prefix(adapter: Adapter, site: Site) -> Any:

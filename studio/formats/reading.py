@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError
-from graft.studio.formats import custom_diffusion, diffusers, ip_adapter, kohya, loralib, peft, torchtune
+from graft.studio.formats import (
+    custom_diffusion,
+    diffusers,
+    ip_adapter,
+    kohya,
+    lokr,
+    loralib,
+    peft,
+    provenance,
+    textual_inversion,
+    torchtune,
+)
 from graft.studio.formats.files import PICKLES, read_tensors
 from graft.studio.formats.peft_folder import CONFIG, FILE
 
 
 def read(path: Path, head_dim: int | None = None) -> Adapter:
-    """Reads a folder of peft, torchtune or diffusers, or a file of diffusers, IP-Adapter, kohya, loralib or torchtune.
+    """Reads a folder of peft, torchtune or diffusers, or a file of diffusers, IP-Adapter, kohya, LyCORIS, loralib,
+    torchtune or Textual Inversion, with what its header says of where it comes from.
 
     Args:
         path: folder or file.
@@ -22,23 +35,21 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
         FormatError: nothing of these, or a pickle, which is never opened.
     """
     if (path / FILE).is_file():
-        return peft.read(path)
-    if (path / custom_diffusion.FILE).is_file():
-        return custom_diffusion.read(path)
+        return provenance.restored(peft.read(path), read_tensors(path / FILE)[1])
     file = _only(path) if path.is_dir() else path
-    keys = read_tensors(file)[0]
-    if torchtune.recognises(keys):
-        return torchtune.read(file, head_dim)
-    library = next(
-        (each for each in (ip_adapter, kohya, loralib, custom_diffusion) if each.recognises(keys)), diffusers
-    )
-    return library.read(file)
+    tensors, header = read_tensors(file)
+    if torchtune.recognises(tensors):
+        return provenance.restored(torchtune.read(file, head_dim), header)
+    libraries = (ip_adapter, lokr, kohya, loralib, custom_diffusion, textual_inversion)
+    library: Any = next((each for each in libraries if each.recognises(tensors)), diffusers)
+    return provenance.restored(library.read(file), header)
 
 
 def _only(folder: Path) -> Path:
     """The file in a folder: diffusers', or the only one with tensors."""
-    if (folder / diffusers.FILE).is_file():
-        return folder / diffusers.FILE
+    for file in (custom_diffusion.FILE, diffusers.FILE, textual_inversion.FILES["embedding"]):
+        if (folder / file).is_file():
+            return folder / file
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
     found = [path for path in found if path.suffix == ".safetensors"] or found
     if len(found) != 1:

@@ -24,6 +24,7 @@ from torch import Tensor
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError, InputError
+from graft.studio.formats import provenance
 from graft.studio.formats.files import read_tensors, write_tensors
 from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
 from graft.studio.formats.peft_folder import CONFIG, read_config
@@ -75,7 +76,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
             config["head_dim"] = head
             up = _heads(up, head, ours).unflatten(1, (2, head // 2)).transpose(1, 2).flatten(0, 2)
         tensors |= {f"{name}{_ENDS[0]}": module.down, f"{name}{_ENDS[1]}": up}
-    path = write_tensors(folder / FILE, tensors, {"format": "pt"})
+    path = write_tensors(folder / FILE, tensors, {"format": "pt", **provenance.header(adapter.card)})
     paths = [path, write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())]
     check_written(adapter, _read(path)[0], str(path))
     return paths

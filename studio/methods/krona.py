@@ -83,10 +83,23 @@ class KroneckerSlot(Slot):
     def forward(self, x: Tensor, y: Tensor, base: Base) -> Tensor:
         """Returns y + s (A (x) B) x."""
         first, second, strength = self.pick(self.A, self.B)
-        square = x.reshape(first.shape[0], -1, first.shape[2], second.shape[2])  # (g, m, a2, b2)
-        inner = square @ second.mT[:, None].to(x.dtype)  # (g, m, a2, b1)
-        outer = (strength.view(-1, 1, 1) * first)[:, None].to(x.dtype) @ inner  # (g, m, a1, b1)
-        return y + outer.reshape(y.shape).to(y.dtype)
+        return y + kronecker(x, strength.view(-1, 1, 1) * first, second).reshape(y.shape).to(y.dtype)
+
+
+def kronecker(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Returns (A (x) B) x without forming the product.
+
+    Args:
+        x: (b, ..., a2 * b2).
+        first: A of each row or of all, (g, a1, a2) with g = b or 1.
+        second: B, (g, b1, b2).
+
+    Returns:
+        (g, m, a1, b1), in the order of x's rows.
+    """
+    square = x.reshape(first.shape[0], -1, first.shape[2], second.shape[2])  # (g, m, a2, b2)
+    inner = square @ second.mT[:, None].to(x.dtype)  # (g, m, a2, b1)
+    return first[:, None].to(x.dtype) @ inner
 
 
 def nearest_divisor(number: int, wanted: float) -> int:

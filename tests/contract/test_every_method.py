@@ -29,6 +29,7 @@ from graft.studio.methods.gated_lora import GatedLoRA
 from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.krona import KronA
 from graft.studio.methods.ladder_side_tuning import LadderSideTuning
+from graft.studio.methods.lokr import LoKr
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
 from graft.studio.methods.moslora import MoSLoRA
@@ -164,6 +165,11 @@ CASES = {
     "dylora, rank-stabilised": Case(DyLoRA(rank=4, rslora=True), Packed),
     "krona": Case(KronA(targets="all-linear")),
     "krona, packed attention": Case(KronA(size=2), Packed),
+    "lokr": Case(LoKr(rank=1, alpha=3.0, targets="all-linear")),
+    "lokr, all sites, both factors thin": Case(LoKr(rank=1, targets="all", decompose_both=True)),
+    "lokr, whole factors": Case(LoKr(rank=64, factor=2, targets="all")),
+    "lokr, convolution": Case(LoKr(rank=1, targets=("conv", "out")), Tokens),
+    "lokr, packed attention": Case(LoKr(rank=2, factor=2), Packed),
     "houlsby": Case(Houlsby(width=4), exact=False, merges=False),
     "houlsby, packed attention": Case(Houlsby(width=4), Packed, exact=False, merges=False),
     "pfeiffer": Case(Pfeiffer(width=16), exact=False, merges=False),

@@ -71,18 +71,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def xl(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random pipeline of Stable Diffusion XL as a diffusers folder."""
+    """A random pipeline of Stable Diffusion XL as a diffusers folder: text encoders of different width, and the second
+    one with the wrong end-of-text id that the real one has."""
     torch.manual_seed(0)
     words = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=24, bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id, projection_dim=12,
-    )  # fmt: skip
+
+    def text(width: int, end: int) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(words), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=24, bos_token_id=words.bos_token_id, eos_token_id=end,
+            pad_token_id=words.pad_token_id, projection_dim=12,
+        )  # fmt: skip
+
     unet = UNet2DConditionModel(
         sample_size=4, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=8, addition_embed_type="text_time", addition_time_embed_dim=8,
+        cross_attention_dim=40, attention_head_dim=8, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 12,
     )  # fmt: skip
     vae = AutoencoderKL(
@@ -90,9 +94,9 @@ def xl(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         up_block_types=("UpDecoderBlock2D",) * 2, sample_size=8,
     )  # fmt: skip
     pipe = StableDiffusionXLPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), text_encoder_2=CLIPTextModelWithProjection(text), tokenizer=words,
-        tokenizer_2=words, unet=unet, scheduler=DDIMScheduler(clip_sample=False, steps_offset=1),
-        add_watermarker=False,
+        vae=vae, text_encoder=CLIPTextModel(text(16, words.eos_token_id)), tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(text(24, 2)), tokenizer_2=words, unet=unet,
+        scheduler=DDIMScheduler(clip_sample=False, steps_offset=1), add_watermarker=False,
     )  # fmt: skip
     path = tmp_path_factory.mktemp("xl")
     pipe.save_pretrained(path)

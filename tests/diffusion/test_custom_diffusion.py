@@ -281,6 +281,11 @@ def test_class_pictures_of_a_folder(folder: Path, photos: Path, two: Path):
     assert Job.load({**CD_JOB, "method": {**CD, "class_path": "pictures"}}).method["class_path"].startswith("/")
     assert theirs.mean.shape[0] == 5 and theirs.std.any()
     assert [prompts[0] for prompts in theirs.prompts] == [8, 8, 9, 8, 8]
+    (digest,) = task.digests
+    assert task.adapter({}).card.data_digest == task.origin()["data_digest"] == digest
+    assert digest != prepare(job(folder, photos, CD)).digests[0] == task.subjects[0].dataset.digest
+    (two / "toys" / "2.txt").write_text("a toy on another toy")  # other class pictures or captions are other data
+    assert digest != prepare(job(folder, photos, task.subjects[0].job.method)).digests[0]
     with pytest.raises(DataError, match="0.png has no caption"):
         prepare(job(folder, photos, {**CD, "class_path": str(two)}))
 

@@ -26,6 +26,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -62,6 +63,7 @@ from graft.diffusion.transformers import (
     packed,
     unpacked,
 )
+from graft.diffusion.verification import compare
 from graft.studio.adapter import load_adapter
 from graft.studio.errors import InputError
 from graft.studio.job import Job
@@ -320,6 +322,41 @@ def test_a_lora_trains_and_stock_diffusers_draws_the_same(family: tuple[str, Pat
     np.testing.assert_allclose(picture(stock, name), picture(task.base.pipe, name), atol=1e-5)
     fresh = load_base(str(path), "cpu")
     with load_adapter(tmp_path).attached(fresh):
+        np.testing.assert_allclose(picture(fresh.pipe, name), picture(stock, name), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_lokr_trains_and_stock_diffusers_draws_the_same(family: tuple[str, Path], photos: Path, tmp_path: Path):
+    name, path = family
+    if name != "z-image":
+        pytest.skip("diffusers loads LoKr into Z-Image and FLUX.2 only")
+    task = prepare(job(path, photos, name="lokr", rank=1, alpha=3.0, factor=4))
+    optimizer = torch.optim.AdamW(task.parameters(), lr=1e-2)
+    for step in range(3):
+        optimizer.zero_grad()
+        task(task.batch(step, torch.Generator().manual_seed(step)))[0].backward()
+        optimizer.step()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in task.parameters())
+    adapter = task.adapter({})
+    adapter.export(tmp_path, "diffusers")
+    stock = DiffusionPipeline.from_pretrained(path)
+    plain = picture(stock, name)
+    stock.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
+    assert np.abs(plain - picture(task.base.pipe, name)).max() > 1e-4
+    np.testing.assert_allclose(picture(stock, name), picture(task.base.pipe, name), atol=1e-5)
+    fresh = load_base(str(path), "cpu")
+    with load_adapter(tmp_path).attached(fresh):
+        np.testing.assert_allclose(picture(fresh.pipe, name), picture(stock, name), atol=1e-5)
+    compared = compare(fresh, adapter, side=SIDE)
+    assert compared is not None and compared["same"]
+    # ai-toolkit's spelling, with an alpha of its own.
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    theirs = {key.replace("transformer.", "diffusion_model."): tensor for key, tensor in tensors.items()}
+    theirs |= {f"{key.removesuffix('.lokr_w1')}.alpha": torch.tensor(2.0) for key in theirs if key.endswith(".lokr_w1")}
+    save_file(theirs, tmp_path / "theirs.safetensors")
+    stock = DiffusionPipeline.from_pretrained(path)
+    stock.load_lora_weights(tmp_path, weight_name="theirs.safetensors")
+    with load_adapter(tmp_path / "theirs.safetensors").attached(fresh):
         np.testing.assert_allclose(picture(fresh.pipe, name), picture(stock, name), atol=1e-5)
 
 

@@ -59,6 +59,7 @@ def test_counts_of_the_site_methods_are_those_of_their_formulas(root: Path) -> N
         "sora": lora + 4 * L * r,
         "dylora": lora,
         "krona": 4 * L * (16 * 16 + 24 * 24),
+        "lokr": 4 * L * (16 * 16 + r * (24 + 24)),
         "gated_lora": lora + 4 * L * (d + 1),
         "houlsby": 2 * L * bottleneck,
         "pfeiffer": L * bottleneck,
