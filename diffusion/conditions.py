@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from graft.diffusion.buckets import Shape
 from graft.diffusion.data import TRANSFORM, DataConfig, Dataset, Picture, load_dataset, load_pixels
@@ -107,16 +108,22 @@ def condition_maps(dataset: Dataset, config: DataConfig, kind: str, cache: Cache
         many = f"{len(dataset.pictures)} pictures, {files} of them with a {kind} map:"
         remedy = f"Put one map of each picture, of its size, into {CONDITIONS}/ beside it, under its name"
         raise DataError(config.path, "\n  ".join([many, *problems]) + "\n", remedy)
-    shape = (dataset.pixels.shape[-2], dataset.pixels.shape[-1])
     rows = []
     for picture, keys, row in zip(dataset.pictures, dataset.keys, dataset.pixels, strict=True):
-        read = partial(_read, picture, kind, shape, config)
+        read = partial(_read, picture, kind, dataset.shape, config)
         found = [cache.get("conditions", _key(picture, kind, key), partial(read, k, key)) for k, key in enumerate(keys)]
         maps = [entry["map"] for entry in found]
         if kind == "inpaint":
             maps = [torch.cat([pixels, mask[:1]]) for pixels, mask in zip(row, maps, strict=True)]
         rows.append(torch.stack(maps))
     return torch.stack(rows)
+
+
+def as_squares(maps: Tensor, side: int) -> Tensor:
+    """The middle of maps of any shape as squares: (p, c, h, w) -> (p, c, side, side), values taken over as they are."""
+    edge = min(maps.shape[-2:])
+    top, left = ((length - edge) // 2 for length in maps.shape[-2:])
+    return F.interpolate(maps[..., top : top + edge, left : left + edge], size=side, mode="nearest-exact")
 
 
 def maps_of_files(path: Path, kind: str, side: int, ready: bool = False) -> Tensor:

@@ -139,6 +139,11 @@ class Dataset:
     """What becomes of the caption in each variant, {} standing for it; None where nothing does."""
 
     @property
+    def shape(self) -> Shape:
+        """Height and width of every picture."""
+        return self.pixels.shape[-2], self.pixels.shape[-1]
+
+    @property
     def digest(self) -> str:
         """SHA-256 of pictures, transforms, captions, maps and masks: what the card of a trained adapter names."""
         rows = zip(self.keys, self.pictures, strict=True)
@@ -156,8 +161,9 @@ def load_dataset(config: DataConfig, resolution: int | Shape, cache: Cache) -> D
     Raises:
         DataError: listing every file that cannot be used.
     """
-    side = config.resolution or resolution
-    return _load(config, (resolution if isinstance(resolution, tuple) else (side, side),), cache)[0]
+    if isinstance(resolution, tuple):
+        return _load(config, (resolution,), cache)[0]
+    return _load(config, ((config.resolution or resolution,) * 2,), cache)[0]
 
 
 def load_buckets(
@@ -173,8 +179,11 @@ def load_buckets(
         rescale: show the variants smaller and larger, as Custom Diffusion's augmentation does.
 
     Raises:
+        InputError: one variant to be shown in several sizes.
         DataError: listing every file that cannot be used.
     """
+    if rescale and config.variants == 1:
+        raise InputError("method.augment", "one variant has one size at every step", "Set data.variants, say to 12")
     return _load(config, shapes_of(config, resolution, multiple), cache, rescale)
 
 
@@ -340,7 +349,10 @@ def loss_weights(masks: Tensor, latents: Shape, outside: float) -> Tensor:
     """
     shares = F.interpolate(masks.flatten(0, 1).float() / 255, size=latents, mode="area").unflatten(0, masks.shape[:2])
     marked, covered = shares.split(1, 2)
-    return (outside + (1 - outside) * marked) * (covered > 0.999)
+    whole = (covered > 0.999).float()
+    # A picture may be shown so small that it covers no latent wholly.
+    whole = torch.where(whole.flatten(2).any(-1)[..., None, None, None], whole, covered)
+    return (outside + (1 - outside) * marked) * whole
 
 
 def load_pixels(

@@ -121,7 +121,7 @@ class IPAdapter(DiffusionMethod):
         Raises:
             InputError: too few pictures to train from scratch.
         """
-        count = len(subject.dataset.pictures)
+        count = len(subject.pictures)
         if self.init is None and count < FEWEST:
             reason = f"{count} pictures are learnt by heart by an adapter that starts from scratch (under {FEWEST})"
             remedy = "For one concept use textual_inversion, lora or custom_diffusion, or give method.init an adapter"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
-from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.method import PromptTable, Subject, Work
+from graft.diffusion.data import DataConfig, load_buckets
+from graft.diffusion.method import PromptTable, Subject, Work, all_sources
 from graft.diffusion.objectives import objective_for
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
@@ -45,7 +45,7 @@ class ConceptTask(DiffusionTask):
 
     def origin(self) -> dict[str, str]:
         """Digests of the base and of each job's pictures and captions."""
-        data = ",".join(subject.dataset.digest for subject in self.subjects)
+        data = ",".join(subject.digest for subject in self.subjects)
         own = getattr(self.handle, "details", {})
         return {"base": self.base.name, "base_hash": self.base.hash, "data_digest": data, **own}
 
@@ -119,7 +119,7 @@ class ConceptTask(DiffusionTask):
             base_hash=self.base.hash,
             sites=plan.to_list() if plan is not None else [],
             metrics=metrics,
-            data_digest=subject.dataset.digest,
+            data_digest=subject.digest,
             trigger=subject.method.trigger,
             details=getattr(self.handle, "details", {}),
         )
@@ -161,18 +161,14 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     subjects = []
     for job, method in zip(jobs, methods, strict=True):
         data = from_dict(DataConfig, dict(job.data), "data")
-        subjects.append(Subject(job, method, data, load_dataset(data, base.side(data.resolution), cache)))
-    tokens = base.tokens(subjects[0].dataset.pixels.shape[-1])
-    objective = objective_for(base.pipe.scheduler, methods[0].snr_gamma, tokens)
+        side, multiple = base.side(data.resolution), base.multiple
+        subjects.append(Subject(job, method, data, load_buckets(data, side, multiple, cache, method.rescales)))
     table = PromptTable()
-    sources = [
-        source
-        for slot, subject in enumerate(subjects)
-        for source in subject.method.sources(base, subject, slot, table, cache)
-    ]
+    sources = [s for slot, subject in enumerate(subjects) for s in all_sources(base, subject, slot, table, cache)]
+    objective = sources[0].objective or objective_for(base.pipe.scheduler)
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
-    task = ConceptTask(base, handle, sources, objective, encode)
+    task = ConceptTask(base, handle, sources, objective, encode, jobs[0].train.seed)
     task.subjects = subjects
     log.info("cache: %s", cache)
     try:
@@ -205,6 +201,8 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
         }
         for job, method in zip(jobs, methods, strict=True)
     ]
+    if len(jobs) > 1 and any(job.data.get("buckets") for job in jobs):
+        raise InputError("data.buckets = true", "a shared batch is of one shape", "train the jobs alone")
     dropout = to_dict(methods[0]).get("dropout", 0)
     if len(jobs) > 1 and dropout:
         raise InputError(f"dropout = {dropout}", "a shared batch has other masks", "train the jobs alone")

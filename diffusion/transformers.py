@@ -124,10 +124,10 @@ class FluxBase(TransformerBase):
         )[0]
         return unpacked(velocity, h, w)
 
-    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+    def as_drawn(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline's latents, packed, as (b, c, h, w)."""
-        wide = side // int(self.pipe.vae_scale_factor)
-        return unpacked(latents, wide, wide)
+        factor = int(self.pipe.vae_scale_factor)
+        return unpacked(latents, height // factor, width // factor)
 
 
 class ZImageBase(TransformerBase):

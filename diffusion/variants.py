@@ -7,6 +7,7 @@ mask.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +49,11 @@ def rescaling(key: str, number: int) -> Rescaling:
     left, top = (float(place) for place in dice.random(2))
     words = FAR if scale < 0.6 else NEAR if scale > 1 else ("{}",)
     return Rescaling(scale, left, top, words[int(dice.integers(len(words)))])
+
+
+def reworded(prompt: str, wording: str) -> str:
+    """A prompt as `Rescaling.wording` has it: "a photo of a cat" becomes "a far away photo of a cat"."""
+    return prompt if wording == "{}" else wording.format(re.sub(r"^(a|an|the)\s+", "", prompt, flags=re.IGNORECASE))
 
 
 @dataclass(frozen=True)

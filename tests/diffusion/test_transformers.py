@@ -176,7 +176,7 @@ def test_the_pipeline_draws_what_euler_steps_of_our_velocity_give(family: tuple[
     x, condition = latents, base.condition(base.tokenize([prompt]))
     for now, then in zip(pipe.scheduler.sigmas[:-1], pipe.scheduler.sigmas[1:], strict=True):
         x = x + (then - now) * base.denoise(x, now.view(1) * 1000, condition)
-    torch.testing.assert_close(base.as_drawn(drawn, SIDE), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(base.as_drawn(drawn, SIDE, SIDE), x, rtol=1e-4, atol=1e-4)
 
 
 def test_a_lora_trains_and_stock_diffusers_draws_the_same(family: tuple[str, Path], photos: Path, tmp_path: Path):
