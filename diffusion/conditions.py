@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from graft.diffusion.buckets import Shape
 from graft.diffusion.data import TRANSFORM, DataConfig, Dataset, Picture, load_dataset, load_pixels
-from graft.diffusion.folder import CONDITIONS, map_beside
+from graft.diffusion.folder import CONDITIONS, find, map_beside
 from graft.studio.caches import Cache, content_key
 from graft.studio.errors import DataError, InputError
 from graft.studio.pictures import BROKEN, checked_bytes, complaint, find_pictures, upright_size
@@ -102,7 +102,7 @@ def condition_maps(dataset: Dataset, config: DataConfig, kind: str, cache: Cache
     """
     if kind in MADE:
         return torch.stack([torch.stack([_made(kind, pixels) for pixels in row]) for row in dataset.pixels])
-    problems = [*_misfits(dataset), *_strays(dataset, Path(config.path))]
+    problems = [*_misfits(dataset), *_strays(config)]
     if problems:
         files = sum(picture.condition is not None for picture in dataset.pictures)
         many = f"{len(dataset.pictures)} pictures, {files} of them with a {kind} map:"
@@ -194,9 +194,10 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
             yield f"{picture.path.name}: its map {picture.condition.name} is {sizes}"
 
 
-def _strays(dataset: Dataset, root: Path) -> Iterator[str]:
-    """Maps that belong to no picture."""
-    used = {picture.condition.resolve() for picture in dataset.pictures if picture.condition is not None}
+def _strays(config: DataConfig) -> Iterator[str]:
+    """Maps that belong to no picture of the folder, of whatever shape."""
+    root = Path(config.path)
+    used = {found.condition.resolve() for found in find(config, []) if found.condition is not None}
     for path in find_pictures(root):
         if CONDITIONS in path.relative_to(root).parts[:-1] and path.resolve() not in used:
             yield f"{path.relative_to(root)}: there is no picture of this name"

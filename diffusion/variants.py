@@ -115,9 +115,8 @@ class Variant:
         and left of the cut once the picture is scaled to the shape, and the shape."""
         (h, w), (width, height) = self.shape, size
         left, top, right, bottom = self.box(size)
-        if self.mirrored:
-            left = width - right
-        corner = (round(top * h / (bottom - top)), round(left * w / (right - left)))
+        beside = width - right if self.mirrored else left
+        corner = (round(top * h / (bottom - top)), round(beside * w / (right - left)))
         return torch.tensor([height, width, *corner, h, w], dtype=torch.float32)
 
 
