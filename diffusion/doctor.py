@@ -41,6 +41,8 @@ ALIKE = 16
 """Bits of 256 in which near duplicates may differ; unrelated pictures differ in about 128."""
 CLIP_TOKENS = 75
 """What CLIP's text encoder reads of a prompt; every word and every sign is one token or more."""
+SHEET = 400
+"""Crops on the contact sheet at most: those of the first pictures."""
 TILE = 160
 """Pixels of a crop's longer side on the contact sheet."""
 KINDS = {
@@ -102,8 +104,8 @@ class Report:
         """For people: findings with their first files."""
         lines = [f"{self.path}: {self.pictures} pictures, {self.captions} with captions, {self.masks} with masks"]
         for row in self.shapes:
-            cut = f"{row['cut']:.0%} of them is cut off"
-            lines.append(f"  {row['width']} x {row['height']}: {row['pictures']} pictures, {cut}")
+            count = f"{row['pictures']} picture{'s' * (row['pictures'] != 1)}"
+            lines.append(f"  {row['width']} x {row['height']}: {count}, {row['cut']:.0%} cut off")
         for finding in self.document()["findings"]:
             files = finding["files"]
             lines.append(f"{finding['level']}: {finding['kind']} ({len(files)}). {finding['remedy']}.")
@@ -123,7 +125,7 @@ def examine(
         config: how the training would read it. Without a base, a resolution of 0 is 512.
         base: tells its own resolution, and how much of a caption it reads; None takes Stable Diffusion's.
         triggers: words of which each caption must hold one; none: nothing is asked for.
-        out: file of a contact sheet, PNG: every picture as it will be trained on.
+        out: file of a contact sheet, PNG: pictures as they will be trained on, some hundreds at most.
 
     Raises:
         DataError: no folder, or no pictures in it.
@@ -136,7 +138,8 @@ def examine(
     among = shapes_of(config, side, base.multiple if base else min(64, max(8, side // 8)))
     looks, cuts = list[_Look](), dict[Shape, list[float]]()
     for each in found:
-        look = _look(each, config, among, report, out is not None)
+        room = out is not None and sum(len(look.crops) for look in looks) < SHEET
+        look = _look(each, config, among, report, room)
         if look is not None:
             looks.append(look)
             cuts.setdefault(look.shape, []).append(look.cut)

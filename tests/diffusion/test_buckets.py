@@ -130,12 +130,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-FAST = {"textual_inversion", "custom_diffusion", "controlnet-maps"}
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in METHODS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_on_every_shape(
     folder: Path, mixed: Path, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -165,6 +161,7 @@ def _drawn(base, prompt, seed, shape, steps, guidance):
     return {"latents": torch.zeros(4, shape[0] // side, shape[1] // side)}
 
 
+@pytest.mark.slow
 def test_the_class_gets_its_share_in_every_shape(folder: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("graft.diffusion.lora._draw", _drawn)
     task = prepare(job(folder, mixed, METHODS["lora"]))
@@ -198,6 +195,7 @@ def test_a_resumed_training_ends_with_the_same_bits(folder: Path, mixed: Path, t
     assert one.card.data_digest == two.card.data_digest != ""
 
 
+@pytest.mark.slow
 def test_xl_is_told_the_true_size_and_crop(xl: Path, tmp_path: Path):
     photos = tmp_path / "one"
     photos.mkdir()
@@ -218,6 +216,7 @@ def test_xl_is_told_the_true_size_and_crop(xl: Path, tmp_path: Path):
     assert wide.extras["sizes"].tolist() == [[50, 100, 0, 0, 24, 48]] * 2
 
 
+@pytest.mark.slow
 def test_noise_levels_shift_with_the_tokens_of_the_shape(folder: Path, mixed: Path, monkeypatch: pytest.MonkeyPatch):
     from diffusers import FlowMatchEulerDiscreteScheduler
 

@@ -50,7 +50,7 @@ def test_the_loss_is_the_mean_over_what_counts():
     assert torch.equal(weighted_mse(prediction, target, weights, torch.zeros(3, 1, 5, 5)), torch.zeros(3))
 
 
-@pytest.mark.parametrize("name", ["0.mask.png", "masks/0.png", "masks/0.jpg"])
+@pytest.mark.parametrize("name", ["0.mask.png", pytest.param("masks/0.jpg", marks=pytest.mark.slow)])
 def test_a_mask_beside_a_picture_weighs_its_latents(folder: Path, photos: Path, name: str):
     half(photos, name)
     task = prepare(job(folder, photos, mask_outside=0.25))
@@ -101,6 +101,7 @@ def test_alpha_is_a_mask_and_never_black(folder: Path, photos: Path):
     assert prepare(job(folder, photos)).sources[0].places is None  # unless it is asked for
 
 
+@pytest.mark.slow
 def test_masks_follow_crop_mirror_and_orientation(tmp_path: Path):
     picture = np.zeros((40, 64, 3), np.uint8)
     picture[10:30, 20:40] = 255
@@ -181,6 +182,7 @@ def test_latents_on_the_canvas_count_nothing():
     assert weights[0, 1, 0, :2, :2].tolist() == [[0.25, 0.25], [0.25, 0.25]] and weights[0, 1].sum() == 1
 
 
+@pytest.mark.slow
 def test_custom_diffusion_trains_on_rescaled_pictures(folder: Path, photos: Path):
     method = {"name": "custom_diffusion", "token": "<cat>", "augment": True}
     with pytest.raises(InputError, match=r"Set data.variants"):

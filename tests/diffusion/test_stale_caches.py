@@ -38,6 +38,7 @@ def misses(counts: COUNTS) -> dict[str, int]:
     return {kind: count for (kind, what), count in counts.items() if what == "miss"}
 
 
+@pytest.mark.slow
 def test_everything_is_found_again(captioned: Path, base: DiffusionBase):
     assert misses(fill(captioned, base)[0]) == {"pixels": 5, "latents": 5, "text": 5}
     assert misses(fill(captioned, base)[0]) == {}
@@ -83,6 +84,7 @@ def test_another_autoencoder_makes_other_latents_and_the_same_text(captioned: Pa
     assert misses(counts) == {"latents": 5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"background": "black"}, {"crop": "random", "variants": 2}, {"resolution": 24}])
 def test_another_transform_is_another_picture(captioned: Path, base: DiffusionBase, settings: dict):
     fill(captioned, base)
@@ -90,6 +92,7 @@ def test_another_transform_is_another_picture(captioned: Path, base: DiffusionBa
     assert misses(counts) == dict.fromkeys(("pixels", "latents"), dataset.pixels.shape[0] * dataset.pixels.shape[1])
 
 
+@pytest.mark.slow
 def test_renaming_moves_nothing(captioned: Path, base: DiffusionBase):
     """Entries belong to contents, not to names or places in the list."""
     _, before, mean = fill(captioned, base)
@@ -139,6 +142,7 @@ def test_latents_are_drawn_anew_at_every_step(folder: Path, photos: Path):
     assert float(error.abs().max()) < 5 and float((rows.std(0) / std - 1).abs().max()) < 0.15
 
 
+@pytest.mark.slow
 def test_variants_are_drawn_at_every_step_and_each_is_encoded_once(folder: Path, photos: Path):
     for i in range(5):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 400, 3), np.uint8)).save(photos / f"{i}.png")

@@ -19,6 +19,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -198,6 +199,26 @@ def test_a_lora_trains_and_stock_diffusers_draws_the_same(family: tuple[str, Pat
     fresh = load_base(str(path), "cpu")
     with load_adapter(tmp_path).attached(fresh):
         np.testing.assert_allclose(picture(fresh.pipe, name), picture(stock, name), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_pictures_of_several_shapes_are_trained_on(family: tuple[str, Path], photos: Path):
+    name, path = family
+    for i in range(2):
+        Image.open(photos / f"{i}.png").rotate(90, expand=True).save(photos / f"{i}.png")
+    given = job(path, photos, class_prompt="a toy" if name == "flux" else None, class_pictures=2)
+    task = prepare(replace(given, data={**given.data, "buckets": True}))
+    shift = {"flux": np.exp(0.5 + 0.65 * (15 - 256) / (4096 - 256)), "sd3": 3.0, "z-image": 3.0}[name]
+    found = [source.objective for source in task.sources]
+    assert [each.shift for each in found if isinstance(each, Flow)] == pytest.approx([shift] * len(found))
+    shapes = set()
+    for step in range(5):
+        batch = task.batch(step, torch.Generator().manual_seed(step))
+        shapes.add(tuple(batch.mean.shape[-2:]))
+        loss, _ = task(batch)
+        loss.backward()
+        assert bool(loss.isfinite())
+    assert shapes == {(6, 10), (10, 6)}
 
 
 def test_sixteen_bits_are_near(family: tuple[str, Path], photos: Path):
