@@ -17,6 +17,7 @@ from torch import nn
 from graft.diffusion.base import without_progress_bars
 from graft.diffusion.data import DataConfig
 from graft.diffusion.folder import caption_file, find
+from graft.studio.config import require
 from graft.studio.disk import write_atomic
 from graft.studio.errors import DataError, InputError
 from graft.studio.pictures import BROKEN, checked_bytes, complaint, open_picture
@@ -45,7 +46,7 @@ class Captioner:
             max_tokens: length of a caption at most.
 
         Raises:
-            InputError: no such model, or one that captions nothing.
+            InputError: no such model, one that captions nothing, or a length out of range.
         """
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -54,6 +55,7 @@ class Captioner:
             from graft.studio.pocket import resolve
 
             source = str(resolve(name))
+        require("--max-tokens", max_tokens, 1 <= max_tokens <= 4096, "1 to 4096")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype: Any = torch.float32 if device == "cpu" else "auto"
         remedy = "Give a captioner of transformers, such as Salesforce/blip-image-captioning-base, or its folder"
@@ -98,7 +100,7 @@ class Captioner:
 def write_captions(
     path: Path, model: str, settings: Mapping[str, Any], overwrite: bool = False, device: str | None = None
 ) -> list[dict[str, Any]]:
-    """Writes name.txt beside every picture of a folder that has no caption of its own there.
+    """Writes name.txt beside every picture of a folder that has no caption of its own.
 
     Args:
         path: the folder, searched with its sub-folders.
@@ -115,7 +117,7 @@ def write_captions(
         DataError: no pictures, a picture that cannot be read, or a caption without a word.
     """
     found = find(DataConfig(path=str(path), mask="files"), [])
-    wanted = [each for each in found if overwrite or not _has_caption(each.path)]
+    wanted = [each for each in found if overwrite or not (each.caption or _has_caption(each.path))]
     told = dict[Path, str]()
     if wanted:
         captioner = Captioner(model, device, settings.get("prompt"), settings.get("max_tokens", 60))

@@ -117,7 +117,11 @@ class Report:
 
 
 def examine(
-    config: DataConfig, base: DiffusionBase | None = None, triggers: Sequence[str] = (), out: Path | None = None
+    config: DataConfig,
+    base: DiffusionBase | None = None,
+    triggers: Sequence[str] = (),
+    out: Path | None = None,
+    rescale: bool = False,
 ) -> Report:
     """Looks at every picture and caption of a folder.
 
@@ -126,6 +130,7 @@ def examine(
         base: tells its own resolution, and how much of a caption it reads; None takes Stable Diffusion's.
         triggers: words of which each caption must hold one; none: nothing is asked for.
         out: file of a contact sheet, PNG: pictures as they will be trained on, some hundreds at most.
+        rescale: show them on it smaller and larger, as Custom Diffusion's augmentation does.
 
     Raises:
         DataError: no folder, or no pictures in it.
@@ -138,9 +143,10 @@ def examine(
     among = shapes_of(config, side, base.multiple if base else min(64, max(8, side // 8)))
     looks, cuts = list[_Look](), dict[Shape, list[float]]()
     for each in found:
-        room = out is not None and sum(len(look.crops) for look in looks) < SHEET
-        look = _look(each, config, among, report, room)
+        look = _look(each, config, among, report)
         if look is not None:
+            if out is not None and sum(len(other.crops) for other in looks) < SHEET:
+                look.crops.extend(_crops(each, look, config, rescale))
             looks.append(look)
             cuts.setdefault(look.shape, []).append(look.cut)
             _check_caption(each, look.name, base, triggers, report)
@@ -177,7 +183,7 @@ def _split(problem: str) -> tuple[str, str]:
     return file, detail
 
 
-def _look(found: Found, config: DataConfig, among: tuple[Shape, ...], report: Report, crop: bool) -> _Look | None:
+def _look(found: Found, config: DataConfig, among: tuple[Shape, ...], report: Report) -> _Look | None:
     """Reads a picture, and notes what is to be said of the file; None if it cannot be used."""
     name = str(found.path.relative_to(config.path))
     try:
@@ -196,12 +202,24 @@ def _look(found: Found, config: DataConfig, among: tuple[Shape, ...], report: Re
     if (factor := max(w / width, h / height)) > 1:
         report.add("small", name, f"{width} x {height} pixels, enlarged {factor:.2g} times")
     digest, mask = hashlib.sha256(data).hexdigest(), mask_of(found, config)
-    marked = _mask(mask, size, config, report) if mask is not None else None
-    if config.mask == "alpha":
-        marked = alpha_of(data)
-    ways = variants(digest, shape, config)[: 4 if crop else 0]
-    crops = [_dimmed(way.cut(image), None if marked is None else way.cut(marked)) for way in ways]
-    return _Look(name, digest, _bits(image), shape, 1 - share, bool(found.caption), marked is not None, crops)
+    marked = alpha_of(data) if config.mask == "alpha" else None
+    if mask is not None:
+        marked = _mask(mask, size, config, report)
+    return _Look(name, digest, _bits(image), shape, 1 - share, bool(found.caption), marked is not None, [])
+
+
+def _crops(found: Found, look: _Look, config: DataConfig, rescale: bool) -> list[Image.Image]:
+    """The first variants of a picture; what its mask does not mark is darker."""
+    data, mask, crops = found.path.read_bytes(), None, []
+    if look.masked:
+        file = mask_of(found, config)
+        mask = open_picture(file.read_bytes(), "black").convert("L") if file else alpha_of(data)
+    image = open_picture(data, config.background, near=max(look.shape))
+    for way in variants(look.digest, look.shape, config, rescale)[:4]:
+        crop = way.cut(image)
+        dark = crop.point(lambda value: value // 4)
+        crops.append(crop if mask is None else Image.composite(crop, dark, way.cut(mask)))
+    return crops
 
 
 def _mask(file: Path, size: tuple[int, int], config: DataConfig, report: Report) -> Image.Image | None:
@@ -214,11 +232,6 @@ def _mask(file: Path, size: tuple[int, int], config: DataConfig, report: Report)
         fault = complaint(error)
     report.add("bad mask", name, fault)
     return None
-
-
-def _dimmed(crop: Image.Image, mask: Image.Image | None) -> Image.Image:
-    """A crop; what its mask does not mark is darker."""
-    return crop if mask is None else Image.composite(crop, crop.point(lambda value: value // 4), mask)
 
 
 def _check_mode(data: bytes, name: str, report: Report) -> None:
@@ -341,4 +354,4 @@ def examine_job(job: Any, trigger: str | None = None, out: Path | None = None) -
     base = load_base(job.base, "cpu")
     config = from_dict(DataConfig, dict(job.data), "data")
     words = getattr(method, "tokens", None) or ((method.trigger,) if method.trigger else ())
-    return examine(config, base, (trigger,) if trigger else words, out)
+    return examine(config, base, (trigger,) if trigger else words, out, method.rescales)

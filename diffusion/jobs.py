@@ -168,7 +168,8 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     objective = sources[0].objective or objective_for(base.pipe.scheduler)
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
-    task = ConceptTask(base, handle, sources, objective, encode, jobs[0].train.seed)
+    seed = jobs[0].train.seed if subjects[0].data.buckets else None
+    task = ConceptTask(base, handle, sources, objective, encode, seed)
     task.subjects = subjects
     log.info("cache: %s", cache)
     try:

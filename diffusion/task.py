@@ -134,7 +134,7 @@ class DiffusionTask(nn.Module):
         handle: of the attached adapters; `handle.bank` owns the trainable parameters.
         sources: of all jobs, in the order of the rows.
         objective: what is predicted.
-        seed: names the order of batches of several shapes.
+        seed: names the order of pictures in rounds, which several shapes need; None draws each batch by itself.
         encode: rows of the prompt table (u,) -> what the denoiser is told of them, u rows of each tensor.
     """
 
@@ -150,7 +150,7 @@ class DiffusionTask(nn.Module):
         sources: Sequence[Source],
         objective: Objective,
         encode: Callable[[Tensor], Condition],
-        seed: int = 0,
+        seed: int | None = None,
     ):
         super().__init__()
         self.base, self.handle, self.bank = base, handle, handle.bank
@@ -175,8 +175,8 @@ class DiffusionTask(nn.Module):
     def batch(self, step: int, *generators: torch.Generator) -> Batch:
         """Rows of one micro step: a pure function of its number and the states of the generators, one for each job."""
         sources, picks = self.sources, None
-        shapes = 1 + max(source.shape for source in sources)
-        if shapes > 1:
+        if self.seed is not None:
+            shapes = 1 + max(source.shape for source in sources)
             kinds = [[source for source in sources if source.shape == shape] for shape in range(shapes)]
             rows = kinds[0][0].rows  # the first source of a shape is that of the job's own pictures
             shape, picks = dealt(tuple(len(kind[0].mean) for kind in kinds), rows, self.seed, step)

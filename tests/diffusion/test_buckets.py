@@ -245,6 +245,14 @@ def test_settings_out_of_range_are_refused(wrong: dict):
         DataConfig(path="x", **wrong)
 
 
+def test_rounds_hold_for_pictures_of_one_shape_too(folder: Path, photos: Path):
+    task = prepare(job(folder, photos, TI))
+    (source,) = task.sources
+    means = [mean for step in range(5) for mean in task.batch(step, torch.Generator().manual_seed(step)).mean]
+    rows = [int((source.mean[:, 0] == mean).flatten(1).all(1).nonzero()) for mean in means]
+    assert Counter(rows) == dict.fromkeys(range(5), 2) and set(rows[:5]) == set(range(5))
+
+
 def test_jsonl_captions_stay_with_their_pictures(mixed: Path):
     lines = [json.dumps({"file_name": f"{i}.png", "text": f"number {i}"}) for i in reversed(range(7))]
     (mixed / "metadata.jsonl").write_text("\n".join(lines))
