@@ -5,7 +5,7 @@ drawn anew at every step (so their distribution is that of encoding again), prom
 where the text encoder does not change. A batch is a pure function of its generator. Several jobs on one base share a
 batch, each with its own rows, noise and slot.
 
-Where pictures are of several shapes, every batch is of one. A round is as many batches as it takes for every picture to
+With `data.buckets` every batch is of one shape. A round is as many batches as it takes for every picture to
 come equally often with batches that are full: r = b / gcd(b, pictures of each shape) times. In it each shape deals its
 pictures out, one shuffled pack of them after the other, and the shapes take turns by lot.
 """
