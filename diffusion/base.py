@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -40,6 +41,8 @@ class DiffusionBase:
     """What computes the denoiser's attention: auto, sdpa or xformers; `attend_by` sets it."""
     domain: str = field(default="diffusion", init=False)
     """Registry name of this domain."""
+    told_sizes: ClassVar[bool] = False
+    """Whether the denoiser is told how large a picture is and how it was cropped."""
     choosers: list[Callable[[Sequence[int] | None], None]] = field(default_factory=list, init=False, repr=False)
     """Told, before pictures are drawn, which prompt each of them is of; None when all are drawn. What is attached and
     differs from prompt to prompt adds itself here."""
@@ -101,11 +104,18 @@ class DiffusionBase:
         """Sides are multiples of this many pixels."""
         return max(8, int(self.pipe.vae_scale_factor))
 
+    @property
+    def multiple(self) -> int:
+        """Sides of pictures that are not square are multiples of this many pixels: a denoiser that halves latents
+        several times needs more than its pipeline asks for."""
+        halvings = len(self.denoiser.config.get("block_out_channels", (0,))) - 1
+        return math.lcm(self.step, int(self.pipe.vae_scale_factor) * 2**halvings)
+
     def tokens(self, side: int) -> int:
         """Tokens of a square picture, where the noise levels of the training depend on them; else nothing."""
         return 0
 
-    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+    def as_drawn(self, latents: Tensor, height: int, width: int) -> Tensor:
         """What the pipeline returns for ``output_type="latent"`` as (b, c, h, w)."""
         return latents
 
@@ -188,6 +198,7 @@ class SDXLBase(DiffusionBase):
     size and crop of the picture too."""
 
     architecture = "stable-diffusion-xl-v1-base"
+    told_sizes = True
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids of both tokenizers: (p, 2, n) long, on the CPU."""
@@ -203,14 +214,16 @@ class SDXLBase(DiffusionBase):
         return {"text": torch.cat([each.hidden_states[-2] for each in told], dim=-1), "pooled": told[1][0]}
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """As for any base; the picture is said to be of its own size and not cropped, as when it is drawn."""
+        """As for any base. `condition` may have "sizes", (b, 6), as `Dataset` has them; without, the picture is said to
+        be of its own size and not cropped, as when it is drawn."""
         height, width = (side * int(self.pipe.vae_scale_factor) for side in noisy.shape[-2:])
-        sizes = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        own = torch.tensor([height, width, 0, 0, height, width], device=noisy.device, dtype=noisy.dtype)
+        sizes = condition.get("sizes", own.expand(len(noisy), -1))
         prediction: Tensor = self.denoiser(
             noisy,
             timesteps,
             encoder_hidden_states=condition["text"],
-            added_cond_kwargs={"text_embeds": condition["pooled"], "time_ids": sizes.expand(len(noisy), -1)},
+            added_cond_kwargs={"text_embeds": condition["pooled"], "time_ids": sizes},
             return_dict=False,
         )[0]
         return prediction

@@ -7,7 +7,6 @@ are a picture and a mask. `hint` turns them into what the network takes.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,20 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from graft.diffusion.data import (
-    CONDITIONS,
-    TRANSFORM,
-    DataConfig,
-    Dataset,
-    Picture,
-    load_dataset,
-    load_pixels,
-    map_beside,
-)
+from graft.diffusion.buckets import Shape
+from graft.diffusion.data import TRANSFORM, DataConfig, Dataset, Picture, load_dataset, load_pixels
+from graft.diffusion.folder import CONDITIONS, find, map_beside
 from graft.studio.caches import Cache, content_key
 from graft.studio.errors import DataError, InputError
-from graft.studio.pictures import BROKEN, checked_bytes, complaint, find_pictures
+from graft.studio.pictures import BROKEN, checked_bytes, complaint, find_pictures, upright_size
 
 THRESHOLDS = (100, 200)
 """Of Canny's gradients: edges begin above the second and go on above the first. The ControlNet authors' default."""
@@ -109,22 +102,28 @@ def condition_maps(dataset: Dataset, config: DataConfig, kind: str, cache: Cache
     """
     if kind in MADE:
         return torch.stack([torch.stack([_made(kind, pixels) for pixels in row]) for row in dataset.pixels])
-    problems = [*_misfits(dataset), *_strays(dataset, Path(config.path))]
+    problems = [*_misfits(dataset), *_strays(config)]
     if problems:
         files = sum(picture.condition is not None for picture in dataset.pictures)
         many = f"{len(dataset.pictures)} pictures, {files} of them with a {kind} map:"
         remedy = f"Put one map of each picture, of its size, into {CONDITIONS}/ beside it, under its name"
         raise DataError(config.path, "\n  ".join([many, *problems]) + "\n", remedy)
-    side = dataset.pixels.shape[-1]
     rows = []
     for picture, keys, row in zip(dataset.pictures, dataset.keys, dataset.pixels, strict=True):
-        read = partial(_read, picture, kind, side, config)
+        read = partial(_read, picture, kind, dataset.shape, config)
         found = [cache.get("conditions", _key(picture, kind, key), partial(read, k, key)) for k, key in enumerate(keys)]
         maps = [entry["map"] for entry in found]
         if kind == "inpaint":
             maps = [torch.cat([pixels, mask[:1]]) for pixels, mask in zip(row, maps, strict=True)]
         rows.append(torch.stack(maps))
     return torch.stack(rows)
+
+
+def as_squares(maps: Tensor, side: int) -> Tensor:
+    """The middle of maps of any shape as squares: (p, c, h, w) -> (p, c, side, side), values taken over as they are."""
+    edge = min(maps.shape[-2:])
+    top, left = ((length - edge) // 2 for length in maps.shape[-2:])
+    return F.interpolate(maps[..., top : top + edge, left : left + edge], size=side, mode="nearest-exact")
 
 
 def maps_of_files(path: Path, kind: str, side: int, ready: bool = False) -> Tensor:
@@ -171,9 +170,9 @@ def _key(picture: Picture, kind: str, key: str) -> str:
     return content_key("condition-1", TRANSFORM, picture.condition_digest, key, kind in (*NAMES, "inpaint"))
 
 
-def _read(picture: Picture, kind: str, side: int, config: DataConfig, variant: int, key: str) -> dict[str, Tensor]:
+def _read(picture: Picture, kind: str, shape: Shape, config: DataConfig, variant: int, key: str) -> dict[str, Tensor]:
     assert picture.condition is not None
-    return {"map": load_pixels(picture.condition.read_bytes(), side, config, variant, key, _filter(kind))}
+    return {"map": load_pixels(picture.condition.read_bytes(), shape, config, variant, key, _filter(kind))}
 
 
 def _mask_of(file: Path, side: int, config: DataConfig) -> Tensor:
@@ -189,22 +188,16 @@ def _misfits(dataset: Dataset) -> Iterator[str]:
         if picture.condition is None:
             yield f"{picture.path.name}: there is no {CONDITIONS}/{picture.path.name}"
             continue
-        own, given = _size(picture.path), _size(picture.condition)
+        own, given = (upright_size(path.read_bytes()) for path in (picture.path, picture.condition))
         if own != given:
             sizes = f"{given[0]} x {given[1]} pixels, the picture {own[0]} x {own[1]}"
             yield f"{picture.path.name}: its map {picture.condition.name} is {sizes}"
 
 
-def _strays(dataset: Dataset, root: Path) -> Iterator[str]:
-    """Maps that belong to no picture."""
-    used = {picture.condition.resolve() for picture in dataset.pictures if picture.condition is not None}
+def _strays(config: DataConfig) -> Iterator[str]:
+    """Maps that belong to no picture of the folder, of whatever shape."""
+    root = Path(config.path)
+    used = {found.condition.resolve() for found in find(config, []) if found.condition is not None}
     for path in find_pictures(root):
         if CONDITIONS in path.relative_to(root).parts[:-1] and path.resolve() not in used:
             yield f"{path.relative_to(root)}: there is no picture of this name"
-
-
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height of a picture that is turned as its EXIF entry says."""
-    with Image.open(io.BytesIO(path.read_bytes())) as image:
-        width, height = image.size
-        return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)

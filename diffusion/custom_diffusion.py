@@ -14,8 +14,10 @@ concepts of a job are learnt from mixed batches (the paper's joint training); se
 
 Differs from the authors' code: what is kept and trained is the change of W_K and W_V, stacked over slots, so that rows
 of one batch may belong to different adapters (for Adam the same steps as on the weights themselves); no weight decay;
-the row lives outside the token table; query and output (their `crossattn`) are not trained; their random rescaling with
-masked loss and captions such as "very small" is left out. Their recipe for Stable Diffusion 1.x: learning rate 8e-5
+the row lives outside the token table; query and output (their `crossattn`) are not trained. Their random rescaling
+(`augment`) is prepared as `data.variants` of each picture, two in three of them pasted small on a grey canvas, whose
+latents count nothing in the loss, the third zoomed in; captions say "a far away", "a very small", "a zoomed in" or "a
+close up" before the words of the prompt. Their recipe for Stable Diffusion 1.x: learning rate 8e-5
 (1e-5 for each of 4 + 4 rows of a batch), 250 steps, 500 for two concepts, 200 class pictures.
 """
 
@@ -31,11 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graft.diffusion.buckets import Shape
 from graft.diffusion.data import TEMPLATES, DataConfig, Picture, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, latents
 from graft.diffusion.task import Source, row_slots
 from graft.diffusion.textual_inversion import ENCODERS, Concepts, TextualInversion, attach_concepts
+from graft.diffusion.variants import reworded
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict, require
 from graft.studio.errors import DataError, FormatError, InputError
@@ -81,6 +85,9 @@ class CustomDiffusion(DiffusionMethod):
     """Weight of the classes' loss beside the concepts'."""
     word_rate: float = 1.0
     """Learning rate of the words over that of keys and values."""
+    augment: bool = False
+    """Show the concepts smaller and larger than they are, and say so in the prompts, as the authors do; takes
+    data.variants, say 12."""
     snr_gamma: float | None = None
     """Min-SNR's gamma (the paper's is 5); None weights all noise levels equally."""
 
@@ -107,6 +114,11 @@ class CustomDiffusion(DiffusionMethod):
     def tokens(self) -> tuple[str, ...]:
         """The new words."""
         return (self.token,) if isinstance(self.token, str) else self.token
+
+    @property
+    def rescales(self) -> bool:
+        """Whether the variants of a picture are shown smaller and larger."""
+        return self.augment
 
     @property
     def phrases(self) -> tuple[str, ...]:
@@ -161,21 +173,27 @@ class CustomDiffusion(DiffusionMethod):
         self, base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
     ) -> Iterator[Source]:
         """Yields the pictures of all concepts and, for prior preservation, those of their classes."""
-        pictures, rows = subject.dataset.pictures, subject.job.train.batch_size
-        concepts = self.concept_of(pictures, subject.data.path)
-        told = [self.prompts(each.caption, concept) for each, concept in zip(pictures, concepts, strict=True)]
-        posterior = latents(base, subject.dataset, cache)
+        dataset, everything, rows = subject.dataset, subject.pictures, subject.job.train.batch_size
+        concepts = dict(zip(map(id, everything), self.concept_of(everything, subject.data.path), strict=True))
+        told = [self.prompts(each.caption, concepts[id(each)]) for each in dataset.pictures]
+        posterior = latents(base, dataset, cache)
+        wording = None
+        if dataset.wording is not None:
+            wording = [
+                [table.rows(slot, [reworded(prompt, frame) for prompt in some]) for frame in frames]
+                for some, frames in zip(told, dataset.wording, strict=True)
+            ]
         prompts = [table.rows(slot, some) for some in told]
-        yield Source(posterior["mean"], posterior["std"], prompts, rows, slot=slot)
+        yield Source(posterior["mean"], posterior["std"], prompts, rows, slot=slot, wording=wording)
         classes = list(dict.fromkeys(prompt for prompt in self.of_each(self.class_prompt) if prompt))
-        side = subject.dataset.pixels.shape[-1]
         digest = ""
         if self.class_path is not None:
-            mean, std, shown, digest = _folder(base, self.class_path, classes, side, cache)
+            mean, std, shown, digest = _folder(base, self.class_path, classes, dataset.shape, cache)
         elif classes:
-            drawn = [class_latents(base, prompt, self.class_pictures, side, cache) for prompt in classes]
+            count = subject.share(self.class_pictures)
+            drawn = [class_latents(base, prompt, count, dataset.shape, cache) for prompt in classes]
             mean, std = (torch.cat([each[name] for each in drawn])[:, None] for name in ("mean", "std"))
-            shown = [prompt for prompt in classes for _ in range(self.class_pictures)]
+            shown = [prompt for prompt in classes for _ in range(count)]
         else:
             return
         prompts = [table.rows(slot, [prompt]) for prompt in shown]
@@ -234,10 +252,10 @@ class CustomDiffusion(DiffusionMethod):
 
 
 def _folder(
-    base: DiffusionBase, path: str, classes: Sequence[str], side: int, cache: Cache
+    base: DiffusionBase, path: str, classes: Sequence[str], shape: Shape, cache: Cache
 ) -> tuple[Tensor, Tensor, list[str], str]:
     """Posterior, captions and digest of a folder of class pictures."""
-    dataset = load_dataset(DataConfig(path=path, caption=classes[0] if classes else None), side, cache)
+    dataset = load_dataset(DataConfig(path=path, caption=classes[0] if classes else None), shape, cache)
     bare = [picture.path.name for picture in dataset.pictures if not picture.caption]
     if bare:
         raise DataError(path, f"{bare[0]} has no caption", "Write captions beside the pictures, or set class_prompt")

@@ -12,8 +12,8 @@ which start as copies of its W_k, W_v. In training a row goes without its pictur
 `drop` of the rows each. At scale 0 the output is the base's.
 
 Differs from the authors' code: everything frozen is computed once, before the first step; the encoder sees the same
-square of the picture as the autoencoder, not another crop of the file; attention over text and picture is one fused
-operation; rows may differ in scale and in how many pictures they are shown.
+part of the picture as the autoencoder (its middle, where that is not square), not another crop of the file; attention
+over text and picture is one fused operation; rows may differ in scale and in how many pictures they are shown.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class IPAdapter(DiffusionMethod):
         Raises:
             InputError: too few pictures to train from scratch.
         """
-        count = len(subject.dataset.pictures)
+        count = len(subject.pictures)
         if self.init is None and count < FEWEST:
             reason = f"{count} pictures are learnt by heart by an adapter that starts from scratch (under {FEWEST})"
             remedy = "For one concept use textual_inversion, lora or custom_diffusion, or give method.init an adapter"

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
-from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.method import PromptTable, Subject, Work
+from graft.diffusion.data import DataConfig, load_buckets
+from graft.diffusion.method import PromptTable, Subject, Work, all_sources
+from graft.diffusion.objectives import objective_for
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
 from graft.diffusion.task import DiffusionTask, Source, row_slots
@@ -163,18 +164,15 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     subjects = []
     for job, method in zip(jobs, methods, strict=True):
         data = from_dict(DataConfig, dict(job.data), "data")
-        subjects.append(Subject(job, method, data, load_dataset(data, base.side(data.resolution), cache)))
-    tokens = base.tokens(subjects[0].dataset.pixels.shape[-1])
-    objective = methods[0].objective(base.pipe.scheduler, tokens)
+        side, multiple = base.side(data.resolution), base.multiple
+        subjects.append(Subject(job, method, data, load_buckets(data, side, multiple, cache, method.rescales)))
     table = PromptTable()
-    sources = [
-        source
-        for slot, subject in enumerate(subjects)
-        for source in subject.method.sources(base, subject, slot, table, cache)
-    ]
+    sources = [s for slot, subject in enumerate(subjects) for s in all_sources(base, subject, slot, table, cache)]
+    objective = sources[0].objective or objective_for(base.pipe.scheduler)
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
-    task = ConceptTask(base, handle, sources, objective, encode)
+    seed = jobs[0].train.seed if subjects[0].data.buckets else None
+    task = ConceptTask(base, handle, sources, objective, encode, seed)
     task.subjects = subjects
     task.digests = [_digest(subject, slot, sources) for slot, subject in enumerate(subjects)]
     log.info("cache: %s", cache)
@@ -189,7 +187,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
 def _digest(subject: Subject, slot: int, sources: Sequence[Source]) -> str:
     """Digest of a job's pictures and, where a folder gives those of the classes, of these."""
     others = [source.digest for source in sources if source.slot == slot and source.digest]
-    return content_key([subject.dataset.digest, *others]) if others else subject.dataset.digest
+    return content_key([subject.digest, *others]) if others else subject.digest
 
 
 def _first_loss(task: ConceptTask) -> Tensor:
@@ -214,6 +212,8 @@ def _check_sharing(jobs: Sequence[Job], methods: Sequence[Any]) -> None:
         }
         for job, method in zip(jobs, methods, strict=True)
     ]
+    if len(jobs) > 1 and any(job.data.get("buckets") for job in jobs):
+        raise InputError("data.buckets = true", "a shared batch is of one shape", "train the jobs alone")
     dropout = to_dict(methods[0]).get("dropout", 0)
     if len(jobs) > 1 and dropout:
         raise InputError(f"dropout = {dropout}", "a shared batch has other masks", "train the jobs alone")

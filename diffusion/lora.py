@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from graft.diffusion.buckets import Shape
 from graft.diffusion.data import TEMPLATES
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
 from graft.diffusion.task import Source, row_slots
@@ -77,9 +78,9 @@ class Subjects(DiffusionMethod):
         """Yields the job's pictures and, for prior preservation, those of the class."""
         yield from super().sources(base, subject, slot, table, cache)
         if self.class_prompt is not None:
-            side = subject.dataset.pixels.shape[-1]
-            prior = class_latents(base, self.class_prompt, self.class_pictures, side, cache)
-            prompts = [table.rows(slot, [self.class_prompt])] * self.class_pictures
+            count = subject.share(self.class_pictures)
+            prior = class_latents(base, self.class_prompt, count, subject.dataset.shape, cache)
+            prompts = [table.rows(slot, [self.class_prompt])] * count
             rows = subject.job.train.batch_size
             yield Source(prior["mean"][:, None], prior["std"][:, None], prompts, rows, self.prior_weight, slot)
 
@@ -161,24 +162,24 @@ class DiffusionLoKr(Subjects, LoKr):
     """
 
 
-def class_latents(base: DiffusionBase, prompt: str, count: int, side: int, cache: Cache) -> dict[str, Tensor]:
+def class_latents(base: DiffusionBase, prompt: str, count: int, shape: Shape, cache: Cache) -> dict[str, Tensor]:
     """What the base draws for a class prompt, as a posterior without spread.
 
     Args:
         base: nothing may be attached to it.
         prompt: the class.
         count: pictures; picture i is drawn from seed i, so a larger set begins with the smaller one.
-        side: pixels.
+        shape: height and width in pixels.
         cache: one entry per picture.
 
     Returns:
         `mean` and `std`, each (count, c, h, w); `std` is zero.
     """
-    steps, guidance = 25, 5.0
-    drawn = []
+    steps, guidance, drawn = 25, 5.0, []
+    side = shape[0] if shape[0] == shape[1] else list(shape)
     for seed in range(count):
         key = content_key("class-1", base.hash, prompt, side, steps, guidance, seed, _name(base.pipe.scheduler))
-        drawn.append(cache.get("class", key, partial(_draw, base, prompt, seed, side, steps, guidance)))
+        drawn.append(cache.get("class", key, partial(_draw, base, prompt, seed, shape, steps, guidance)))
     mean = torch.stack([entry["latents"] for entry in drawn])
     return {"mean": mean, "std": torch.zeros_like(mean)}
 
@@ -187,14 +188,14 @@ def _name(scheduler: Any) -> list[str]:
     return [type(scheduler).__name__, str(sorted(scheduler.config.items()))]
 
 
-def _draw(base: DiffusionBase, prompt: str, seed: int, side: int, steps: int, guidance: float) -> dict[str, Tensor]:
+def _draw(base: DiffusionBase, prompt: str, seed: int, shape: Shape, steps: int, guidance: float) -> dict[str, Tensor]:
     latents = base.pipe(
         prompt=prompt,
-        height=side,
-        width=side,
+        height=shape[0],
+        width=shape[1],
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
         **base.guided(guidance),
     ).images
-    return {"latents": base.as_drawn(latents, side)[0].float()}
+    return {"latents": base.as_drawn(latents, *shape)[0].float()}

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from graft.diffusion.conditions import KINDS, condition_maps, hint, maps_of_files, picture_of
+from graft.diffusion.conditions import KINDS, as_squares, condition_maps, hint, maps_of_files, picture_of
 from graft.diffusion.data import Dataset
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
 from graft.diffusion.task import Drops, Source
@@ -113,7 +113,8 @@ class MapMethod(DiffusionMethod):
         for module in (handle.bank, work.base.denoiser):  # half of the work is convolutions, a twentieth faster so
             nn.Module.to(module, memory_format=torch.channels_last)
         handle.weight_decay = subject.job.train.weight_decay
-        handle.maps = source.extras["control"][:16, 0]  # for samples
+        side = work.base.side(subject.data.resolution)
+        handle.maps = as_squares(source.extras["control"][:16, 0], side)  # for samples
         return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in told.items()}
 
     def attach(self, base: DiffusionBase, seed: int = 0) -> Follower:

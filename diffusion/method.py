@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.diffusion.base import Condition, DiffusionBase
-from graft.diffusion.data import DataConfig, Dataset
+from graft.diffusion.data import DataConfig, Dataset, Picture, loss_weights
 from graft.diffusion.objectives import Objective, objective_for
 from graft.diffusion.task import Source
 from graft.studio.caches import Cache, content_key
@@ -33,8 +33,30 @@ class Subject:
     """Its method section."""
     data: DataConfig
     """Its data section."""
-    dataset: Dataset
-    """Its pictures."""
+    datasets: Sequence[Dataset]
+    """Its pictures, a set for each shape, that with most of them first."""
+    shape: int = 0
+    """Which of the sets is `dataset`."""
+
+    @property
+    def dataset(self) -> Dataset:
+        """The pictures of one shape."""
+        return self.datasets[self.shape]
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All pictures."""
+        return [picture for dataset in self.datasets for picture in dataset.pictures]
+
+    def share(self, count: int) -> int:
+        """How many of `count` further pictures `dataset` gets, as large is its part of the job's own; at least one."""
+        return -(-count * len(self.dataset.pictures) // len(self.pictures))
+
+    @property
+    def digest(self) -> str:
+        """Of all its data."""
+        digests = [dataset.digest for dataset in self.datasets]
+        return digests[0] if len(digests) == 1 else content_key(digests)
 
 
 class PromptTable:
@@ -82,6 +104,11 @@ class DiffusionMethod:
     snr_gamma: float | None
     """Min-SNR's gamma; None weights all noise levels equally."""
 
+    @property
+    def rescales(self) -> bool:
+        """Whether the variants of a picture are shown smaller and larger."""
+        return False
+
     def prompts(self, caption: str | None) -> list[str]:
         """Training prompts of a picture with this caption, of which each step draws one."""
         raise TypeError(f"{type(self).__name__} must define prompts")
@@ -93,7 +120,8 @@ class DiffusionMethod:
     def sources(
         self, base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
     ) -> Iterator[Source]:
-        """Yields where the rows of a job's batch come from: its pictures, unless a method adds others."""
+        """Yields where the rows of a job's batch come from: the pictures of `subject.dataset` first, then what a method
+        adds. It is called for each shape of pictures, and what it adds is of that shape too."""
         prompts = [table.rows(slot, self.prompts(picture.caption)) for picture in subject.dataset.pictures]
         posterior = latents(base, subject.dataset, cache)
         yield Source(posterior["mean"], posterior["std"], prompts, subject.job.train.batch_size, slot=slot)
@@ -112,6 +140,29 @@ class DiffusionMethod:
         `samples(prompts, seeds, config)`, all that they show.
         """
         raise TypeError(f"{cls.__name__} must define attach_jobs")
+
+
+def all_sources(base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache) -> Iterator[Source]:
+    """Yields the method's sources for every shape of pictures, with what the data say of them."""
+    for shape, dataset in enumerate(subject.datasets):
+        own, *others = subject.method.sources(base, replace(subject, shape=shape), slot, table, cache)
+        h, w = dataset.pixels.shape[-2:]
+        facts = {"sizes": dataset.sizes} if base.told_sizes else {}
+        places = None
+        if dataset.masks is not None:
+            latent = (own.mean.shape[-2], own.mean.shape[-1])
+            places = loss_weights(dataset.masks, latent, subject.data.mask_outside)
+        levels = subject.method.objective(base.pipe.scheduler, tokens(base, h, w))
+        yield replace(own, shape=shape, facts=facts, places=places, objective=levels)
+        whole = torch.tensor([h, w, 0, 0, h, w], dtype=torch.float32)
+        for other in others:
+            facts = {"sizes": whole.expand(*other.mean.shape[:2], -1)} if base.told_sizes else {}
+            yield replace(other, shape=shape, facts=facts, objective=levels)
+
+
+def tokens(base: DiffusionBase, height: int, width: int) -> int:
+    """What a picture is to a transformer; 0 where the noise levels do not depend on it."""
+    return base.tokens(base.step) * (height // base.step) * (width // base.step)
 
 
 def latents(base: DiffusionBase, dataset: Dataset, cache: Cache) -> dict[str, Tensor]:

@@ -203,6 +203,17 @@ def _shift(config: Any, tokens: int) -> float:
     return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
-def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """Squared error per row, weighted, in fp32: (b, c, h, w) twice and (b,) -> (b,)."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1) * weights
+def weighted_mse(prediction: Tensor, target: Tensor, weights: Tensor, places: Tensor | None = None) -> Tensor:
+    """Squared error per row, weighted, in fp32: (b, c, h, w) twice and (b,) -> (b,).
+
+    Args:
+        prediction: of the denoiser.
+        target: what it should be.
+        weights: of the rows.
+        places: what each place counts, (b, 1, h, w); the mean is over what counts. None: all the same.
+    """
+    errors = (prediction.float() - target.float()).square()
+    if places is None:
+        return errors.flatten(1).mean(1) * weights
+    share = places.flatten(1).mean(1).clamp(min=1e-6)  # a random crop may miss all that is marked
+    return (errors * places).flatten(1).mean(1) / share * weights

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from graft.diffusion.data import Dataset
@@ -180,6 +180,7 @@ class PicturePrompts:
         assert self.examples is not None
         pixels = self.examples.pixels[:, 0]
         chosen = [as_picture(pixels[i * len(pixels) // len(seeds)]) for i in range(len(seeds))]
+        chosen = [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in chosen]
         columns = []
         try:
             for picture, seed in zip(chosen, seeds, strict=True):

@@ -4,12 +4,18 @@ Everything frozen is computed before the first step: pictures are decoded once, 
 drawn anew at every step (so their distribution is that of encoding again), prompts tokenised once, and encoded once
 where the text encoder does not change. A batch is a pure function of its generator. Several jobs on one base share a
 batch, each with its own rows, noise and slot.
+
+With `data.buckets` every batch is of one shape. A round is as many batches as it takes for every picture to
+come equally often with batches that are full: r = b / gcd(b, pictures of each shape) times. In it each shape deals its
+pictures out, one shuffled pack of them after the other, and the shapes take turns by lot.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from math import gcd
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +23,7 @@ from torch import Tensor, nn
 
 from graft.diffusion.base import Condition, DiffusionBase
 from graft.diffusion.objectives import Objective, weighted_mse
+from graft.studio.batches import step_seed
 
 
 class Drops(NamedTuple):
@@ -54,6 +61,16 @@ class Source:
     """How often a row goes without its prompt or its extras; None never."""
     digest: str = ""
     """Digest of pictures that come from another folder than the job's own."""
+    facts: Mapping[str, Tensor] = field(default_factory=dict)
+    """As extras, but never dropped."""
+    places: Tensor | None = None
+    """What each place of a latent counts in the loss, (p, k, 1, h, w); None: all the same."""
+    wording: list[list[list[int]]] | None = None
+    """Prompts of each variant, where these differ: taken in place of `prompts`."""
+    shape: int = 0
+    """Which of the task's shapes it has. Each shape has sources of the same rows."""
+    objective: Objective | None = None
+    """Draws its noise levels; None leaves it to the task's."""
 
 
 class Batch(NamedTuple):
@@ -75,11 +92,40 @@ class Batch(NamedTuple):
     """(b,), place of each row's prompt among them."""
     extras: dict[str, Tensor]
     """(b, ...) each."""
+    places: Tensor | None = None
+    """(b, 1, h, w), what each place counts; None: all the same."""
 
 
 def row_slots(sources: Sequence[Source]) -> Tensor:
     """Slot of every row of a batch, (b,) long."""
     return torch.cat([torch.full((source.rows,), source.slot) for source in sources])
+
+
+def dealt(counts: tuple[int, ...], rows: int, seed: int, number: int) -> tuple[int, Tensor]:
+    """Shape of a batch, and the pictures in it, (rows,) long.
+
+    Args:
+        counts: pictures of each shape.
+        rows: of a batch.
+        seed: names the order.
+        number: of the batch, counted over the whole training.
+    """
+    together = gcd(rows, *counts)
+    turn, place = divmod(number, sum(counts) // together)
+    turns, packs = _round(counts, together, rows // together, seed, turn)
+    shape, before = int(turns[place]), int((turns[:place] == turns[place]).sum())
+    return shape, packs[shape][before * rows : (before + 1) * rows]
+
+
+@lru_cache(maxsize=4)
+def _round(
+    counts: tuple[int, ...], together: int, often: int, seed: int, turn: int
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The shape of each batch of a round, and the pictures that each shape deals in it, every one `often` times."""
+    generator = torch.Generator().manual_seed(step_seed(seed, turn, 0, -1))  # no process has that rank
+    packs = tuple(torch.cat([torch.randperm(n, generator=generator) for _ in range(often)]) for n in counts)
+    turns = torch.cat([torch.full((n // together,), shape) for shape, n in enumerate(counts)])
+    return turns[torch.randperm(len(turns), generator=generator)], packs
 
 
 class DiffusionTask(nn.Module):
@@ -90,6 +136,7 @@ class DiffusionTask(nn.Module):
         handle: of the attached adapters; `handle.bank` owns the trainable parameters.
         sources: of all jobs, in the order of the rows.
         objective: what is predicted.
+        seed: names the order of pictures in rounds, which several shapes need; None draws each batch by itself.
         encode: rows of the prompt table (u,) -> what the denoiser is told of them, u rows of each tensor.
     """
 
@@ -105,10 +152,11 @@ class DiffusionTask(nn.Module):
         sources: Sequence[Source],
         objective: Objective,
         encode: Callable[[Tensor], Condition],
+        seed: int | None = None,
     ):
         super().__init__()
         self.base, self.handle, self.bank = base, handle, handle.bank
-        self.sources, self.objective, self.encode = list(sources), objective, encode
+        self.sources, self.objective, self.encode, self.seed = list(sources), objective, encode, seed
         self.denoise = getattr(handle, "denoise", base.denoise)
         self._share_out()
         self.jobs = 1 + max(source.slot for source in self.sources)
@@ -121,35 +169,53 @@ class DiffusionTask(nn.Module):
             self.handle.route(self.slots)
 
     def _share_out(self) -> None:
-        shares = [torch.full((source.rows,), source.weight / source.rows) for source in self.sources]
+        sources = [source for source in self.sources if source.shape == 0]
+        shares = [torch.full((source.rows,), source.weight / source.rows) for source in sources]
         self.register_buffer("shares", torch.cat(shares).to(self.base.device), persistent=False)
-        self.register_buffer("slots", row_slots(self.sources).to(self.base.device), persistent=False)
+        self.register_buffer("slots", row_slots(sources).to(self.base.device), persistent=False)
 
     def batch(self, step: int, *generators: torch.Generator) -> Batch:
-        """Rows of one step: a pure function of the states of the generators, one for each job."""
-        parts, extras = [], []
-        for source in self.sources:
-            row, more = self._draw(source, generators[source.slot])
+        """Rows of one micro step: a pure function of its number and the states of the generators, one for each job."""
+        sources, picks = self.sources, None
+        if self.seed is not None:
+            shapes = 1 + max(source.shape for source in sources)
+            kinds = [[source for source in sources if source.shape == shape] for shape in range(shapes)]
+            rows = kinds[0][0].rows  # the first source of a shape is that of the job's own pictures
+            shape, picks = dealt(tuple(len(kind[0].mean) for kind in kinds), rows, self.seed, step)
+            sources = kinds[shape]
+        parts, extras, counts = [], [], []
+        for number, source in enumerate(sources):
+            row, more, count = self._draw(source, generators[source.slot], picks if number == 0 else None)
             parts.append(row)
             extras.append(more)
+            counts.append(count)
         mean, std, redraw, noise, levels, prompts = (torch.cat(column) for column in zip(*parts, strict=True))
-        unique, places = prompts.unique(return_inverse=True)
+        unique, of_rows = prompts.unique(return_inverse=True)
         joined = {name: torch.cat([more[name] for more in extras]) for name in extras[0]}
-        return Batch(mean, std, redraw, noise, levels, unique, places, joined)
+        places = None
+        if any(count is not None for count in counts):
+            ones = [torch.ones(len(part[0]), 1, *part[0].shape[2:]) for part in parts]
+            places = torch.cat([one if count is None else count for one, count in zip(ones, counts, strict=True)])
+        return Batch(mean, std, redraw, noise, levels, unique, of_rows, joined, places)
 
-    def _draw(self, source: Source, generator: torch.Generator) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    def _draw(
+        self, source: Source, generator: torch.Generator, picks: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor], Tensor | None]:
         pictures, variants = source.mean.shape[:2]
         rounds = -(-source.rows // pictures)
-        # Without replacement as far as the pictures reach: no picture twice before every one came once.
-        picks = torch.cat([torch.randperm(pictures, generator=generator) for _ in range(rounds)])[: source.rows]
+        if picks is None:
+            # Without replacement as far as the pictures reach: no picture twice before every one came once.
+            picks = torch.cat([torch.randperm(pictures, generator=generator) for _ in range(rounds)])[: source.rows]
         variant = torch.randint(variants, (source.rows,), generator=generator)
         # One template for the whole batch: a text encoder that learns has one prompt to encode, not one per row.
         dice = torch.rand((), generator=generator).item()
         choices = [source.prompts[i] for i in picks.tolist()]
+        if source.wording is not None:
+            choices = [source.wording[i][k] for i, k in zip(picks.tolist(), variant.tolist(), strict=True)]
         prompts = torch.tensor([choice[int(dice * len(choice))] for choice in choices])
         mean, std = source.mean[picks, variant], source.std[picks, variant]
         redraw, noise = torch.randn(2, *mean.shape, generator=generator)
-        levels = self.objective.levels(source.rows, generator)
+        levels = (source.objective or self.objective).levels(source.rows, generator)
         extras = {name: values[picks, variant] for name, values in source.extras.items()}
         if source.drops is not None:
             empty, prompt, extra, both = source.drops
@@ -157,7 +223,9 @@ class DiffusionTask(nn.Module):
             prompts = prompts.masked_fill((luck < prompt) | (luck >= 1 - both), empty)
             kept = (luck < prompt) | (luck >= prompt + extra) & (luck < 1 - both)
             extras = {name: values * kept.view(-1, *[1] * (values.dim() - 1)) for name, values in extras.items()}
-        return (mean, std, redraw, noise, levels, prompts), extras
+        extras |= {name: values[picks, variant] for name, values in source.facts.items()}
+        places = None if source.places is None else source.places[picks, variant]
+        return (mean, std, redraw, noise, levels, prompts), extras, places
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss: errors by the objective, averaged over the rows of a source and added up over sources.
@@ -173,7 +241,8 @@ class DiffusionTask(nn.Module):
         condition |= {name: part.to(device, dtype, non_blocking=True) for name, part in batch.extras.items()}
         noisy = self.objective.noisy(x0, noise, batch.levels).to(dtype)
         prediction = self.denoise(noisy, self.objective.timesteps(batch.levels).to(device), condition)
-        errors = weighted_mse(prediction, target, self.objective.weights(batch.levels).to(device))
+        places = None if batch.places is None else batch.places.to(device, non_blocking=True)
+        errors = weighted_mse(prediction, target, self.objective.weights(batch.levels).to(device), places)
         shares = errors * self.shares
         if self.jobs == 1:
             return shares.sum(), {}

@@ -127,10 +127,10 @@ class FluxBase(TransformerBase):
         )[0]
         return unpacked(velocity, h, w)
 
-    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+    def as_drawn(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline's latents, packed, as (b, c, h, w)."""
-        wide = side // int(self.pipe.vae_scale_factor)
-        return unpacked(latents, wide, wide)
+        factor = int(self.pipe.vae_scale_factor)
+        return unpacked(latents, height // factor, width // factor)
 
 
 class ZImageBase(TransformerBase):
@@ -223,9 +223,9 @@ class Flux2Base(TransformerBase):
         mean = self._normal(self.pipe.vae.encode(self.as_seen(pixels)).latent_dist.mode().float())
         return {"mean": mean, "std": torch.zeros_like(mean)}
 
-    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+    def as_drawn(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline's latents, a row of tokens, as (b, c, h, w)."""
-        return latents.mT.unflatten(2, (side // self.step, side // self.step))
+        return latents.mT.unflatten(2, (height // self.step, width // self.step))
 
     def _normal(self, latents: Tensor) -> Tensor:
         """The VAE's latents in squares, by the batch norm that it holds: (b, c, h, w) -> (b, 4 c, h/2, w/2)."""
@@ -253,7 +253,7 @@ class Flux2KleinBase(Flux2Base):
         """Token ids of the chat turn and, behind them, which are there: (p, 2 n) long, on the CPU."""
         return _turns(self.tokenizer, prompts, int(self.pipe.tokenizer_max_length), thinking=False)
 
-    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+    def as_drawn(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline's latents, which are the VAE's here, as the transformer has them."""
         return self._normal(latents)
 
@@ -314,10 +314,10 @@ class QwenImageBase(TransformerBase):
         mean, std = (found.mean.new_tensor(each).view(-1, 1, 1) for each in (config.latents_mean, config.latents_std))
         return {"mean": ((found.mean[:, :, 0] - mean) / std).float(), "std": (found.std[:, :, 0] / std).float()}
 
-    def as_drawn(self, latents: Tensor, side: int) -> Tensor:
+    def as_drawn(self, latents: Tensor, height: int, width: int) -> Tensor:
         """The pipeline's latents, packed, as (b, c, h, w)."""
-        wide = side // int(self.pipe.vae_scale_factor)
-        return unpacked(latents, wide, wide)
+        factor = int(self.pipe.vae_scale_factor)
+        return unpacked(latents, height // factor, width // factor)
 
     def guided(self, scale: float, negative: list[str] | None = None) -> dict[str, Any]:
         """The pipeline guides by a negative prompt, which may be empty, under another name."""

@@ -116,13 +116,13 @@ def _latents(base: DiffusionBase, prompt: str, side: int) -> Tensor:
     side = base.side(side)
     with mixed(base):
         drawn = base.pipe(
-            prompt,
+            prompt=prompt,
             height=side,
             width=side,
             num_inference_steps=2,
-            guidance_scale=3.0,
             generator=torch.Generator().manual_seed(0),
             output_type="latent",
+            **base.guided(3.0),
         ).images
-    latents: Tensor = base.as_drawn(drawn, side).float().cpu()
+    latents: Tensor = base.as_drawn(drawn, side, side).float().cpu()
     return latents

@@ -25,16 +25,19 @@ def step_seed(seed: int, step: int, micro: int, rank: int) -> int:
 class _Batches(Dataset[tuple[int, Any]]):
     """Seed and batch of each micro step, counted over the whole training."""
 
-    def __init__(self, task: Any, configs: Sequence[TrainConfig], rank: int):
-        self.task, self.configs, self.rank = task, configs, rank
+    def __init__(self, task: Any, configs: Sequence[TrainConfig], rank: int, processes: int):
+        self.task, self.configs, self.rank, self.processes = task, configs, rank, processes
 
     def __getitem__(self, place: int) -> tuple[int, Any]:
         step, micro = divmod(place, self.configs[0].gradient_accumulation)
         seeds = [step_seed(config.seed, step, micro, self.rank) for config in self.configs]
-        return seeds[0], self.task.batch(step, *(torch.Generator().manual_seed(seed) for seed in seeds))
+        number = place * self.processes + self.rank
+        return seeds[0], self.task.batch(number, *(torch.Generator().manual_seed(seed) for seed in seeds))
 
 
-def batches(task: Any, configs: Sequence[TrainConfig], rank: int, first_step: int) -> Iterator[tuple[int, Any]]:
+def batches(
+    task: Any, configs: Sequence[TrainConfig], rank: int, first_step: int, processes: int = 1
+) -> Iterator[tuple[int, Any]]:
     """Yield seed and batch of each micro step from a step on.
 
     Args:
@@ -42,6 +45,7 @@ def batches(task: Any, configs: Sequence[TrainConfig], rank: int, first_step: in
         configs: of the jobs that share the batch; the longest says how many, each says its seed.
         rank: of this process among those that train together.
         first_step: where a resumed training goes on.
+        processes: how many train together.
     """
     config, steps = configs[0], max(each.steps for each in configs)
     accumulation = config.gradient_accumulation
@@ -49,7 +53,7 @@ def batches(task: Any, configs: Sequence[TrainConfig], rank: int, first_step: in
     if config.workers:
         ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork", "worker_init_fn": _ignore_interrupt}
     loader = DataLoader(
-        _Batches(task, configs, rank),
+        _Batches(task, configs, rank, processes),
         batch_size=None,
         sampler=range(first_step * accumulation, steps * accumulation),
         collate_fn=_as_it_is,

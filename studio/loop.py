@@ -56,9 +56,11 @@ class Task(Protocol):
     default_learning_rate: float
 
     def batch(self, step: int, *generators: torch.Generator) -> Any:
-        """Return the data of one micro step: a function of the generators' states and nothing else that changes.
+        """Return the data of one micro step: a function of its number and the generators' states, and nothing else that
+        changes.
 
-        There is one generator for each job that shares the batch.
+        Micro steps are counted over the whole training and all its processes. There is one generator for each job that
+        shares the batch.
         """
 
     def forward(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -197,7 +199,9 @@ class Loop:
         if self.step < max(self.ends):
             for slot in slots:
                 self.task.finish(slot)
-            self.batches = batches(self.task, self.configs, self.accelerator.process_index, self.step)
+            self.batches = batches(
+                self.task, self.configs, self.accelerator.process_index, self.step, self.accelerator.num_processes
+            )
 
     def _tell(self, slot: int, event: str, **facts: Any) -> None:
         if self.main:

@@ -70,6 +70,29 @@ def open_picture(data: bytes, background: str = "white", near: int = 0) -> Image
             return opaque(ImageOps.exif_transpose(opened), background)
 
 
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Returns width and height of a picture that is turned as its EXIF entry says; only its header is read."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
+
+
+def alpha_of(data: bytes) -> Image.Image | None:
+    """Returns how opaque each place of a picture is, upright, 8 bits; None if it has no transparency.
+
+    Raises:
+        OSError: truncated or damaged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if "A" not in opened.getbands() and "transparency" not in opened.info:
+                return None
+            return ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+
+
 def opaque(image: Image.Image, background: str = "white") -> Image.Image:
     """Returns RGB on the background, from any mode."""
     if image.mode.startswith("I"):  # 16 bits: PIL's own conversion would clip at 255

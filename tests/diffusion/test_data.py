@@ -38,6 +38,23 @@ def test_own_captions_come_before_the_configured_one(photos: Path):
     assert load(photos).pictures[2].caption is None
 
 
+def test_captions_from_folder_name_and_template(photos: Path):
+    (photos / "10_sks dog").mkdir()
+    (photos / "0.png").rename(photos / "10_sks dog" / "on_the_beach.png")
+    (photos / "1.caption").write_text("a red cat")
+    (photos / "2.txt").write_text("\ufeffa blue cat", "utf-8")
+
+    def captions(template: str | None) -> list[str | None]:
+        pictures = load(photos, caption=template).pictures
+        return [picture.caption for picture in sorted(pictures, key=lambda picture: picture.path.name)]
+
+    assert captions(None) == ["a red cat", "a blue cat", None, None, None]
+    assert captions("{folder}") == ["a red cat", "a blue cat", "photos", "photos", "sks dog"]
+    assert captions("{folder}, {name}")[-1] == "sks dog, on the beach"
+    own = ["{token}, a red cat", "{token}, a blue cat", "{token}", "{token}", "{token}"]
+    assert captions("{token}, {caption}") == own
+
+
 def test_exif_orientation_is_applied(tmp_path: Path):
     picture = gradient(32, 16)
     exif = Image.Exif()

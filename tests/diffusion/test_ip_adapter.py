@@ -463,3 +463,28 @@ def test_what_cannot_work_is_refused_with_the_remedy(
     handle.detach()
     with pytest.raises(InputError, match="its denoiser is no UNet"):
         method.attach(SimpleNamespace(name="flux", pipe=SimpleNamespace(unet=None), device=torch.device("cpu")))
+
+
+@pytest.mark.slow
+def test_pictures_of_several_shapes_are_trained_on(folder: Path, photos: Path, encoder: Path):
+    for i in range(5):
+        Image.new("RGB", ((48, 24), (24, 48))[i % 2], (40 * i, 0, 0)).save(photos / f"{i}.png")
+    given = job(folder, photos, IPAdapter(image_encoder=str(encoder)))
+    task = prepare(replace(given, data={"path": str(photos), "resolution": 32, "buckets": True}))
+    looked = {}
+    for source, dataset in zip(task.sources, task.subjects[0].datasets, strict=True):
+        for mean, picture in zip(source.mean, dataset.pixels, strict=True):
+            features = ImageEncoder(str(encoder)).features(
+                [Image.fromarray(picture[0].permute(1, 2, 0).numpy())], False
+            )
+            looked[mean[0].numpy().tobytes()] = features[0]
+    shapes = set()
+    for step in range(5):
+        batch = task.batch(step, torch.Generator().manual_seed(step))
+        shapes.add(tuple(batch.mean.shape[-2:]))
+        for mean, seen, shown in zip(batch.mean, batch.extras["picture"], batch.extras["shown"], strict=True):
+            torch.testing.assert_close(seen, looked[mean.numpy().tobytes()] * shown)
+        task(batch)[0].backward()
+    assert shapes == {(12, 24), (24, 12)}
+    shown = task.sample(5, photos.parent / "samples")
+    assert Image.open(shown[0]).width > 0

@@ -101,7 +101,7 @@ def test_the_loss_is_the_plain_recipe(folder: Path, photos: Path):
 def test_batches_are_pure_and_visit_every_picture(folder: Path, photos: Path):
     task = prepare(job(folder, photos, TI, batch_size=5))
     one, two = (task.batch(3, torch.Generator().manual_seed(7)) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(one[:-1], two[:-1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one[:7], two[:7], strict=True))
     assert len({row.numpy().tobytes() for row in one.mean}) == 5
     assert not torch.equal(one.noise, task.batch(3, torch.Generator().manual_seed(8)).noise)
 

@@ -26,6 +26,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
@@ -299,7 +300,7 @@ def test_the_pipeline_draws_what_euler_steps_of_our_velocity_give(family: tuple[
     x, condition = latents, base.condition(base.tokenize([prompt]))
     for now, then in zip(pipe.scheduler.sigmas[:-1], pipe.scheduler.sigmas[1:], strict=True):
         x = x + (then - now) * base.denoise(x, now.view(1) * 1000, condition)
-    torch.testing.assert_close(base.as_drawn(drawn, SIDE), x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(base.as_drawn(drawn, SIDE, SIDE), x, rtol=1e-4, atol=1e-4)
 
 
 @LONGER
@@ -360,6 +361,26 @@ def test_a_lokr_trains_and_stock_diffusers_draws_the_same(family: tuple[str, Pat
         np.testing.assert_allclose(picture(fresh.pipe, name), picture(stock, name), atol=1e-5)
 
 
+@pytest.mark.slow
+def test_pictures_of_several_shapes_are_trained_on(family: tuple[str, Path], photos: Path):
+    name, path = family
+    for i in range(2):
+        Image.open(photos / f"{i}.png").rotate(90, expand=True).save(photos / f"{i}.png")
+    given = job(path, photos, class_prompt="a toy" if name == "flux" else None, class_pictures=2)
+    task = prepare(replace(given, data={**given.data, "buckets": True}))
+    shift = {"flux": np.exp(0.5 + 0.65 * (15 - 256) / (4096 - 256)), "sd3": 3.0, "z-image": 3.0}[name]
+    found = [source.objective for source in task.sources]
+    assert [each.shift for each in found if isinstance(each, Flow)] == pytest.approx([shift] * len(found))
+    shapes = set()
+    for step in range(5):
+        batch = task.batch(step, torch.Generator().manual_seed(step))
+        shapes.add(tuple(batch.mean.shape[-2:]))
+        loss, _ = task(batch)
+        loss.backward()
+        assert bool(loss.isfinite())
+    assert shapes == {(6, 10), (10, 6)}
+
+
 @LONGER
 def test_sixteen_bits_are_near(family: tuple[str, Path], photos: Path):
     _, path = family
@@ -407,11 +428,11 @@ def test_latents_of_flux_2_and_qwen_image_are_the_pipelines(family: tuple[str, P
     torch.testing.assert_close(found["mean"], expected)
     assert found["mean"].shape == (2, 16, SIDE // 4, SIDE // 4) and not found["std"].any()
     if name == "flux2":
-        assert torch.equal(base.as_drawn(base.pipe._pack_latents(expected), SIDE), expected)
+        assert torch.equal(base.as_drawn(base.pipe._pack_latents(expected), SIDE, SIDE), expected)
         return
     plain = base.pipe._unpatchify_latents(expected * (base.pipe.vae.bn.running_var + 1e-4).sqrt().view(-1, 1, 1)
                                           + base.pipe.vae.bn.running_mean.view(-1, 1, 1))  # fmt: skip
-    torch.testing.assert_close(base.as_drawn(plain, SIDE), expected)
+    torch.testing.assert_close(base.as_drawn(plain, SIDE, SIDE), expected)
 
 
 @pytest.mark.parametrize("family", ["flux2"], indirect=True)

@@ -108,7 +108,8 @@ def stopped_at(job: dict[str, Any], folder: Path, toy: Any, step: int) -> Run:
     original = toy.Task.batch
 
     def batch(self: Any, at: int, generator: torch.Generator) -> Any:
-        if at == step - 1 and not (folder / "asked").exists():
+        micro = job["train"].get("gradient_accumulation", 1)
+        if at == (step - 1) * micro and not (folder / "asked").exists():
             (folder / "asked").touch()
             Run(folder).request("stop")
         return original(self, at, generator)
