@@ -19,6 +19,7 @@ _PUBLIC = {
     "PreviewConfig": "previews",
     "TextualInversion": "textual_inversion",
     "evaluate": "evaluation",
+    "evaluation_settings": "evaluation",
     "load_base": "base",
     "prepare": "jobs",
     "prepare_together": "jobs",
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from graft.diffusion.controlnet import ControlNet
     from graft.diffusion.custom_diffusion import CustomDiffusion
     from graft.diffusion.data import DataConfig
-    from graft.diffusion.evaluation import EvaluationConfig, evaluate
+    from graft.diffusion.evaluation import EvaluationConfig, evaluate, evaluation_settings
     from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
@@ -52,6 +53,7 @@ __all__ = [
     "PreviewConfig",
     "TextualInversion",
     "evaluate",
+    "evaluation_settings",
     "load_base",
     "prepare",
     "prepare_together",

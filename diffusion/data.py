@@ -69,6 +69,9 @@ class DataConfig:
     """Mirror half of the variants. Off: most subjects have a left and a right."""
     variants: int = 1
     """How many crops and flips of each picture are prepared and cached."""
+    validation: float | str = 0.0
+    """Share of the pictures that are held out from training, or a folder of other pictures: what `train.validate_every`
+    and `graft eval` measure on. Which pictures a share takes depends on their bytes alone."""
     background: str = "white"
     """What transparent pictures are laid on: a colour name or #rrggbb."""
     max_megapixels: float = 120.0
@@ -79,6 +82,8 @@ class DataConfig:
         require("data.resolution", self.resolution, fits, "0, or 16 to 4096")
         require("data.variants", self.variants, 1 <= self.variants <= 64, "1 to 64")
         require("data.max_megapixels", self.max_megapixels, 0 < self.max_megapixels <= 1000, "above 0, up to 1000")
+        share = self.validation
+        require("data.validation", share, isinstance(share, str) or 0 <= share < 1, "a share below 1, or a folder")
         require("data.crop", self.crop, self.crop in ("centre", "random"), "centre or random")
 
 

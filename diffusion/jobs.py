@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
 from graft.diffusion.data import DataConfig, load_dataset
+from graft.diffusion.evaluation import EvaluationConfig, Yardstick, measured_on
 from graft.diffusion.method import PromptTable, Subject, Work
 from graft.diffusion.objectives import objective_for
 from graft.diffusion.precision import narrow
-from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
-from graft.diffusion.task import DiffusionTask, row_slots
+from graft.diffusion.previews import Pictures, PreviewConfig, draw, grid, mixed, save_png, undisturbed
+from graft.diffusion.task import DiffusionTask, Source, row_slots
 from graft.diffusion.textual_inversion import Concepts
+from graft.diffusion.validation import fixed_noise_loss, held_out, part, subset
 from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict, to_dict
@@ -27,6 +30,7 @@ from graft.studio.errors import InputError
 from graft.studio.registry import method_class
 
 if TYPE_CHECKING:
+    from graft.diffusion.base import DiffusionBase
     from graft.studio.job import Job
 
 log = logging.getLogger(__name__)
@@ -37,6 +41,10 @@ class ConceptTask(DiffusionTask):
 
     subjects: list[Subject]
     """One per slot."""
+    validation: list[Source]
+    """Held-out pictures of each, or nothing."""
+    yardsticks: list[Yardstick]
+    """What the pair of each is measured by, or nothing."""
 
     @property
     def default_learning_rate(self) -> float:
@@ -70,13 +78,29 @@ class ConceptTask(DiffusionTask):
                 if hasattr(self.handle, "samples"):
                     blocks = self.handle.samples(prompts, seeds, config)
                 else:
-                    drawn = draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
+                    drawn = self._drawn(slot, prompts, seeds, config)
                     shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
                     blocks = {**shown, f"step {step}": drawn}
                 picture = grid(blocks, prompts, seeds)
             name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
             files.append(save_png(Path(folder) / f"{name}.png", picture))
         return files
+
+    def validate(self) -> dict[str, list[float]]:
+        """The loss of every job's held-out pictures, always at the same noise."""
+        return {"validation_loss": [fixed_noise_loss(self, source) for source in self.validation]}
+
+    def measure(self) -> dict[str, list[float]]:
+        """Fidelity, alignment and their score for every job, as it is now."""
+        rows = []
+        for slot, (subject, yardstick) in enumerate(zip(self.subjects, self.yardsticks, strict=True)):
+            drawing = partial(self._drawn, slot, config=yardstick.drawing)
+            with undisturbed(self.base, self), self._alone(slot):
+                rows.append(yardstick.score(subject.method.trigger, drawing))
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _drawn(self, slot: int, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
+        return draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
 
     def _inner(self, slot: int, prompt: str) -> str:
         """The prompt with the word that the job's concept has inside a shared task."""
@@ -165,15 +189,18 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     tokens = base.tokens(subjects[0].dataset.pixels.shape[-1])
     objective = objective_for(base.pipe.scheduler, methods[0].snr_gamma, tokens)
     table = PromptTable()
-    sources = [
-        source
-        for slot, subject in enumerate(subjects)
-        for source in subject.method.sources(base, subject, slot, table, cache)
-    ]
+    sources: list[Source] = []
+    validation: list[Source] = []
+    trained: list[Subject] = []
+    for slot, subject in enumerate(subjects):
+        own = list(subject.method.sources(base, subject, slot, table, cache))
+        subject, own[0], apart = _apart(base, subject, own[0], slot, table, cache)
+        sources, validation, trained = [*sources, *own], [*validation, *apart], [*trained, subject]
+    subjects, yardsticks = trained, [_yardstick(base, each) for each in trained if each.job.train.measure_every]
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
     task = ConceptTask(base, handle, sources, objective, encode)
-    task.subjects = subjects
+    task.subjects, task.validation, task.yardsticks = subjects, validation, yardsticks
     log.info("cache: %s", cache)
     try:
         handle.probe(partial(_first_loss, task))
@@ -181,6 +208,46 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         handle.detach()
         raise
     return task
+
+
+def _apart(
+    base: DiffusionBase, subject: Subject, source: Source, slot: int, table: PromptTable, cache: Cache
+) -> tuple[Subject, Source, list[Source]]:
+    """A job with the pictures to train on, these, and those to validate with.
+
+    Raises:
+        InputError: none are, and the job asks for it.
+    """
+    share = subject.data.validation
+    if not share:
+        if subject.job.train.validate_every:
+            given = f"train.validate_every = {subject.job.train.validate_every}"
+            raise InputError(
+                given, "no picture is held out", "Set data.validation to a share, such as 0.2, or a folder"
+            )
+        return subject, source, []
+    if isinstance(share, str):
+        data = replace(subject.data, path=share, validation=0.0)
+        other = replace(subject, data=data, dataset=load_dataset(data, subject.dataset.pixels.shape[-1], cache))
+        return subject, source, [next(iter(subject.method.sources(base, other, slot, table, cache)))]
+    held = held_out(subject.dataset.pictures, share)
+    rest = [place for place in range(len(subject.dataset.pictures)) if place not in held]
+    subject = replace(subject, dataset=subset(subject.dataset, rest))
+    return subject, part(source, rest), [part(source, held)]
+
+
+def _yardstick(base: DiffusionBase, subject: Subject) -> Yardstick:
+    """What a job is measured by on the way: by default its held-out pictures, or else those it is trained on.
+
+    Raises:
+        InputError: it follows pictures or maps.
+    """
+    method = subject.job.method["name"]
+    if not subject.method.trigger or method == "ip_adapter":
+        reason = f"{method} follows pictures or maps, and is measured by graft eval only"
+        raise InputError(f"train.measure_every = {subject.job.train.measure_every}", reason, "Leave it at 0")
+    settings = from_dict(EvaluationConfig, measured_on(subject.job), "eval")
+    return Yardstick(base, settings)
 
 
 def _first_loss(task: ConceptTask) -> Tensor:

@@ -8,7 +8,8 @@ batch, each with its own rows, noise and slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -117,6 +118,21 @@ class DiffusionTask(nn.Module):
         self._share_out()
         if hasattr(self.handle, "route"):
             self.handle.route(self.slots)
+
+    @contextmanager
+    def drawing_from(self, sources: Sequence[Source]) -> Iterator[None]:
+        """Batches come from other sources for a while."""
+        own, self.sources = self.sources, list(sources)
+        try:
+            self._share_out()
+            if self.jobs > 1 and hasattr(self.handle, "route"):
+                self.handle.route(self.slots)
+            yield
+        finally:
+            self.sources = own
+            self._share_out()
+            if self.jobs > 1 and hasattr(self.handle, "route"):
+                self.handle.route(self.slots)
 
     def _share_out(self) -> None:
         shares = [torch.full((source.rows,), source.weight / source.rows) for source in self.sources]

@@ -47,6 +47,15 @@ class TrainConfig:
     """Seconds between checkpoints; 0 leaves it to `checkpoint_every`."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    validate_every: int = 0
+    """Steps between measurements on data that are held out, such as the loss at fixed noise of the pictures that
+    `data.validation` names; 0 measures none. The figures stand in metrics.jsonl."""
+    measure_every: int = 0
+    """Steps between measurements of what is drawn, with the settings of `[eval]`: fidelity, alignment, and the score of
+    the pair; 0 measures none. The last step is measured too."""
+    keep: Literal["last", "best"] = "last"
+    """Which step becomes the result: the last, or of those measured the one with the best score (the earlier of
+    equals)."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl; each holds means over them."""
     threads: int = 0
@@ -66,10 +75,12 @@ class TrainConfig:
         for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         zero = ("warmup_steps", "patience", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
-        for name in (*zero, "threads", "workers"):
+        for name in (*zero, "validate_every", "measure_every", "threads", "workers"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         rate = self.learning_rate
         require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")
+        measured = self.keep == "last" or self.measure_every > 0
+        require("train.keep", self.keep, measured, '"last", or train.measure_every above 0 to know the best')
         require("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
 
 
@@ -116,6 +127,8 @@ class Job:
     """How long and how fast."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """What is drawn on the way."""
+    eval: dict[str, Any] = field(default_factory=dict)
+    """Settings of `graft eval`, and of what is measured on the way."""
     name: str | None = None
     """Of the run; None takes the method's name."""
 
@@ -162,6 +175,8 @@ class Job:
         section = {key: value for key, value in self.method.items() if key != "name"}
         from_dict(registry.method_class(domain, str(self.method["name"])), section, "method")
         from_dict(registry.domain(domain).DataConfig, self.data, "data")
+        if self.eval:
+            from_dict(registry.domain(domain).EvaluationConfig, self.eval, "eval")
         return replace(self, domain=domain)
 
     def to_toml(self) -> str:
@@ -177,7 +192,8 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 def _anchor(data: dict[str, Any], folder: Path) -> None:
     """Make paths of pictures and splits absolute: the job will be read again from another folder."""
-    for name, key in (("data", "path"), ("data", "split"), ("method", "class_path")):
+    folders = (("data", "path"), ("data", "split"), ("data", "validation"), ("method", "class_path"))
+    for name, key in (*folders, ("eval", "path"), ("eval", "prior_path")):
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
             section[key] = str(folder / Path(section[key]).expanduser())

@@ -35,13 +35,13 @@ from graft.diffusion.base import DiffusionBase, load_base, save_base
 from graft.diffusion.bench.personalization import ASKED, COLOURED, PLAIN, Judge
 from graft.diffusion.bench.pictures import held_out_pictures, new_sprites, write_pictures
 from graft.diffusion.concept_merge import merge_concepts
-from graft.diffusion.evaluation import Clip, background_alignment, image_similarity
+from graft.diffusion.features import Clip, Eye
+from graft.diffusion.measures import background_alignment, image_similarity, kid
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, render, sample_scene, with_article
-from graft.studio.registry import load_base as load_any
 
 METHODS: dict[str, dict[str, Any]] = {
     "textual_inversion": {"name": "textual_inversion"},
@@ -63,21 +63,14 @@ class Eyes:
     """pocket-clip and pocket-vit: unit features of pictures."""
 
     clip: Clip
-    vit: Any
+    vit: Eye
     known: int = 32
     """Known sprites that `drift` draws."""
     cache: dict[str, Any] = field(default_factory=dict)
 
-    @torch.no_grad()
-    def look(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """pocket-vit's features: (b, d), of unit length."""
-        pixels = torch.stack([self.vit.pixels(picture.convert("RGB")) for picture in pictures])
-        model = self.vit.model
-        return F.normalize(model.forward_head(model.forward_features(self.vit.normalise(pixels)), pre_logits=True))
-
     def both(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Features of both models."""
-        return self.clip.images(pictures), self.look(pictures)
+        return self.clip.images(pictures), self.vit.images(pictures)
 
     @cached_property
     def names(self) -> list[str]:
@@ -89,8 +82,9 @@ class Eyes:
         """Kernel distance x 1000 of what the base draws now to what it drew when this was first called."""
         prompts = [f"a photo of {with_article(name)}" for name in self.names]
         if "prior" not in self.cache:
-            self.cache["prior"] = self.look(sum(draw(base, prompts, [100], PreviewConfig()), []))
-        return 1000 * kid(self.look(sum(draw(base, prompts, [0], PreviewConfig()), [])), self.cache["prior"])
+            self.cache["prior"] = self.vit.images(sum(draw(base, prompts, [100], PreviewConfig()), []))
+        now = self.vit.images(sum(draw(base, prompts, [0], PreviewConfig()), []))
+        return 1000 * kid(now, self.cache["prior"], range(len(prompts)))
 
     def prototypes(self, sprites: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean feature of small pictures of each sprite, seen through a window: (s, d) by each model."""
@@ -122,17 +116,6 @@ def _window(picture: Image.Image, x: int, y: int) -> Image.Image:
     return picture.convert("RGB").crop((x, y, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def kid(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared distance of means under the kernel (x y / d + 1)^3 of unit features scaled to length sqrt(d).
-
-    Row i of both sets answers the same prompt: such pairs are left out, as those of a row with itself are.
-    """
-    a, b = (part.double() * part.shape[1] ** 0.5 for part in (a, b))
-    aa, bb, ab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    of = aa + bb - ab - ab.T
-    return float((of.sum() - of.diagonal().sum()) / (len(a) * (len(a) - 1)))
-
-
 def concepts(
     out: Path | None = None,
     sprites: int = 4,
@@ -153,7 +136,7 @@ def concepts(
     """
     out = Path(out or "runs/concepts")
     clip = Clip("pocket-clip")
-    bench = _Bench(Judge(load_base(base, "cpu"), clip), Eyes(clip, load_any("pocket-vit", "cpu")), out, steps)
+    bench = _Bench(Judge(load_base(base, "cpu"), clip), Eyes(clip, Eye("pocket-vit")), out, steps)
     chosen = new_sprites(max(2, sprites))
     one = [row for sprite in chosen for row in bench.alone(sprite, seeds, methods)]
     two = [row for pair in zip(chosen[::2], chosen[1::2], strict=False) for row in bench.together(pair)]
@@ -206,7 +189,7 @@ class _Bench:
         told = self.eyes.clip.texts([COLOURED.format(with_article(near), colour=colour) for colour in asked])
         return {
             "CLIP-I": image_similarity(features, self.judge.clip.images(real)),
-            "DINO": image_similarity(self.eyes.look(plain), self.eyes.look(real)),
+            "DINO": image_similarity(self.eyes.vit.images(plain), self.eyes.vit.images(real)),
             "CLIP-T": float((self.eyes.clip.images(coloured) * told).sum(-1).mean()),
             "background": background_alignment(coloured, asked),
             "recognised": float(((features @ means.T).argmax(1) == new.index(sprite)).float().mean()),

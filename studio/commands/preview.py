@@ -99,7 +99,9 @@ def evaluate(args: argparse.Namespace) -> Answer:
     adapter, run = find_adapter(args.name, args.runs)
     base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
-    config = from_dict(domain.EvaluationConfig, {**_measured_on(args, run, domain), **settings(args.set)}, "eval")
+    config = from_dict(
+        domain.EvaluationConfig, {**_measured_on(args, adapter, run, domain), **settings(args.set)}, "eval"
+    )
     drawn = _drawn(args, domain)
     figures = {"base": domain.evaluate(base, None, config), "adapter": domain.evaluate(base, adapter, config, **drawn)}
     rows = [{"": name, **values} for name, values in figures.items()]
@@ -113,12 +115,15 @@ def evaluate(args: argparse.Namespace) -> Answer:
     return Answer(figures, text)
 
 
-def _measured_on(args: argparse.Namespace, run: Run | None, domain: Any) -> dict[str, Any]:
+def _measured_on(args: argparse.Namespace, adapter: Adapter, run: Run | None, domain: Any) -> dict[str, Any]:
     """The pictures: those that were named, or those of the run."""
     from graft.studio.errors import InputError
 
     if run is None and not args.data:
         raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
+    if hasattr(domain, "evaluation_settings"):
+        found: dict[str, Any] = domain.evaluation_settings(adapter, run, args.data)
+        return found
     if run is not None and hasattr(domain, "run_settings"):
         told: dict[str, Any] = domain.run_settings(run, args.data)
         return told

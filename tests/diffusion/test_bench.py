@@ -3,12 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.bench import many, textual_inversion
-from graft.diffusion.bench.concepts import kid
 from graft.diffusion.bench.ip_adapter import classifier, followed, write_training
 from graft.diffusion.bench.personalization import summary, table
 from graft.diffusion.bench.pictures import (
@@ -111,15 +109,3 @@ def test_many_jobs_together_end_where_they_end_alone(folder: Path, tmp_path: Pat
     for row in result["rows"]:
         assert row["loss"] < 1e-5 and row["predictions"] < 1e-4 and row["wall"] > 0
     assert "textual_inversion" in result["table"] and (tmp_path / "many.json").exists()
-
-
-def test_kid_is_the_mean_of_the_kernel_over_pairs_of_different_prompts():
-    torch.manual_seed(0)
-    a, b = torch.nn.functional.normalize(torch.randn(2, 6, 5), dim=-1)
-    total = 0.0
-    for i in range(6):
-        for j in set(range(6)) - {i}:
-            kernel = [(float(x @ y) + 1) ** 3 for x, y in ((a[i], a[j]), (b[i], b[j]), (a[i], b[j]), (b[i], a[j]))]
-            total += kernel[0] + kernel[1] - kernel[2] - kernel[3]
-    assert kid(a, b) == pytest.approx(total / 30)
-    assert kid(a, a) == 0.0

@@ -7,7 +7,9 @@ import torch
 
 import graft
 from graft.diffusion.base import DiffusionBase
-from graft.studio.errors import RunError
+from graft.diffusion.jobs import prepare
+from graft.studio.errors import InputError, RunError
+from graft.studio.job import Job
 from graft.studio.training import resume
 
 
@@ -68,3 +70,45 @@ def test_train_many_equals_each_alone(folder: Path, photos: Path, tmp_path: Path
         assert shared.card.data_digest == alone.card.data_digest
         for name, tensor in alone.tensors.items():
             torch.testing.assert_close(shared.tensors[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("method", [TI, LORA], ids=["ti", "lora"])
+def test_the_validation_loss_is_the_same_whenever_the_weights_are(folder: Path, photos: Path, method: dict):
+    held = job(folder, photos, method) | {"data": {"path": str(photos), "validation": 0.4}}
+    task = prepare(Job.load(held))
+    assert len(task.sources[0].mean) == 3 and len(task.validation[0].mean) == 2
+    assert len(task.subjects[0].dataset.pictures) == 3
+    state = torch.random.get_rng_state()
+    first = task.validate()
+    assert task.validate() == first and torch.equal(torch.random.get_rng_state(), state)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.add_(0.5)
+    assert task.validate() != first
+    alone = prepare(Job.load(held | {"data": {"path": str(photos), "validation": str(photos)}}))
+    assert len(alone.sources[0].mean) == len(alone.validation[0].mean) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [TI, LORA, {"name": "pivotal", "trigger": "<cat>", "rank": 2}], ids=lambda m: m["name"]
+)
+def test_jobs_in_a_batch_have_their_own_validation_loss(folder: Path, photos: Path, tmp_path: Path, method: dict):
+    settings = {"steps": 2, "validate_every": 1, "log_every": 1}
+    jobs = [job(folder, photos, method, seed=seed, **settings) for seed in (0, 1)]
+    for each in jobs:
+        each["data"]["validation"] = 0.4
+    together = graft.train_many(jobs, runs=tmp_path / "runs")
+    assert len(together[0].group) == 2
+    for i, each in enumerate(jobs):
+        alone = graft.train(each, run_dir=tmp_path / f"alone-{i}").metrics()
+        shared = together[i].metrics()
+        assert [row["validation_loss"] for row in shared] == pytest.approx(
+            [row["validation_loss"] for row in alone], rel=1e-3
+        )
+
+
+def test_validation_without_pictures_is_refused(folder: Path, photos: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"data\.validation"):
+        graft.train(job(folder, photos, LORA, validate_every=2), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
