@@ -19,7 +19,17 @@ from graft.diffusion.evaluation import EvaluationConfig, Yardstick, measured_on
 from graft.diffusion.method import PromptTable, Subject, Work
 from graft.diffusion.objectives import objective_for
 from graft.diffusion.precision import narrow
-from graft.diffusion.previews import Pictures, PreviewConfig, draw, grid, mixed, save_png, undisturbed
+from graft.diffusion.previews import (
+    Pictures,
+    PreviewConfig,
+    draw,
+    fader,
+    grid,
+    grow_sheet,
+    mixed,
+    save_png,
+    undisturbed,
+)
 from graft.diffusion.task import DiffusionTask, Source, row_slots
 from graft.diffusion.textual_inversion import Concepts
 from graft.diffusion.validation import fixed_noise_loss, held_out, part, subset
@@ -43,6 +53,8 @@ class ConceptTask(DiffusionTask):
     """One per slot."""
     validation: list[Source]
     """Held-out pictures of each, or nothing."""
+    plain: list[dict[str, Pictures]]
+    """What the base draws for the samples of each, to be shown beside them."""
     yardsticks: list[Yardstick]
     """What the pair of each is measured by, or nothing."""
 
@@ -78,13 +90,26 @@ class ConceptTask(DiffusionTask):
                 if hasattr(self.handle, "samples"):
                     blocks = self.handle.samples(prompts, seeds, config)
                 else:
-                    drawn = self._drawn(slot, prompts, seeds, config)
                     shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
-                    blocks = {**shown, f"step {step}": drawn}
+                    blocks = {**shown, **self.plain[slot], **self._by_strength(slot, step, prompts, seeds, config)}
                 picture = grid(blocks, prompts, seeds)
-            name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
-            files.append(save_png(Path(folder) / f"{name}.png", picture))
+            ending = f"-{slot}" if len(self.subjects) > 1 else ""
+            files.append(save_png(Path(folder) / f"step-{step:06d}{ending}.png", picture))
+            grow_sheet(Path(folder), ending)
         return files
+
+    def _by_strength(
+        self, slot: int, step: int, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig
+    ) -> dict[str, Pictures]:
+        blocks, fade = {}, fader(self.handle, slot)
+        try:
+            for strength in self.subjects[slot].job.sample.strengths:
+                fade(strength)
+                name = f"step {step}" + (f" x {strength:g}" if strength != 1 else "")
+                blocks[name] = self._drawn(slot, prompts, seeds, config)
+        finally:
+            fade(1.0)
+        return blocks
 
     def validate(self) -> dict[str, list[float]]:
         """The loss of every job's held-out pictures, always at the same noise."""
@@ -197,10 +222,11 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         subject, own[0], apart = _apart(base, subject, own[0], slot, table, cache)
         sources, validation, trained = [*sources, *own], [*validation, *apart], [*trained, subject]
     subjects, yardsticks = trained, [_yardstick(base, each) for each in trained if each.job.train.measure_every]
+    plain = [_plain(base, subject) for subject in subjects]
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
     task = ConceptTask(base, handle, sources, objective, encode)
-    task.subjects, task.validation, task.yardsticks = subjects, validation, yardsticks
+    task.subjects, task.validation, task.yardsticks, task.plain = subjects, validation, yardsticks, plain
     log.info("cache: %s", cache)
     try:
         handle.probe(partial(_first_loss, task))
@@ -234,6 +260,19 @@ def _apart(
     rest = [place for place in range(len(subject.dataset.pictures)) if place not in held]
     subject = replace(subject, dataset=subset(subject.dataset, rest))
     return subject, part(source, rest), [part(source, held)]
+
+
+def _plain(base: DiffusionBase, subject: Subject) -> dict[str, Pictures]:
+    """The base's own pictures for the job's samples, if it will draw any.
+
+    Raises:
+        InputError: other strengths of what has none.
+    """
+    sample = subject.job.sample
+    if sample.strengths != (1.0,) and subject.job.method["name"] == "textual_inversion":
+        given = f"sample.strengths = {list(sample.strengths)}"
+        raise InputError(given, "a word has no strength: it is there or not", "Leave it out")
+    return {"without": draw(base, *sample_settings(subject))} if sample.every else {}
 
 
 def _yardstick(base: DiffusionBase, subject: Subject) -> Yardstick:

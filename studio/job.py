@@ -94,6 +94,8 @@ class SampleConfig:
     """What is drawn; "{token}" stands for the concept's word. Empty takes two of the method's own prompts."""
     seeds: tuple[int, ...] = (0, 1)
     """One picture for each prompt and seed."""
+    strengths: tuple[float, ...] = (1.0,)
+    """Strengths of the adapter that are drawn side by side, beside the base alone; 1 is as trained."""
     steps: int = 25
     """Denoising steps."""
     guidance: float = 3.0

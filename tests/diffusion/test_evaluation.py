@@ -20,6 +20,7 @@ from transformers import (
     SegformerImageProcessorPil,
 )
 
+import graft
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.control_scores import following
 from graft.diffusion.data import DataConfig, load_dataset
@@ -232,3 +233,31 @@ def test_the_score_is_relative_to_real_pictures_and_the_base(base: DiffusionBase
     assert plain["score"] == pytest.approx(2 * a * b / (a + b))
     with pytest.raises(InputError, match="none is named"):
         Yardstick(base, replace(settings, clip=""))
+
+
+@pytest.mark.slow
+def test_the_pair_chooses_the_step_that_becomes_the_result(
+    base: DiffusionBase, folder: Path, photos: Path, clip_folder: Path, tmp_path: Path
+):
+    """The score of the result is that of the saved file, drawn anew."""
+    settings = {"clip": str(clip_folder), "seeds": 1, "steps": 1, "colours": ["red"]}
+    train = {"steps": 3, "device": "cpu", "threads": 1, "learning_rate": 0.3, "measure_every": 1, "keep": "best"}
+    job = {"base": str(folder), "method": {"name": "lora", "rank": 2}, "data": {"path": str(photos)},
+           "train": train, "eval": settings}  # fmt: skip
+    run = graft.train(job, run_dir=tmp_path / "run")
+    scores = {row["step"]: row["score"] for row in run.metrics()}
+    adapter = run.adapter()
+    best = max(scores, key=lambda step: scores[step])
+    assert list(scores) == [1, 2, 3] and adapter.card.metrics["steps"] == best
+    yardstick = Yardstick(base, EvaluationConfig(**settings | {"colours": ("red",)}, path=str(photos)))
+    with adapter.attached(base):
+        again = yardstick.score(adapter.card.trigger or "", partial(draw, base, config=yardstick.drawing))
+    assert again["score"] == pytest.approx(scores[best], rel=1e-2)
+    for wrong, said in (
+        (job | {"eval": {}}, "eval.clip"),
+        (job | {"method": {"name": "controlnet"}}, "graft eval"),
+        (job | {"eval": {"clips": 1}}, "eval.clips"),
+    ):
+        with pytest.raises(InputError, match=said):
+            graft.train(wrong, run_dir=tmp_path / "wrong")
+    assert not (tmp_path / "wrong").exists()

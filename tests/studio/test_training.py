@@ -427,7 +427,7 @@ def test_a_resumed_run_keeps_the_same_best(make_job: Make, toy: Any, tmp_path: P
     job = make_job(steps=7, learning_rate=0.05, measure_every=2, keep="best")
     whole = train(job, tmp_path / "whole")
     run = resume(stopped_at(job, tmp_path / "run", toy, stop))
-    assert weights(run) == weights(whole) and run.adapter().card == whole.adapter().card
+    assert weights(run) == weights(whole) and run.adapter().card.metrics == whole.adapter().card.metrics
 
 
 def test_a_best_step_from_before_a_kill_is_found_again(make_job: Make, toy: Any, tmp_path: Path) -> None:
@@ -440,14 +440,14 @@ def test_a_best_step_from_before_a_kill_is_found_again(make_job: Make, toy: Any,
     (run.folder / ".best-1").mkdir()
     whole = train(job, tmp_path / "whole")
     assert weights(resume(run)) == weights(whole)
-    assert run.adapter().card == whole.adapter().card
+    assert run.adapter().card.metrics == whole.adapter().card.metrics
 
 
 def test_jobs_in_a_batch_keep_their_own_best(make_job: Make, tmp_path: Path) -> None:
     settings = {"steps": 7, "learning_rate": 0.05, "measure_every": 1, "keep": "best"}
-    runs = train_many([make_job(**settings, seed=seed) for seed in (0, 1)], tmp_path)
-    for seed, run in enumerate(runs):
-        alone = train(make_job(**settings, seed=seed), tmp_path / f"alone-{seed}").adapter()
+    jobs = [make_job({"dropout": 0.0}, **settings, seed=seed) for seed in (0, 1)]
+    for seed, run in enumerate(train_many(jobs, tmp_path)):
+        alone = train(jobs[seed], tmp_path / f"alone-{seed}").adapter()
         assert run.adapter().card.metrics["steps"] == alone.card.metrics["steps"]
         for name, tensor in alone.tensors.items():
             torch.testing.assert_close(run.adapter().tensors[name], tensor, rtol=1e-4, atol=1e-6)

@@ -54,7 +54,7 @@ class Task(nn.Module):
             torch.manual_seed(job.train.seed)
             layers = [nn.Linear(4, method.width), nn.Tanh(), nn.Dropout(method.dropout), nn.Linear(method.width, 1)]
             nets.append(nn.Sequential(*layers))
-        self.nets = nn.ModuleList(nets)
+        self.nets: Any = nn.ModuleList(nets)
         self.done: set[int] = set()
         self.seen: list[tuple[int, Tensor]] = []
 
@@ -98,7 +98,7 @@ class Task(nn.Module):
     def measure(self) -> dict[str, list[float]]:
         """A score that goes up and down: the weights are best when their first one is at 0.2."""
         torch.rand(3)
-        return {"score": [-abs(float(net[0].weight[0, 0]) - 0.2) for net in self.nets]}
+        return {"score": [-abs(net[0].weight[0, 0].item() - 0.2) for net in self.nets]}
 
     def adapter(self, metrics: dict[str, Any], slot: int = 0) -> Adapter:
         return Adapter(dict(self.nets[slot].state_dict()), Card("regression", {}, domain="toy", metrics=metrics))
