@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.bench import many, textual_inversion
+from graft.diffusion.bench.concepts import _Bench
 from graft.diffusion.bench.ip_adapter import classifier, followed, write_training
 from graft.diffusion.bench.personalization import summary, table
 from graft.diffusion.bench.pictures import (
@@ -109,3 +111,16 @@ def test_many_jobs_together_end_where_they_end_alone(folder: Path, tmp_path: Pat
     for row in result["rows"]:
         assert row["loss"] < 1e-5 and row["predictions"] < 1e-4 and row["wall"] > 0
     assert "textual_inversion" in result["table"] and (tmp_path / "many.json").exists()
+
+
+@pytest.mark.slow
+def test_trainings_of_the_concept_bench_share_a_batch_and_its_seconds(base: DiffusionBase, tmp_path: Path):
+    bench = _Bench(SimpleNamespace(base=base), None, tmp_path, 2, 2)  # type: ignore[arg-type]
+    sprite = Atlas.load().new[0]
+    bench.learn("lora", [(sprite, 0), (sprite, 1)])
+    runs = [bench.trained("lora", sprite, seed) for seed in (0, 1)]
+    assert [run.job.train.seed for run in runs] == [0, 1] and len(runs[0].group) == 2
+    whole = runs[0].metrics()[-1]["seconds"]
+    assert bench.cost(runs[0])["seconds"] == pytest.approx(whole / 2, abs=1e-3)
+    bench.learn("lora", [(sprite, 0), (sprite, 1)])
+    assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -34,6 +34,7 @@ from graft.diffusion.previews import draw
 from graft.diffusion.validation import ROWS, drawing_loss, held_out
 from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache
+from graft.studio.config import from_dict
 from graft.studio.errors import InputError
 from graft.studio.job import Job
 
@@ -249,7 +250,7 @@ def test_the_pair_chooses_the_step_that_becomes_the_result(
     adapter = run.adapter()
     best = max(scores, key=lambda step: scores[step])
     assert list(scores) == [1, 2, 3] and adapter.card.metrics["steps"] == best
-    yardstick = Yardstick(base, EvaluationConfig(**settings | {"colours": ("red",)}, path=str(photos)))
+    yardstick = Yardstick(base, from_dict(EvaluationConfig, settings | {"path": str(photos)}, "eval"))
     with adapter.attached(base):
         again = yardstick.score(adapter.card.trigger or "", partial(draw, base, config=yardstick.drawing))
     assert again["score"] == pytest.approx(scores[best], rel=1e-2)
