@@ -10,7 +10,6 @@ follow their maps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import mean
@@ -23,7 +22,9 @@ from graft.diffusion.conditions import KINDS, condition_maps
 from graft.diffusion.control_scores import following
 from graft.diffusion.data import DataConfig, load_dataset
 from graft.diffusion.features import Clip, Eye, clip_of, eye_of
-from graft.diffusion.measures import COLOURS, background_alignment, harmonic, image_similarity, kid
+from graft.diffusion.image_encoder import as_picture
+from graft.diffusion.measures import COLOURS, kid
+from graft.diffusion.pair import LOOKED_AT, Pair, real_pictures
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.diffusion.validation import drawing_loss, held_out, subset
 from graft.studio.caches import Cache
@@ -31,8 +32,6 @@ from graft.studio.config import require
 from graft.studio.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from graft.diffusion.base import DiffusionBase
     from graft.studio.adapter import Adapter
     from graft.studio.job import Job
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
 
 FOLLOWED = 4
 """Pictures that an adapter of pictures is measured with."""
-LOOKED_AT = 224
-"""Side of real pictures as models look at them."""
 BEFORE = 1000
 """First seed of what the plain base draws for the drift; the adapted base draws from others."""
 
@@ -123,7 +120,7 @@ class EvaluationConfig:
 def evaluation_settings(adapter: Adapter, run: Run | None, path: str | None = None) -> dict[str, Any]:
     """What `graft eval` measures an adapter with: the run's `[eval]`, its held-out pictures, and what maps are."""
     told = measured_on(run.job) if run is not None else {}
-    if adapter.card.method == "controlnet":
+    if adapter.card.config.get("condition"):
         told["condition"] = adapter.card.config["condition"]
     return told | ({"path": path, "held_out": 0.0} if path else {})
 
@@ -231,100 +228,29 @@ class _Measuring:
         of = Pair(self.settings, self.clip, self.eye, real)
         return of.measure(word, partial(draw, self.base, config=self.settings.drawing))
 
+    def kind(self, handle: Any) -> str:
+        """What maps are, if drawings are to follow some."""
+        return handle.method.condition if hasattr(handle, "follow_files") else self.settings.condition
+
     def maps(self, handle: Any) -> Tensor | None:
         """Maps of the pictures, (p, c, h, w) uint8, if drawings are to follow some."""
-        kind = handle.method.condition if hasattr(handle, "follow_files") else self.settings.condition
+        kind = self.kind(handle)
         return condition_maps(self.whole, self.data, kind, Cache())[self.places, 0] if kind else None
 
     def control(self, handle: Any, maps: Tensor) -> dict[str, float]:
         """How well drawings follow the maps of the folder's pictures, told their captions."""
         settings, seeds = self.settings, range(self.settings.seeds)
-        if handle is not None:
+        if hasattr(handle, "follow_files"):
             handle.follow(maps)
-        kind = handle.method.condition if handle is not None else settings.condition
         prompts = [(each.caption or "").replace("{token}", settings.class_word) for each in self.dataset.pictures]
         drawn = draw(self.base, prompts, seeds, settings.drawing)
-        figures = following(drawn, maps, self.dataset.pixels[:, 0], kind, settings.reach, settings.map_reader)
+        figures = following(
+            drawn, maps, self.dataset.pixels[:, 0], self.kind(handle), settings.reach, settings.map_reader
+        )
         if self.clip is not None and any(prompts):
             told = self.clip.texts([prompt for prompt in prompts for _ in seeds])
             figures["text_alignment"] = float((self.clip.images(sum(drawn, [])) * told).sum(-1).mean())
         return figures
-
-
-class Pair:
-    """Fidelity and alignment of one concept.
-
-    Args:
-        settings: prompts and seeds.
-        clip: compares with pictures and prompts; None leaves both out.
-        eye: compares with pictures; None leaves that out.
-        real: pictures of the concept.
-    """
-
-    def __init__(self, settings: EvaluationConfig, clip: Clip | None, eye: Eye | None, real: Sequence[Image.Image]):
-        self.settings, self.clip, self.eye = settings, clip, eye
-        self.looks: dict[str, tuple[Clip | Eye, Tensor]] = {}
-        for name, model in (("image_similarity", clip), ("dino_similarity", eye)):
-            if model is not None:
-                self.looks[name] = model, model.images(real)
-
-    def measure(self, word: str, drawing: Callable[[list[str], range], Any]) -> dict[str, float]:
-        """Draws a word's prompts, and measures.
-
-        Args:
-            word: stands for the concept.
-            drawing: of prompts and seeds.
-        """
-        settings, seeds = self.settings, range(self.settings.seeds)
-        figures: dict[str, float] = {}
-        if self.looks:
-            plain: list[Image.Image] = sum(drawing([prompt.format(word) for prompt in settings.prompts], seeds), [])
-            figures |= {name: image_similarity(model.images(plain), real) for name, (model, real) in self.looks.items()}
-        asked = [colour for colour in settings.colours for _ in seeds]
-        coloured = [settings.background.format(word, colour=colour) for colour in settings.colours]
-        pictures: list[Image.Image] = sum(drawing(coloured, seeds), [])
-        if self.clip is not None:
-            told = [settings.background.format(settings.class_word, colour=colour) for colour in asked]
-            figures["text_alignment"] = float((self.clip.images(pictures) * self.clip.texts(told)).sum(-1).mean())
-        return figures | {"background_alignment": background_alignment(pictures, asked)}
-
-
-class Yardstick:
-    """Scores a concept while it is learnt, by the pair relative to what can be had.
-
-    Fidelity is image similarity over that of the real pictures with each other; alignment is text alignment over that
-    of the plain base with the class word. The score is their harmonic mean, so that neither makes up for the other.
-
-    Args:
-        base: nothing may be attached to it.
-        settings: pictures, prompts, seeds and models.
-
-    Raises:
-        InputError: no model is named that measures both.
-    """
-
-    def __init__(self, base: DiffusionBase, settings: EvaluationConfig):
-        clip, eye = settings.models(base)
-        if clip is None or (settings.fidelity == "dino" and eye is None):
-            name = "eval.clip" if clip is None else "eval.dino"
-            reason = f"the pair is measured by a model, and none is named for {base.name}"
-            raise InputError(name, reason, "Name one, or leave train.measure_every at 0")
-        real = real_pictures(settings.path, settings.held_out)
-        self.pair = Pair(settings, clip, eye if settings.fidelity == "dino" else None, real)
-        self.drawing = settings.drawing
-        self.name = "dino_similarity" if settings.fidelity == "dino" else "image_similarity"
-        own = self.pair.looks[self.name][1]
-        among = own @ own.T
-        self.most = float((among.sum() - among.trace()) / (len(own) * (len(own) - 1))) if len(own) > 1 else 1.0
-        plain = self.pair.measure(settings.class_word, partial(draw, base, config=settings.drawing))
-        self.usual = plain["text_alignment"]
-
-    def score(self, word: str, drawing: Callable[[list[str], range], Any]) -> dict[str, float]:
-        """The figures of `Pair.measure`, with `fidelity`, `alignment` and `score`."""
-        figures = self.pair.measure(word, drawing)
-        fidelity = figures[self.name] / max(self.most, 1e-9)
-        alignment = figures["text_alignment"] / max(self.usual, 1e-9)
-        return figures | {"fidelity": fidelity, "alignment": alignment, "score": harmonic(fidelity, alignment)}
 
 
 def _prior(settings: EvaluationConfig) -> tuple[list[str], list[Image.Image]]:
@@ -343,15 +269,4 @@ def _prior(settings: EvaluationConfig) -> tuple[list[str], list[Image.Image]]:
     if not prompts or len(dataset.pictures) < 2:
         reason = "prior pictures need prompts, as captions or as eval.prior_prompts, and there must be two"
         raise InputError(settings.prior_path, reason, "Add captions or more pictures")
-    return prompts, [_as_picture(row[0]) for row in dataset.pixels]
-
-
-def real_pictures(path: str, share: float) -> list[Image.Image]:
-    """A folder's pictures, or those that a share holds out, upright and on white, as models look at them."""
-    found = load_dataset(DataConfig(path=path), LOOKED_AT, Cache())
-    places = held_out(found.pictures, share) if share else range(len(found.pictures))
-    return [_as_picture(found.pixels[place, 0]) for place in places]
-
-
-def _as_picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return prompts, [as_picture(row[0]) for row in dataset.pixels]

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
 from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.evaluation import EvaluationConfig, Yardstick, measured_on
+from graft.diffusion.evaluation import EvaluationConfig, measured_on
 from graft.diffusion.method import PromptTable, Subject, Work
 from graft.diffusion.objectives import objective_for
+from graft.diffusion.pair import Yardstick
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import (
     Pictures,
@@ -88,7 +89,7 @@ class ConceptTask(DiffusionTask):
             prompts, seeds, config = sample_settings(subject)
             with undisturbed(self.base, self), self._alone(slot):
                 if hasattr(self.handle, "samples"):
-                    blocks = self.handle.samples(prompts, seeds, config)
+                    blocks = {**self.plain[slot], **self.handle.samples(prompts, seeds, config)}
                 else:
                     shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
                     blocks = {**shown, **self.plain[slot], **self._by_strength(slot, step, prompts, seeds, config)}

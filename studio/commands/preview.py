@@ -146,10 +146,12 @@ def _measured_on(args: argparse.Namespace, adapter: Adapter, run: Run | None, do
     if hasattr(domain, "evaluation_settings"):
         found: dict[str, Any] = domain.evaluation_settings(adapter, run, args.data)
         return found
+    own, told = dict(run.job.eval) if run is not None else {}, {}
     if run is not None and hasattr(domain, "run_settings"):
-        told: dict[str, Any] = domain.run_settings(run, args.data)
-        return told
-    return {"path": args.data or str(run.job.data["path"] if run is not None else "")}
+        told = domain.run_settings(run, args.data)
+    else:
+        told = {"path": args.data or str(run.job.data["path"] if run is not None else "")}
+    return {**own, **told} if args.data else {**told, **own}
 
 
 def _drawn(args: argparse.Namespace, domain: Any) -> dict[str, Path]:

@@ -24,12 +24,13 @@ import graft
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.control_scores import following
 from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.evaluation import EvaluationConfig, Yardstick, evaluate, evaluation_settings, real_pictures
+from graft.diffusion.evaluation import EvaluationConfig, evaluate, evaluation_settings
 from graft.diffusion.features import Clip, Eye, MapReader
 from graft.diffusion.jobs import prepare
 from graft.diffusion.measures import kid
 from graft.diffusion.method import latents
 from graft.diffusion.objectives import objective_for
+from graft.diffusion.pair import Yardstick, real_pictures
 from graft.diffusion.previews import draw
 from graft.diffusion.validation import ROWS, drawing_loss, held_out
 from graft.studio.adapter import Adapter, Card
