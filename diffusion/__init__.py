@@ -22,6 +22,7 @@ _PUBLIC = {
     "TextualInversion": "textual_inversion",
     "compare": "verification",
     "evaluate": "evaluation",
+    "evaluation_settings": "evaluation",
     "load_base": "base",
     "load_words": "textual_inversion",
     "prepare": "jobs",
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from graft.diffusion.controlnet import ControlNet
     from graft.diffusion.custom_diffusion import CustomDiffusion
     from graft.diffusion.data import DataConfig
-    from graft.diffusion.evaluation import EvaluationConfig, evaluate
+    from graft.diffusion.evaluation import EvaluationConfig, evaluate, evaluation_settings
     from graft.diffusion.ip_adapter import IPAdapter
     from graft.diffusion.jobs import prepare, prepare_together
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoKr, DiffusionLoRA
@@ -61,6 +62,7 @@ __all__ = [
     "TextualInversion",
     "compare",
     "evaluate",
+    "evaluation_settings",
     "load_base",
     "load_words",
     "prepare",

@@ -301,7 +301,7 @@ class CustomConcepts:
         self._inner = inner
         ends = [sum(map(len, inner[:slot])) for slot in range(len(inner) + 1)]
         self._places = [range(*pair) for pair in zip(ends, ends[1:], strict=False)]
-        self.route = weights.route
+        self.route, self.scale = weights.route, weights.scale
 
     @property
     def routed(self) -> Tensor | None:

@@ -83,6 +83,9 @@ class DataConfig:
     """Where a picture's mask comes from: a file beside it, if there is one, or its own alpha channel."""
     mask_outside: float = 0.0
     """What a place outside the mask counts in the loss, where one inside counts 1."""
+    validation: float | str = 0.0
+    """Share of the pictures that are held out from training, or a folder of other pictures: what `train.validate_every`
+    and `graft eval` measure on. Which pictures a share takes depends on their bytes alone."""
     background: str = "white"
     """What transparent pictures are laid on: a colour name or #rrggbb."""
     max_megapixels: float = 120.0
@@ -94,6 +97,8 @@ class DataConfig:
         require("data.bucket_aspect", self.bucket_aspect, 1 <= self.bucket_aspect <= 4, "1 to 4")
         require("data.variants", self.variants, 1 <= self.variants <= 64, "1 to 64")
         require("data.max_megapixels", self.max_megapixels, 0 < self.max_megapixels <= 1000, "above 0, up to 1000")
+        share = self.validation
+        require("data.validation", share, isinstance(share, str) or 0 <= share < 1, "a share below 1, or a folder")
         require("data.crop", self.crop, self.crop in ("centre", "random"), "centre or random")
         require("data.mask", self.mask, self.mask in ("files", "alpha", "off"), "files, alpha or off")
         require("data.mask_outside", self.mask_outside, 0 <= self.mask_outside <= 1, "0 to 1")

@@ -1,36 +1,46 @@
-"""How well an adapter shows its concept, and how much of the prompt survives.
+"""How well an adapter shows its concept, how much of the prompt survives, and what else has changed.
 
-Two numbers are always read together. *Image similarity* is the cosine between CLIP features of drawn and real pictures;
-a copy machine would win it. *Text alignment* says whether the rest of the prompt is still obeyed: the cosine between
-picture and prompt, and, measured in pixels and not by any model, whether the background has the colour that was asked
-for.
+Two numbers are always read together. *Image similarity* is the cosine between features of drawn and real pictures, by
+CLIP (CLIP-I) and by DINO or another model (DINO-I); a copy machine would win it. *Text alignment* (CLIP-T) says whether
+the rest of the prompt is still obeyed: the cosine between picture and prompt, and, measured in pixels and not by any
+model, whether the background has the colour that was asked for. Beside them stand the *drift*, how far what is drawn
+for other prompts has moved, and the loss at fixed noise. A ControlNet is measured by what it is for: how well drawings
+follow their maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import cached_property, partial
+from statistics import mean
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from graft.diffusion.conditions import KINDS, condition_maps
+from graft.diffusion.control_scores import following
+from graft.diffusion.data import DataConfig, load_dataset
+from graft.diffusion.features import Clip, Eye, clip_of, eye_of
+from graft.diffusion.image_encoder import as_picture
+from graft.diffusion.measures import COLOURS, kid
+from graft.diffusion.pair import LOOKED_AT, Pair, real_pictures
 from graft.diffusion.previews import PreviewConfig, draw
+from graft.diffusion.validation import drawing_loss, held_out, subset
+from graft.studio.caches import Cache
+from graft.studio.config import require
 from graft.studio.errors import InputError
-from graft.studio.pocket import scenes
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
     from graft.studio.adapter import Adapter
+    from graft.studio.job import Job
+    from graft.studio.runs import Run
 
-COLOURS = {name: scenes.COLOURS[name] for name in ("red", "yellow", "green", "blue", "black", "white")}
-"""Colours that are asked for, as sRGB; they lie far apart, so that the nearest one is no matter of taste."""
 FOLLOWED = 4
 """Pictures that an adapter of pictures is measured with."""
+BEFORE = 1000
+"""First seed of what the plain base draws for the drift; the adapted base draws from others."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,15 @@ class EvaluationConfig:
 
     path: str = ""
     """Folder of real pictures, best ones that were not trained on. `graft eval` fills in those of the run."""
-    clip: str = "pocket-clip"
-    """CLIP that compares: pocket-clip, a transformers folder, or a hub id."""
+    held_out: float = 0.0
+    """Only the share of them that a training with this `data.validation` holds out; 0 takes all."""
+    clip: str = ""
+    """CLIP that compares: pocket-clip, a transformers folder, or a hub id. Empty: pocket-clip for an embedded base, and
+    for others no such figures."""
+    dino: str = ""
+    """Model for DINO-I and the drift: pocket-vit, one of timm (name, folder, timm/...), or a DINO of transformers
+    (folder or hub id, such as facebook/dinov2-base). Empty: pocket-vit for an embedded base, and for others no such
+    figures."""
     prompts: tuple[str, ...] = ("a photo of {}", "a picture of {}")
     """Prompts for image similarity; {} is the trigger."""
     background: str = "{} on a {colour} background"
@@ -49,6 +66,22 @@ class EvaluationConfig:
     """Colours asked for in turn."""
     class_word: str = "thing"
     """Stands for the trigger where the base or CLIP, which do not know it, read the prompt."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts that have nothing to do with the concept. What is drawn for them is compared with what the plain base
+    draws (`drift`). Some dozens tell something; none measures no drift."""
+    prior_path: str = ""
+    """Folder of pictures that prior prompts are compared with too (`kid`); its captions are the prompts if none are
+    named."""
+    fidelity: Literal["clip", "dino"] = "clip"
+    """Whose similarity stands for fidelity in the pair that chooses the best checkpoint."""
+    condition: str = ""
+    """What maps are, where drawings are to follow some (see ControlNet's `condition`). `graft eval` fills in the
+    adapter's."""
+    reach: int = 1
+    """Pixels within which an edge counts as found."""
+    map_reader: str = ""
+    """Model of transformers that reads the map of a drawing: a depth estimator for depth, a semantic segmenter for
+    segmentation (folder or hub id)."""
     seeds: int = 4
     """Pictures of each prompt."""
     steps: int = 25
@@ -62,6 +95,9 @@ class EvaluationConfig:
             raise InputError(
                 str(unknown or self.seeds), "colours must be known, seeds at least 1", f"Known: {', '.join(COLOURS)}"
             )
+        require("eval.held_out", self.held_out, 0 <= self.held_out < 1, "0 to below 1")
+        require("eval.condition", self.condition, self.condition in ("", *KINDS), "one of " + ", ".join(KINDS))
+        require("eval.reach", self.reach, self.reach >= 0, "0 or more")
         for prompt in (*self.prompts, self.background):
             try:
                 prompt.format("word", colour="red")
@@ -69,73 +105,32 @@ class EvaluationConfig:
                 remedy = "Write {} for the concept, and {colour} in the background's prompt"
                 raise InputError(f"prompt {prompt!r}", "its braces name something else", remedy) from None
 
+    @property
+    def drawing(self) -> PreviewConfig:
+        """How pictures are drawn."""
+        return PreviewConfig(steps=self.steps, guidance=self.guidance)
 
-class Clip:
-    """Unit features of pictures and texts.
-
-    Example:
-        >>> clip = Clip("pocket-clip")  # doctest: +SKIP
-        >>> clip.images([picture]) @ clip.texts(["a red apple"]).T  # doctest: +SKIP
-    """
-
-    def __init__(self, name: str = "pocket-clip", device: str | torch.device = "cpu"):
-        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
-
-        source = name
-        if name.startswith("pocket-"):
-            from graft.studio.pocket import resolve
-
-            source = str(resolve(name))
-        try:
-            self.model = CLIPModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
-            self.model.to(device).eval().requires_grad_(False)
-            self.processor = CLIPImageProcessor.from_pretrained(source)
-            self.tokenizer = CLIPTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            reason = f"no CLIP can be loaded from it ({(str(error).splitlines() or [type(error).__name__])[0]})"
-            raise InputError(name, reason, "Give pocket-clip, a transformers CLIP folder, or a hub id") from error
-
-    @torch.no_grad()
-    def images(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """(b, d) unit features."""
-        pixels = self.processor(list(pictures), return_tensors="pt")["pixel_values"].to(self.model.device)
-        return F.normalize(_features(self.model.get_image_features(pixel_values=pixels)), dim=-1).cpu()
-
-    @torch.no_grad()
-    def texts(self, prompts: Sequence[str]) -> Tensor:
-        """(b, d) unit features."""
-        length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids.to(self.model.device)
-        return F.normalize(_features(self.model.get_text_features(input_ids=ids)), dim=-1).cpu()
+    def models(self, base: DiffusionBase) -> tuple[Clip | None, Eye | None]:
+        """The models that look, of those that were named or come with the base."""
+        embedded = base.name.startswith("pocket-")
+        clip, dino = self.clip or "pocket-clip" * embedded, self.dino or "pocket-vit" * embedded
+        return (clip_of(clip, base.device) if clip else None, eye_of(dino, base.device) if dino else None)
 
 
-def _features(output: Any) -> Tensor:
-    # transformers 5 returns an output object, earlier ones the tensor itself
-    return output if isinstance(output, Tensor) else output.pooler_output
+def evaluation_settings(adapter: Adapter, run: Run | None, path: str | None = None) -> dict[str, Any]:
+    """What `graft eval` measures an adapter with: the run's `[eval]`, its held-out pictures, and what maps are."""
+    told = measured_on(run.job) if run is not None else {}
+    if adapter.card.config.get("condition"):
+        told["condition"] = adapter.card.config["condition"]
+    return told | ({"path": path, "held_out": 0.0} if path else {})
 
 
-def image_similarity(drawn: Tensor, real: Tensor) -> float:
-    """Mean cosine between every drawn and every real picture: (a, d) and (b, d) unit features."""
-    return float((drawn @ real.T).mean())
-
-
-def background_alignment(pictures: Sequence[Image.Image], asked: Sequence[str]) -> float:
-    """Share of pictures whose border is nearest to the colour that was asked for.
-
-    The border is the outermost sixteenth on every side; its median colour is compared in sRGB with `COLOURS`.
-    """
-    names, table = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float64)
-    right = 0
-    for picture, colour in zip(pictures, asked, strict=True):
-        pixels = np.asarray(picture.convert("RGB"), dtype=np.float64)
-        rim = max(1, min(pixels.shape[:2]) // 16)
-        border = np.ones(pixels.shape[:2], dtype=bool)
-        border[rim:-rim, rim:-rim] = False
-        median = np.median(pixels[border], axis=0)
-        right += names[int(((table - median) ** 2).sum(1).argmin())] == colour
-    return right / len(pictures)
+def measured_on(job: Job) -> dict[str, Any]:
+    """A job's `[eval]`, with the job's held-out pictures if it names none; where nothing is held out, all."""
+    validation = job.data.get("validation", 0.0)
+    apart = isinstance(validation, str)
+    usual = {"path": validation if apart else job.data["path"], "held_out": 0.0 if apart else validation}
+    return {**usual, **({"held_out": 0.0} if "path" in job.eval else {}), **job.eval}
 
 
 def evaluate(
@@ -146,58 +141,132 @@ def evaluate(
     Args:
         base: the adapter's own.
         adapter: None measures the base.
-        settings: pictures, prompts and CLIP.
+        settings: pictures, prompts and models.
         clip: a loaded CLIP to use instead of loading `settings.clip`.
 
     Returns:
-        `image_similarity`, `text_alignment`, `background_alignment`.
+        Of a ControlNet, or where `settings.condition` says what maps are: how well they are followed (`following`) and
+        `text_alignment`. Else `image_similarity`, `dino_similarity`, `text_alignment`, as far as there are models for
+        them, `background_alignment`, and `drift` and `kid` (x 1000) if there are prior prompts. And of both
+        `validation_loss`, unless it follows pictures.
 
     Raises:
-        InputError: no folder of real pictures was named.
+        InputError: no folder of real pictures was named, or something that is needed to measure.
     """
     if not settings.path:
         raise InputError("eval.path", "there is nothing to compare with", "Name a folder of real pictures")
-    clip = clip or Clip(settings.clip, base.device)
-    pictures = _real(Path(settings.path))
-    real = clip.images(pictures)
-    word = settings.class_word if adapter is None else adapter.card.trigger or settings.class_word
+    measuring = _Measuring(base, settings, clip)
     if adapter is None:
-        return _measure(base, word, real, settings, clip)
+        return measuring.all(None, settings.class_word)
+    measuring.see_before()
     with adapter.attached(base) as handle:
-        if hasattr(handle, "follow_files"):
-            reason = "this adapter draws after a condition, and these measures show it none"
-            raise InputError(
-                "evaluate", reason, "Look at it with graft preview, or measure it with graft bench control"
-            )
-        if not hasattr(handle, "show"):
-            return _measure(base, word, real, settings, clip)
+        return measuring.all(handle, adapter.card.trigger or settings.class_word)
+
+
+class _Measuring:
+    """One base, what it is compared with, and by what."""
+
+    def __init__(self, base: DiffusionBase, settings: EvaluationConfig, clip: Clip | None):
+        self.base, self.settings = base, settings
+        found, self.eye = settings.models(base) if clip is None else (clip, settings.models(base)[1])
+        self.clip = clip or found
+        self.data = DataConfig(path=settings.path)
+        self.whole = load_dataset(self.data, base.side(), Cache())
+        share, pictures = settings.held_out, self.whole.pictures
+        self.places = held_out(pictures, share) if share else list(range(len(pictures)))
+        self.dataset = subset(self.whole, self.places)
+        self.prior, self.pictures = _prior(settings)
+        self._before: Tensor | None = None
+        if self.prior and self.eye is None:
+            reason = "the drift is measured by a model, and none is named for this base"
+            raise InputError("eval.dino", reason, "Name one, such as facebook/dinov2-base")
+
+    def all(self, handle: Any, word: str) -> dict[str, float]:
+        """Everything, of what is attached."""
+        if hasattr(handle, "show"):
+            return self.followed(handle, word)
+        maps = self.maps(handle)
+        figures = self._pair(word, self.real) | self.drift() if maps is None else self.control(handle, maps)
+        extras = {"control": maps[:, None]} if hasattr(handle, "follow_files") and maps is not None else {}
+        return figures | {"validation_loss": drawing_loss(self.base, handle, self.dataset, word, extras)}
+
+    @cached_property
+    def real(self) -> list[Image.Image]:
+        """The pictures, as models look at them."""
+        return real_pictures(self.settings.path, self.settings.held_out)
+
+    def see_before(self) -> None:
+        """Looks at what the plain base draws for the prior prompts, before anything is attached."""
+        if self.prior and self._before is None:
+            self._before = self._drawn_for_prior(BEFORE)
+
+    def _drawn_for_prior(self, first: int) -> Tensor:
+        assert self.eye is not None
+        seeds = range(first, first + self.settings.seeds)
+        return self.eye.images(sum(draw(self.base, self.prior, seeds, self.settings.drawing), []))
+
+    def drift(self) -> dict[str, float]:
+        """How far drawings for prior prompts are from the plain base's, and from a folder's pictures; x 1000."""
+        if not self.prior:
+            return {}
+        self.see_before()
+        assert self.eye is not None and self._before is not None
+        now = self._drawn_for_prior(0)
+        which = [row for row in range(len(self.prior)) for _ in range(self.settings.seeds)]
+        told = {"drift": 1000 * kid(now, self._before, which)} if len(self.prior) > 1 else {}
+        return told | ({"kid": 1000 * kid(now, self.eye.images(self.pictures))} if self.pictures else {})
+
+    def followed(self, handle: Any, word: str) -> dict[str, float]:
+        """The pair of an adapter of pictures, compared with what it follows."""
         rows = []
-        for i, picture in enumerate(pictures[:FOLLOWED]):  # an adapter of pictures is compared with what it follows
+        for picture in self.real[:FOLLOWED]:
             handle.show([[picture]])
-            rows.append(_measure(base, word, real[i : i + 1], settings, clip))
-        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+            rows.append(self._pair(word, [picture]))
+        return {name: mean(row[name] for row in rows) for name in rows[0]}
+
+    def _pair(self, word: str, real: list[Image.Image]) -> dict[str, float]:
+        of = Pair(self.settings, self.clip, self.eye, real)
+        return of.measure(word, partial(draw, self.base, config=self.settings.drawing))
+
+    def kind(self, handle: Any) -> str:
+        """What maps are, if drawings are to follow some."""
+        return handle.method.condition if hasattr(handle, "follow_files") else self.settings.condition
+
+    def maps(self, handle: Any) -> Tensor | None:
+        """Maps of the pictures, (p, c, h, w) uint8, if drawings are to follow some."""
+        kind = self.kind(handle)
+        return condition_maps(self.whole, self.data, kind, Cache())[self.places, 0] if kind else None
+
+    def control(self, handle: Any, maps: Tensor) -> dict[str, float]:
+        """How well drawings follow the maps of the folder's pictures, told their captions."""
+        settings, seeds = self.settings, range(self.settings.seeds)
+        if hasattr(handle, "follow_files"):
+            handle.follow(maps)
+        prompts = [(each.caption or "").replace("{token}", settings.class_word) for each in self.dataset.pictures]
+        drawn = draw(self.base, prompts, seeds, settings.drawing)
+        figures = following(
+            drawn, maps, self.dataset.pixels[:, 0], self.kind(handle), settings.reach, settings.map_reader
+        )
+        if self.clip is not None and any(prompts):
+            told = self.clip.texts([prompt for prompt in prompts for _ in seeds])
+            figures["text_alignment"] = float((self.clip.images(sum(drawn, [])) * told).sum(-1).mean())
+        return figures
 
 
-def _measure(base: DiffusionBase, word: str, real: Tensor, settings: EvaluationConfig, clip: Clip) -> dict[str, float]:
-    config = PreviewConfig(steps=settings.steps, guidance=settings.guidance)
-    seeds = range(settings.seeds)
-    plain = [p.format(word) for p in settings.prompts]
-    features = clip.images(sum(draw(base, plain, seeds, config), []))
-    coloured = [settings.background.format(word, colour=colour) for colour in settings.colours]
-    pictures = sum(draw(base, coloured, seeds, config), [])
-    asked = [colour for colour in settings.colours for _ in seeds]
-    told = [settings.background.format(settings.class_word, colour=colour) for colour in asked]
-    return {
-        "image_similarity": image_similarity(features, real),
-        "text_alignment": float((clip.images(pictures) * clip.texts(told)).sum(-1).mean()),
-        "background_alignment": background_alignment(pictures, asked),
-    }
+def _prior(settings: EvaluationConfig) -> tuple[list[str], list[Image.Image]]:
+    """Prior prompts, and pictures that they are compared with.
 
-
-def _real(folder: Path) -> list[Image.Image]:
-    """The folder's pictures, upright, on white."""
-    from graft.diffusion.data import DataConfig, load_dataset
-    from graft.studio.caches import Cache
-
-    pixels = load_dataset(DataConfig(path=str(folder)), 224, Cache()).pixels[:, 0]
-    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+    Raises:
+        InputError: too few, or a folder without captions.
+    """
+    prompts = list(settings.prior_prompts)
+    if not settings.prior_path:
+        if len(prompts) == 1:
+            raise InputError("eval.prior_prompts", "one prompt tells no drift", "Give some dozens")
+        return prompts, []
+    dataset = load_dataset(DataConfig(path=settings.prior_path), LOOKED_AT, Cache())
+    prompts = prompts or [each.caption for each in dataset.pictures if each.caption]
+    if not prompts or len(dataset.pictures) < 2:
+        reason = "prior pictures need prompts, as captions or as eval.prior_prompts, and there must be two"
+        raise InputError(settings.prior_path, reason, "Add captions or more pictures")
+    return prompts, [as_picture(row[0]) for row in dataset.pixels]

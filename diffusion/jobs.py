@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,26 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
-from graft.diffusion.data import DataConfig, load_buckets
+from graft.diffusion.data import DataConfig, Dataset, load_buckets
+from graft.diffusion.evaluation import EvaluationConfig, measured_on
 from graft.diffusion.method import PromptTable, Subject, Work, all_sources
 from graft.diffusion.objectives import objective_for
+from graft.diffusion.pair import Yardstick
 from graft.diffusion.precision import narrow
-from graft.diffusion.previews import PreviewConfig, draw, grid, mixed, save_png, undisturbed
+from graft.diffusion.previews import (
+    Pictures,
+    PreviewConfig,
+    draw,
+    fader,
+    grid,
+    grow_sheet,
+    mixed,
+    save_png,
+    undisturbed,
+)
 from graft.diffusion.task import DiffusionTask, Source, row_slots
 from graft.diffusion.textual_inversion import Concepts
+from graft.diffusion.validation import fixed_noise_loss, held_out, part, subset
 from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import from_dict, to_dict
@@ -27,6 +41,7 @@ from graft.studio.errors import InputError
 from graft.studio.registry import method_class
 
 if TYPE_CHECKING:
+    from graft.diffusion.base import DiffusionBase
     from graft.studio.job import Job
 
 log = logging.getLogger(__name__)
@@ -39,6 +54,12 @@ class ConceptTask(DiffusionTask):
     """One per slot."""
     digests: list[str]
     """Of the pictures that each job learns from, those of classes too."""
+    validation: list[Source]
+    """Held-out pictures of each, or nothing."""
+    plain: list[dict[str, Pictures]]
+    """What the base draws for the samples of each, to be shown beside them."""
+    yardsticks: list[Yardstick]
+    """What the pair of each is measured by, or nothing."""
 
     @property
     def default_learning_rate(self) -> float:
@@ -70,15 +91,49 @@ class ConceptTask(DiffusionTask):
             prompts, seeds, config = sample_settings(subject)
             with undisturbed(self.base, self), self._alone(slot):
                 if hasattr(self.handle, "samples"):
-                    blocks = self.handle.samples(prompts, seeds, config)
+                    blocks = {**self.plain[slot], **self.handle.samples(prompts, seeds, config)}
                 else:
-                    drawn = draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
                     shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
-                    blocks = {**shown, f"step {step}": drawn}
+                    blocks = {**shown, **self.plain[slot], **self._by_strength(slot, step, prompts, seeds, config)}
                 picture = grid(blocks, prompts, seeds)
-            name = f"step-{step:06d}" + (f"-{slot}" if len(self.subjects) > 1 else "")
-            files.append(save_png(Path(folder) / f"{name}.png", picture))
+            ending = f"-{slot}" if len(self.subjects) > 1 else ""
+            files.append(save_png(Path(folder) / f"step-{step:06d}{ending}.png", picture))
+            grow_sheet(Path(folder), ending)
         return files
+
+    def _by_strength(
+        self, slot: int, step: int, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig
+    ) -> dict[str, Pictures]:
+        blocks, fade = {}, fader(self.handle, slot)
+        try:
+            for strength in self.subjects[slot].job.sample.strengths:
+                fade(strength)
+                name = f"step {step}" + (f" x {strength:g}" if strength != 1 else "")
+                blocks[name] = self._drawn(slot, prompts, seeds, config)
+        finally:
+            fade(1.0)
+        return blocks
+
+    def validate(self) -> dict[str, list[float]]:
+        """The loss of every job's held-out pictures, always at the same noise."""
+        told = []
+        for slot in range(len(self.subjects)):
+            own = [source for source in self.validation if source.slot == slot]
+            losses = [fixed_noise_loss(self, source) * len(source.mean) for source in own]
+            told.append(sum(losses) / sum(len(source.mean) for source in own))
+        return {"validation_loss": told}
+
+    def measure(self) -> dict[str, list[float]]:
+        """Fidelity, alignment and their score for every job, as it is now."""
+        rows = []
+        for slot, (subject, yardstick) in enumerate(zip(self.subjects, self.yardsticks, strict=True)):
+            drawing = partial(self._drawn, slot, config=yardstick.drawing)
+            with undisturbed(self.base, self), self._alone(slot):
+                rows.append(yardstick.score(subject.method.trigger, drawing))
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _drawn(self, slot: int, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
+        return draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
 
     def _inner(self, slot: int, prompt: str) -> str:
         """The prompt with the word that the job's concept has inside a shared task."""
@@ -167,13 +222,20 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
         side, multiple = base.side(data.resolution), base.multiple
         subjects.append(Subject(job, method, data, load_buckets(data, side, multiple, cache, method.rescales)))
     table = PromptTable()
-    sources = [s for slot, subject in enumerate(subjects) for s in all_sources(base, subject, slot, table, cache)]
+    sources: list[Source] = []
+    validation: list[Source] = []
+    trained: list[Subject] = []
+    for slot, subject in enumerate(subjects):
+        subject, own, apart = _apart(base, subject, slot, table, cache)
+        sources, validation, trained = [*sources, *own], [*validation, *apart], [*trained, subject]
+    subjects, yardsticks = trained, [_yardstick(base, each) for each in trained if each.job.train.measure_every]
+    plain = [_plain(base, subject) for subject in subjects]
     objective = sources[0].objective or objective_for(base.pipe.scheduler)
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
     narrow(base, jobs[0].train.mixed_precision)
     seed = jobs[0].train.seed if subjects[0].data.buckets else None
     task = ConceptTask(base, handle, sources, objective, encode, seed)
-    task.subjects = subjects
+    task.subjects, task.validation, task.yardsticks, task.plain = subjects, validation, yardsticks, plain
     task.digests = [_digest(subject, slot, sources) for slot, subject in enumerate(subjects)]
     log.info("cache: %s", cache)
     try:
@@ -188,6 +250,80 @@ def _digest(subject: Subject, slot: int, sources: Sequence[Source]) -> str:
     """Digest of a job's pictures and, where a folder gives those of the classes, of these."""
     others = [source.digest for source in sources if source.slot == slot and source.digest]
     return content_key([subject.digest, *others]) if others else subject.digest
+
+
+def _apart(
+    base: DiffusionBase, subject: Subject, slot: int, table: PromptTable, cache: Cache
+) -> tuple[Subject, list[Source], list[Source]]:
+    """A job with the pictures to train on, its sources, and the pictures to validate with, a source for each shape.
+
+    Raises:
+        InputError: none are held out, and the job asks for it.
+    """
+    sources, share = list(all_sources(base, subject, slot, table, cache)), subject.data.validation
+    if not share:
+        if subject.job.train.validate_every:
+            given = f"train.validate_every = {subject.job.train.validate_every}"
+            raise InputError(
+                given, "no picture is held out", "Set data.validation to a share, such as 0.2, or a folder"
+            )
+        return subject, sources, []
+    if isinstance(share, str):
+        data = replace(subject.data, path=share, validation=0.0)
+        other = replace(
+            subject, data=data, datasets=load_buckets(data, base.side(data.resolution), base.multiple, cache)
+        )
+        return subject, sources, _pictures_of(all_sources(base, other, slot, table, cache))
+    held, start = held_out(subject.pictures, share), 0
+    kept: list[Source] = []
+    apart: list[Source] = []
+    datasets: list[Dataset] = []
+    for shape, (dataset, own) in enumerate(zip(subject.datasets, _pictures_of(sources), strict=True)):
+        places = range(len(dataset.pictures))
+        out = [place for place in places if start + place in held]
+        rest = [place for place in places if place not in out]
+        start += len(places)
+        if rest:
+            others = [source for source in sources if source.shape == shape][1:]
+            kept += [replace(each, shape=len(datasets)) for each in (part(own, rest), *others)]
+            datasets.append(subset(dataset, rest))
+        apart += [part(own, out)] if out else []
+    return replace(subject, datasets=datasets), kept, apart
+
+
+def _pictures_of(sources: Iterable[Source]) -> list[Source]:
+    """The source of each shape that holds the job's own pictures: its first."""
+    first: dict[int, Source] = {}
+    for source in sources:
+        first.setdefault(source.shape, source)
+    return [replace(source, shape=0) for source in first.values()]
+
+
+def _plain(base: DiffusionBase, subject: Subject) -> dict[str, Pictures]:
+    """The base's own pictures for the job's samples, if it will draw any.
+
+    Raises:
+        InputError: other strengths of what has none.
+    """
+    sample = subject.job.sample
+    if sample.strengths != (1.0,) and subject.job.method["name"] == "textual_inversion":
+        given = f"sample.strengths = {list(sample.strengths)}"
+        raise InputError(given, "a word has no strength: it is there or not", "Leave it out")
+    return {"without": draw(base, *sample_settings(subject))} if sample.every else {}
+
+
+def _yardstick(base: DiffusionBase, subject: Subject) -> Yardstick:
+    """What a job is measured by on the way: by default its held-out pictures, or else those it is trained on.
+
+    Raises:
+        InputError: it follows pictures or maps.
+    """
+    method = subject.job.method["name"]
+    if not subject.method.trigger or method == "ip_adapter":
+        reason = f"{method} follows pictures or maps, and is measured by graft eval only"
+        raise InputError(f"train.measure_every = {subject.job.train.measure_every}", reason, "Leave it at 0")
+    settings = from_dict(EvaluationConfig, measured_on(subject.job), "eval")
+    return Yardstick(base, settings)
 
 
 def _first_loss(task: ConceptTask) -> Tensor:

@@ -7,9 +7,10 @@ Every picture has its own generator: it is the same alone, in a batch, on anothe
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,18 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
-from graft.studio.adapter import load_adapter
+from graft.studio.adapter import Adapter, load_adapter
 from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError
 from graft.studio.pictures import BROKEN, checked_bytes, complaint, open_picture
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
-    from graft.studio.adapter import Adapter
 
 TILE = 128
 """Smaller pictures are enlarged to this side in grids."""
+SHEET = 2048
+"""Width in pixels from which a sheet of all steps is reduced."""
 Pictures = list[list[Image.Image]]
 """One row per prompt, one column per seed."""
 
@@ -58,7 +60,9 @@ class PreviewConfig:
     beside: str | tuple[str, ...] = ()
     """Further adapters of the base, attached at the same time."""
     weights: tuple[float, ...] = ()
-    """Strength of each of them; empty is 1 for all."""
+    """Strength of each adapter, in the order in which they are named, those of `beside` last; empty is 1 for all."""
+    strengths: tuple[float, ...] = (1.0,)
+    """What the weights are multiplied with: a block of pictures for each."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.resolution < 0:
@@ -118,17 +122,17 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
 
 def preview(
     base: DiffusionBase,
-    adapter: Adapter | None,
+    adapter: Adapter | Sequence[Adapter] | None,
     prompts: Sequence[str],
     seeds: Sequence[int],
     out: Path,
     settings: PreviewConfig | None = None,
 ) -> list[Path]:
-    """Draws prompts x seeds with the adapter, and without it for comparison.
+    """Draws prompts x seeds x strengths with the adapter, and without it for comparison.
 
     Args:
         base: the adapter's own.
-        adapter: None shows the base alone.
+        adapter: one, or several that act at once; None shows the base alone.
         prompts: with the adapter's trigger in them.
         seeds: one column each.
         out: folder; gets `grid.png` and one file per picture.
@@ -144,13 +148,39 @@ def preview(
     if adapter is None:
         return save_pictures(Path(out), {"base": draw(base, prompts, seeds, config)}, prompts, seeds)
     with ExitStack() as stack:
-        adapters = [adapter, *(load_adapter(path) for path in _several(config.beside))]
+        named = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+        adapters = [*named, *(load_adapter(path) for path in _several(config.beside))]
+        weights = config.weights or (1.0,) * len(adapters)
+        if len(weights) != len(adapters):
+            reason = f"{len(adapters)} adapters are attached"
+            raise InputError(f"weights = {list(weights)}", reason, "Give one for each, or none")
         handles = [stack.enter_context(each.attached(base)) for each in adapters]
         shown = _shown(base, handles, config, len(prompts), len(seeds))
         shown |= _conditions(base, handles, config, len(prompts))
-        adapted = draw(base, prompts, seeds, config)
+        faders = [fader(handle) for handle in handles]
+        adapted = {}
+        for strength in config.strengths:
+            for fade, weight in zip(faders, weights, strict=True):
+                fade(weight * strength)
+            name = "with" if config.strengths == (1.0,) else f"with x {strength:g}"
+            adapted[name] = draw(base, prompts, seeds, config)
     without = draw(base, prompts, seeds, config)
-    return save_pictures(Path(out), {**shown, "without": without, "with": adapted}, prompts, seeds)
+    return save_pictures(Path(out), {**shown, "without": without, **adapted}, prompts, seeds)
+
+
+def fader(handle: Any, slot: int = 0) -> Callable[[float], None]:
+    """What sets the strength of an attached adapter: 1 as it was trained, 0 off."""
+    own = getattr(handle, "scale", None)
+    if callable(own):
+        return partial(own, slot)
+
+    def fade(value: float) -> None:
+        if isinstance(own, int | float):
+            handle.scale = own * value
+        elif value != 1:
+            raise InputError(f"strength {value:g}", "a word has none: it is there or not", "Leave its weight at 1")
+
+    return fade
 
 
 def _shown(
@@ -187,18 +217,15 @@ def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConf
     """Gives all that is attached and follows maps its own; returns their pictures, a row per prompt.
 
     Raises:
-        InputError: as many conditions, or weights, as there are of them are needed.
+        InputError: as many conditions as there are of them are needed.
     """
-    controls = [handle for handle in handles if hasattr(handle, "follow_files")]
-    paths, weights = _several(config.condition), config.weights or (1.0,) * len(controls)
-    for name, given in (("condition", paths), ("weights", weights)):
-        if len(given) != len(controls):
-            reason = f"{len(controls)} ControlNets or T2I-Adapters are attached, so as many are needed"
-            raise InputError(f"{name} = {list(given)}", reason, f"Add --set {name}=... or leave it out")
+    controls, paths = [each for each in handles if hasattr(each, "follow_files")], _several(config.condition)
+    if len(paths) != len(controls):
+        reason = f"{len(controls)} ControlNets or T2I-Adapters are attached, so as many are needed"
+        raise InputError(f"condition = {list(paths)}", reason, "Add --set condition=... or leave it out")
     shown: dict[str, Pictures] = {}
-    for i, (control, path, weight) in enumerate(zip(controls, paths, weights, strict=True)):
+    for i, (control, path) in enumerate(zip(controls, paths, strict=True)):
         control.follow_files(Path(path), base.side(config.resolution), rows, config.ready)
-        control.scale *= weight
         blocks = control.tiles(rows)
         shown |= blocks if len(controls) == 1 else {f"{name} {i + 1}": tiles for name, tiles in blocks.items()}
     return shown
@@ -221,6 +248,20 @@ def save_png(path: Path, picture: Image.Image) -> Path:
     data = io.BytesIO()
     picture.save(data, "PNG")
     return write_atomic(path, data.getvalue())
+
+
+def grow_sheet(folder: Path, ending: str = "") -> Path:
+    """Puts the samples of all steps so far, `step-*`, one below the other; made anew each time, so a resume fits in."""
+    digits = "[0-9]" * 6
+    steps = [Image.open(path).convert("RGB") for path in sorted(folder.glob(f"step-{digits}{ending}.png"))]
+    width = min(SHEET, max(picture.width for picture in steps))
+    rows = [ImageOps.contain(picture, (width, picture.height)) for picture in steps]
+    sheet = Image.new("RGB", (width, sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return save_png(folder / f"sheet{ending}.png", sheet)
 
 
 def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:

@@ -12,7 +12,8 @@ pictures out, one shuffled pack of them after the other, and the shapes take tur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import gcd
@@ -167,6 +168,21 @@ class DiffusionTask(nn.Module):
         self._share_out()
         if hasattr(self.handle, "route"):
             self.handle.route(self.slots)
+
+    @contextmanager
+    def drawing_from(self, sources: Sequence[Source]) -> Iterator[None]:
+        """Batches come from other sources for a while."""
+        own, self.sources = self.sources, list(sources)
+        try:
+            self._share_out()
+            if self.jobs > 1 and hasattr(self.handle, "route"):
+                self.handle.route(self.slots)
+            yield
+        finally:
+            self.sources = own
+            self._share_out()
+            if self.jobs > 1 and hasattr(self.handle, "route"):
+                self.handle.route(self.slots)
 
     def _share_out(self) -> None:
         sources = [source for source in self.sources if source.shape == 0]

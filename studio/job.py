@@ -58,6 +58,15 @@ class TrainConfig:
     """Seconds between checkpoints; 0 leaves it to `checkpoint_every`."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk."""
+    validate_every: int = 0
+    """Steps between measurements on data that are held out, such as the loss at fixed noise of the pictures that
+    `data.validation` names; 0 measures none. The figures stand in metrics.jsonl."""
+    measure_every: int = 0
+    """Steps between measurements of what is drawn, with the settings of `[eval]`: fidelity, alignment, and the score of
+    the pair; 0 measures none. The last step is measured too."""
+    keep: Literal["last", "best"] = "last"
+    """Which step becomes the result: the last, or of those measured the one with the best score (the earlier of
+    equals)."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl; each holds means over them."""
     threads: int = 0
@@ -78,7 +87,7 @@ class TrainConfig:
         for name in (*whole, "galore_rank", "galore_every"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         zero = ("warmup_steps", "patience", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
-        for name in (*zero, "threads", "workers"):
+        for name in (*zero, "validate_every", "measure_every", "threads", "workers"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         rate = self.learning_rate
         require("train.learning_rate", rate, rate is None or 0 < rate < 100, "a number above 0")
@@ -86,6 +95,8 @@ class TrainConfig:
             require(f"train.{name}", getattr(self, name), getattr(self, name) > 0, "a number above 0")
         halves = self.optimiser == "mezo" and self.mixed_precision == "fp16"
         require("train.mixed_precision", self.mixed_precision, not halves, "no or bf16 with optimiser = mezo")
+        measured = self.keep == "last" or self.measure_every > 0
+        require("train.keep", self.keep, measured, '"last", or train.measure_every above 0 to know the best')
         require("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
 
 
@@ -99,6 +110,8 @@ class SampleConfig:
     """What is drawn; "{token}" stands for the concept's word. Empty takes two of the method's own prompts."""
     seeds: tuple[int, ...] = (0, 1)
     """One picture for each prompt and seed."""
+    strengths: tuple[float, ...] = (1.0,)
+    """Strengths of the adapter that are drawn side by side, beside the base alone; 1 is as trained."""
     steps: int = 25
     """Denoising steps."""
     guidance: float = 3.0
@@ -132,6 +145,8 @@ class Job:
     """How long and how fast."""
     sample: SampleConfig = field(default_factory=SampleConfig)
     """What is drawn on the way."""
+    eval: dict[str, Any] = field(default_factory=dict)
+    """Settings of `graft eval`, and of what is measured on the way."""
     name: str | None = None
     """Of the run; None takes the method's name."""
 
@@ -178,6 +193,8 @@ class Job:
         section = {key: value for key, value in self.method.items() if key != "name"}
         from_dict(registry.method_class(domain, str(self.method["name"])), section, "method")
         from_dict(registry.domain(domain).DataConfig, self.data, "data")
+        if self.eval:
+            from_dict(registry.domain(domain).EvaluationConfig, self.eval, "eval")
         return replace(self, domain=domain)
 
     def to_toml(self) -> str:
@@ -192,8 +209,8 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 _PATHS = (
-    ("data", "path"), ("data", "split"), ("data", "images"), ("data", "replay_path"),
-    ("method", "class_path"), ("method", "start"),
+    ("data", "path"), ("data", "split"), ("data", "validation"), ("data", "images"), ("data", "replay_path"),
+    ("method", "class_path"), ("method", "start"), ("eval", "path"), ("eval", "prior_path"),
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from graft.studio.optimiser import JobsAdamW, make
 from graft.studio.runs.checkpoints import Checkpoint, latest_checkpoint, write_checkpoint
 from graft.studio.runs.folder import Run
 from graft.studio.runs.progress import progress
+from graft.studio.runs.results import best_score, save_adapter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,6 +52,10 @@ class Task(Protocol):
 
     A task of several jobs has `owned()`, its parameters and whose they are (see `JobsAdamW`), and `finish(slot)`, which
     leaves a job out of the batches to come.
+
+    `validate()` and `measure()` return figures by name, each a number or one for every job, for metrics.jsonl: the
+    first of data that is held out, the second of what is made. `measure`'s "score" is what `train.keep = "best"` goes
+    by. Like `sample`, they leave modes and generators alone, and they say the same whenever the weights are the same.
     """
 
     default_learning_rate: float
@@ -156,6 +161,7 @@ class Loop:
         self.step, self.seconds, self.failures = 0, 0.0, {}
         self.ends = [config.steps for config in self.configs]
         self.patience = _Patience([config.patience for config in self.configs])
+        self.best = [best_score(run.folder) for run in runs]
         self.stopping = threading.Event()
 
     def fit(self) -> bool:
@@ -172,8 +178,9 @@ class Loop:
                 self.seconds = elapsed + time.monotonic() - began
                 ending, stop = self._ending(), self._stop_asked()
                 due = bool(ending) or stop or self._checkpoint_due(saved)
-                if due or self.step % self.config.log_every == 0:
-                    show(self.step, self._log(means.take()))
+                measured = self._measure(bool(ending))
+                if due or measured or self.step % self.config.log_every == 0:
+                    show(self.step, self._log(means.take(), measured))
                     self._leave(ending)
                 if due:
                     self.save()
@@ -271,7 +278,32 @@ class Loop:
         norm = torch.nn.utils.get_total_norm(gradients)
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
-    def _log(self, means: dict[str, list[float]]) -> dict[str, float]:
+    def _measure(self, ending: bool) -> list[dict[str, float]]:
+        """What is due to be measured, of each job; the best so far is kept. Before the checkpoint: killed between the
+        two, the training comes here again, and finds the same."""
+        every = {"validate": self.config.validate_every, "measure": self.config.measure_every}
+        due = [what for what, steps in every.items() if steps and (ending or self.step % steps == 0)]
+        if not due:
+            return []
+        found: list[dict[str, float]] = [{} for _ in self.runs]
+        for what in due if self.main else ():
+            for name, value in getattr(self.task, what)().items():
+                for slot, own in enumerate(found):
+                    own[name] = value[slot] if isinstance(value, Sequence) else value
+        if self.config.keep == "best" and "measure" in due and self.main:
+            for slot, own in enumerate(found):
+                if self.step <= self.ends[slot] and slot not in self.failures and own["score"] > self.best[slot]:
+                    self._keep(slot, own)
+        return found
+
+    def _keep(self, slot: int, figures: dict[str, float]) -> None:
+        told = {"steps": self.step, **figures}
+        adapter = self.task.adapter(told) if len(self.runs) == 1 else self.task.adapter(told, slot=slot)
+        save_adapter(self.runs[slot].folder / "best", adapter)
+        self.best[slot] = figures["score"]
+        self._tell(slot, "best", step=self.step, score=figures["score"])
+
+    def _log(self, means: dict[str, list[float]], measured: Sequence[dict[str, float]] = ()) -> dict[str, float]:
         """Write each run's figures; return them for the progress line, those of several runs as their mean."""
         timing, rates, shown = (
             {"seconds": round(self.seconds, 3), "attempt": self.number},
@@ -287,7 +319,8 @@ class Loop:
                 continue
             shown.append({**own, "learning_rate": rates[slot]})
             if self.main:
-                append_line(run.folder / "metrics.jsonl", {"step": self.step, **shown[-1], **timing})
+                further = measured[slot] if measured else {}
+                append_line(run.folder / "metrics.jsonl", {"step": self.step, **shown[-1], **further, **timing})
         return {"step": self.step, **{name: sum(own[name] for own in shown) / len(shown) for name in shown[0]}}
 
     def _diverged(self, slot: int, shown: str) -> None:

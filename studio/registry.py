@@ -18,8 +18,8 @@ DOMAINS: dict[str, str] = {
     "vlm": "graft.vlm",
 }
 """Domain -> package with `DataConfig`, `EvaluationConfig`, `load_base`, `prepare`, `evaluate`; `preview` where pictures
-are drawn, `predict` where they are told apart; `run_settings`, what `graft eval` takes from a run. A domain without a
-method in `METHODS` has `load_base` only."""
+are drawn, `predict` where they are told apart; `run_settings`, what `graft eval` takes from a run, or
+`evaluation_settings`, from an adapter and its run. A domain without a method in `METHODS` has `load_base` only."""
 
 METHODS: dict[tuple[str, str], str] = {
     ("diffusion", "controlnet"): "graft.diffusion.controlnet:ControlNet",

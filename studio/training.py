@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
@@ -15,18 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graft.studio import registry
-from graft.studio.disk import require_space, sync_folder, write_atomic, write_json
+from graft.studio.adapter import Adapter
+from graft.studio.disk import require_space, write_atomic, write_json
 from graft.studio.errors import InputError, RunError
 from graft.studio.job import Job, TrainConfig
 from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, settled
 from graft.studio.runs.attempt import attempt
 from graft.studio.runs.folder import Run, create_run, new_folder, open_run
 from graft.studio.runs.lock import RunLock
+from graft.studio.runs.results import save_adapter
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from graft.studio.adapter import Adapter
 
 log = logging.getLogger("graft")
 Source = Job | Mapping[str, Any] | str | Path
@@ -128,7 +126,7 @@ def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
     placed = [replace(job, train=replace(job.train, device=device)) for job in jobs]
     domain = registry.domain(jobs[0].domain)
     if len(jobs) == 1:
-        return domain.prepare(placed[0], None)
+        return _able(domain.prepare(placed[0], None), jobs[0])
     if not hasattr(domain, "prepare_together"):
         raise InputError(f"{len(jobs)} jobs", f"{jobs[0].domain} trains one at a time", "Train them one by one")
     if jobs[0].train.optimiser != "adamw":
@@ -137,7 +135,16 @@ def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
         for name in sorted({field.name for field in fields(TrainConfig)} - TrainConfig.own):
             if getattr(job.train, name) != getattr(jobs[0].train, name):
                 raise InputError(f"job {job.name}", f"its train.{name} differs from the first job's", "Train it alone")
-    return domain.prepare_together(placed)
+    return _able(domain.prepare_together(placed), jobs[0])
+
+
+def _able(task: Any, job: Job) -> Any:
+    """The task, if it can measure what the job asks for."""
+    for name, what in (("validate_every", "validate"), ("measure_every", "measure")):
+        if getattr(job.train, name) and not hasattr(task, what):
+            reason = f"{job.domain} has nothing to {what} on the way"
+            raise InputError(f"train.{name} = {getattr(job.train, name)}", reason, "Leave it at 0, and use graft eval")
+    return task
 
 
 def _create(
@@ -179,12 +186,17 @@ def _fit(task: Any, runs: list[Run], threads: int, accelerator: Accelerator) -> 
         if not whole:
             this.status = "stopped"
         elif main:
-            pictures = _newest_samples(runs[0])
             for slot, run in enumerate(runs):
                 if slot in this.failures:
                     continue
-                adapter = task.adapter(_final(run)) if len(runs) == 1 else task.adapter(_final(run), slot=slot)
-                _save_result(run, adapter, pictures if len(runs) == 1 else pictures[slot : slot + 1])
+                if run.job.train.keep == "best" and (run.folder / "best").exists():
+                    adapter = Adapter.load(run.folder / "best")
+                    pictures = _samples(runs[0], adapter.card.metrics["steps"])
+                else:
+                    adapter = task.adapter(_final(run)) if len(runs) == 1 else task.adapter(_final(run), slot=slot)
+                    pictures = _samples(runs[0])
+                shown = pictures if len(runs) == 1 else pictures[slot : slot + 1]
+                save_adapter(run.folder / "result", adapter, shown)
     return runs
 
 
@@ -204,26 +216,7 @@ def _final(run: Run) -> dict[str, Any]:
     return {"steps": run.state["step"], **{k: rows[-1][k] for k in ("loss", "seconds") if rows and k in rows[-1]}}
 
 
-def _newest_samples(run: Run) -> list[Path]:
-    """What was drawn last: one picture per slot of the task."""
-    drawn = [event["files"] for event in run.events() if event["event"] == "sample"]
-    return [run.folder / "samples" / name for name in (drawn[-1] if drawn else [])]
-
-
-def _save_result(run: Run, adapter: Adapter, pictures: Sequence[Path]) -> None:
-    """Put the adapter and its pictures into `result/` by one rename."""
-    draft, final = run.folder / f".result-{os.getpid()}", run.folder / "result"
-    for old in run.folder.glob(".result-*"):  # left by a killed process
-        shutil.rmtree(old)
-    try:
-        adapter.save(draft)
-        for path in pictures:
-            shutil.copy(path, draft / f"preview{path.suffix}")
-        sync_folder(draft)
-        if final.exists():  # killed between here and the word "finished"
-            shutil.rmtree(final)
-        draft.rename(final)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    sync_folder(run.folder)
+def _samples(run: Run, step: int | None = None) -> list[Path]:
+    """What was drawn last, or at a step: one picture per slot of the task."""
+    events = [event for event in run.events() if event["event"] == "sample" and step in (None, event["step"])]
+    return [run.folder / "samples" / name for name in (events[-1]["files"] if events else [])]

@@ -5,7 +5,8 @@ cosine between drawn and held-out pictures; `CLIP-T` pocket-clip's between a dra
 sprite that looks most like the concept stands for its word; `recognised` as in `graft bench personalization`. `KID` is
 what else has changed: the kernel distance (Binkowski et al., 2018, arXiv:1801.01401; x 1000, unbiased, so about 0 for
 no change and possibly below) of pocket-vit's features between pictures of known sprites that the adapted and, from
-another seed, the plain base draw.
+another seed, the plain base draw. `seconds` are those of the steps alone; `lora, prior` is DreamBooth's recipe with
+LoRA. Trainings of a method may share a batch (`jobs`), each as if alone, and then share its seconds.
 
 **Two concepts.** Each was learnt alone; then one prompt asks for both. `both` and `one` are the shares of pictures in
 which both sprites, or at least one, are found: one of nine windows of a quarter of the picture counts if, of all new
@@ -35,13 +36,14 @@ from graft.diffusion.base import DiffusionBase, load_base, save_base
 from graft.diffusion.bench.personalization import ASKED, COLOURED, PLAIN, Judge
 from graft.diffusion.bench.pictures import held_out_pictures, new_sprites, write_pictures
 from graft.diffusion.concept_merge import merge_concepts
-from graft.diffusion.evaluation import Clip, background_alignment, image_similarity
+from graft.diffusion.features import Clip, Eye
+from graft.diffusion.measures import background_alignment, image_similarity, kid
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, render, sample_scene, with_article
-from graft.studio.registry import load_base as load_any
+from graft.studio.runs import Run
 
 METHODS: dict[str, dict[str, Any]] = {
     "textual_inversion": {"name": "textual_inversion"},
@@ -63,21 +65,14 @@ class Eyes:
     """pocket-clip and pocket-vit: unit features of pictures."""
 
     clip: Clip
-    vit: Any
+    vit: Eye
     known: int = 32
     """Known sprites that `drift` draws."""
     cache: dict[str, Any] = field(default_factory=dict)
 
-    @torch.no_grad()
-    def look(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """pocket-vit's features: (b, d), of unit length."""
-        pixels = torch.stack([self.vit.pixels(picture.convert("RGB")) for picture in pictures])
-        model = self.vit.model
-        return F.normalize(model.forward_head(model.forward_features(self.vit.normalise(pixels)), pre_logits=True))
-
     def both(self, pictures: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
         """Features of both models."""
-        return self.clip.images(pictures), self.look(pictures)
+        return self.clip.images(pictures), self.vit.images(pictures)
 
     @cached_property
     def names(self) -> list[str]:
@@ -89,8 +84,9 @@ class Eyes:
         """Kernel distance x 1000 of what the base draws now to what it drew when this was first called."""
         prompts = [f"a photo of {with_article(name)}" for name in self.names]
         if "prior" not in self.cache:
-            self.cache["prior"] = self.look(sum(draw(base, prompts, [100], PreviewConfig()), []))
-        return 1000 * kid(self.look(sum(draw(base, prompts, [0], PreviewConfig()), [])), self.cache["prior"])
+            self.cache["prior"] = self.vit.images(sum(draw(base, prompts, [100], PreviewConfig()), []))
+        now = self.vit.images(sum(draw(base, prompts, [0], PreviewConfig()), []))
+        return 1000 * kid(now, self.cache["prior"], range(len(prompts)))
 
     def prototypes(self, sprites: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Mean feature of small pictures of each sprite, seen through a window: (s, d) by each model."""
@@ -122,17 +118,6 @@ def _window(picture: Image.Image, x: int, y: int) -> Image.Image:
     return picture.convert("RGB").crop((x, y, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def kid(a: Tensor, b: Tensor) -> float:
-    """Unbiased squared distance of means under the kernel (x y / d + 1)^3 of unit features scaled to length sqrt(d).
-
-    Row i of both sets answers the same prompt: such pairs are left out, as those of a row with itself are.
-    """
-    a, b = (part.double() * part.shape[1] ** 0.5 for part in (a, b))
-    aa, bb, ab = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    of = aa + bb - ab - ab.T
-    return float((of.sum() - of.diagonal().sum()) / (len(a) * (len(a) - 1)))
-
-
 def concepts(
     out: Path | None = None,
     sprites: int = 4,
@@ -140,6 +125,7 @@ def concepts(
     steps: int = 0,
     methods: Sequence[str] = tuple(METHODS),
     base: str = "pocket-sd",
+    jobs: int = 1,
 ) -> dict[str, Any]:
     """Trains, measures and returns the tables.
 
@@ -150,11 +136,14 @@ def concepts(
         steps: of each training; 0 leaves the default.
         methods: rows of the first table. Custom Diffusion and LoRA are trained for the second in any case.
         base: a base that knows the embedded world.
+        jobs: trainings of a method in one batch, each as if alone; `seconds` are then a share of the batch's.
     """
     out = Path(out or "runs/concepts")
     clip = Clip("pocket-clip")
-    bench = _Bench(Judge(load_base(base, "cpu"), clip), Eyes(clip, load_any("pocket-vit", "cpu")), out, steps)
+    bench = _Bench(Judge(load_base(base, "cpu"), clip), Eyes(clip, Eye("pocket-vit")), out, steps, jobs)
     chosen = new_sprites(max(2, sprites))
+    for method in methods:
+        bench.learn(method, [(sprite, seed) for sprite in chosen for seed in range(seeds)])
     one = [row for sprite in chosen for row in bench.alone(sprite, seeds, methods)]
     two = [row for pair in zip(chosen[::2], chosen[1::2], strict=False) for row in bench.together(pair)]
     result: dict[str, Any] = {"one": _means(one, _ONE), "two": _means(two, _TWO), "rows": [*one, *two]}
@@ -170,6 +159,7 @@ class _Bench:
     eyes: Eyes
     out: Path
     steps: int
+    jobs: int
 
     @property
     def base(self) -> DiffusionBase:
@@ -183,17 +173,18 @@ class _Bench:
         yield {"method": "base", "sprite": sprite, **max(tried, key=lambda figures: figures["CLIP-I"])}
         for method in methods:
             for seed in range(seeds):
-                adapter = self.trained(method, sprite, seed)
+                run = self.trained(method, sprite, seed)
+                adapter = run.adapter()
                 with adapter.attached(self.base):
                     figures = self.measured(adapter.card.trigger or "", sprite, near)
-                figures |= self.cost(adapter, method, sprite)
-                yield {"method": method, "sprite": sprite, "seed": seed, **figures}
+                yield {"method": method, "sprite": sprite, "seed": seed, **figures, **self.cost(run)}
 
-    def cost(self, adapter: Adapter, method: str, sprite: int) -> dict[str, float]:
-        """What a training and its file take."""
+    def cost(self, run: Run) -> dict[str, float]:
+        """What a training and its file take; one of a group takes its share of the group's seconds."""
+        adapter, file = run.adapter(), run.folder / "result" / "adapter.safetensors"
         size = sum(tensor.numel() for tensor in adapter.tensors.values())
-        file = self.where(method, sprite, 0) / "result" / "adapter.safetensors"
-        return {"seconds": adapter.card.metrics["seconds"], "parameters": size, "KB": file.stat().st_size / 1000}
+        seconds = adapter.card.metrics["seconds"] / len(run.group)
+        return {"seconds": seconds, "parameters": size, "KB": file.stat().st_size / 1000}
 
     def measured(self, word: str, sprite: int, near: str) -> dict[str, float]:
         """All figures of what a word now stands for."""
@@ -206,35 +197,60 @@ class _Bench:
         told = self.eyes.clip.texts([COLOURED.format(with_article(near), colour=colour) for colour in asked])
         return {
             "CLIP-I": image_similarity(features, self.judge.clip.images(real)),
-            "DINO": image_similarity(self.eyes.look(plain), self.eyes.look(real)),
+            "DINO": image_similarity(self.eyes.vit.images(plain), self.eyes.vit.images(real)),
             "CLIP-T": float((self.eyes.clip.images(coloured) * told).sum(-1).mean()),
             "background": background_alignment(coloured, asked),
             "recognised": float(((features @ means.T).argmax(1) == new.index(sprite)).float().mean()),
             "KID": self.eyes.drift(self.base),
         }
 
-    def where(self, method: str, sprite: int, seed: int) -> Path:
-        """Folder of a training."""
-        return self.out / "runs" / f"{method.replace(', ', '-')}-{sprite}-{seed}"
+    def run(self, method: str, sprite: int, seed: int) -> Run | None:
+        """The newest training of a method on a sprite, finished or not."""
+        found = sorted((self.out / "runs").glob(f"*-{_name(method, sprite, seed)}/job.toml"))
+        return Run(found[-1].parent) if found else None
 
-    def trained(self, method: str, sprite: int, seed: int) -> Adapter:
-        """A method's training on one sprite, unless it is finished already."""
+    def learn(self, method: str, which: Sequence[tuple[int, int]]) -> None:
+        """Trains a method on sprites and seeds, in groups, as far as it was not done before."""
+        from graft.studio.training import resume, train_many
+
+        for sprite, seed in which:
+            begun = self.run(method, sprite, seed)
+            if begun is not None and not (begun.folder / "result").exists():
+                resume(begun)
+        missing = [each for each in which if self.run(method, *each) is None]
+        for start in range(0, len(missing), self.jobs):
+            jobs = [self.job(method, *each) for each in missing[start : start + self.jobs]]
+            train_many(jobs, runs=self.out / "runs")
+
+    def job(self, method: str, sprite: int, seed: int) -> dict[str, Any]:
+        """A method's training on one sprite."""
         section = dict(METHODS[method])
         if method == "lora":  # two of them will act at once
             section["trigger"] = f"sks{sprite}"
         if "class_prompt" in section:
             section["class_prompt"] = section["class_prompt"].format(self.judge.near_names(sprite, 1)[0])
-        folder = write_pictures(self.out / "pictures" / str(sprite), sprite)
-        return self.fit(section, folder, self.where(method, sprite, seed), seed)
+        pictures = write_pictures(self.out / "pictures" / str(sprite), sprite)
+        return self.described(section, pictures, seed) | {"name": _name(method, sprite, seed)}
+
+    def described(self, section: dict[str, Any], pictures: Path, seed: int, base: str = "") -> dict[str, Any]:
+        """A job."""
+        settings: dict[str, Any] = {"seed": seed, "device": "cpu"} | ({"steps": self.steps} if self.steps else {})
+        job = {"base": base or self.base.name, "domain": "diffusion", "method": section, "train": settings}
+        return job | {"data": {"path": str(pictures)}}
+
+    def trained(self, method: str, sprite: int, seed: int) -> Run:
+        """A method's training on one sprite, which is done now if it was not before."""
+        self.learn(method, [(sprite, seed)])
+        run = self.run(method, sprite, seed)
+        assert run is not None
+        return run
 
     def fit(self, section: dict[str, Any], pictures: Path, where: Path, seed: int = 0, base: str = "") -> Adapter:
         """A training, unless it is finished already."""
         from graft.studio.training import train
 
         if not (where / "result").exists():
-            settings: dict[str, Any] = {"seed": seed, "device": "cpu"} | ({"steps": self.steps} if self.steps else {})
-            job = {"base": base or self.base.name, "domain": "diffusion", "method": section, "train": settings}
-            train(job | {"data": {"path": str(pictures)}}, run_dir=where)
+            train(self.described(section, pictures, seed, base), run_dir=where)
         return Adapter.load(where / "result")
 
     def together(self, pair: tuple[int, int]) -> Iterator[dict[str, Any]]:
@@ -244,7 +260,7 @@ class _Bench:
         known = tuple(int(i) for i in rng.choice(atlas.known, 2, replace=False))
         names = [with_article(atlas.names[i]) for i in known]
         yield {"method": "base, two known sprites", **self.drawn(self.base, names, known)}
-        custom = [self.trained("custom_diffusion", sprite, 0) for sprite in pair]
+        custom = [self.trained("custom_diffusion", sprite, 0).adapter() for sprite in pair]
         merged = merge_concepts(self.base, custom, _captions(rng))
         with merged.attached(self.base):
             yield {"method": "custom_diffusion, merged", **self.drawn(self.base, ["<new1>", "<new2>"], pair)}
@@ -255,7 +271,7 @@ class _Bench:
             yield {"method": "custom_diffusion, sequential", **self.drawn(base, ["<new1>", "<new2>"], pair)}
         with ExitStack() as stack:
             for sprite in pair:
-                stack.enter_context(self.trained("lora", sprite, 0).attached(self.base))
+                stack.enter_context(self.trained("lora", sprite, 0).adapter().attached(self.base))
             yield {"method": "lora, sum", **self.drawn(self.base, [f"sks{sprite}" for sprite in pair], pair)}
         for name, of in (("true scenes", pair), ("true scenes of others", tuple(rng.choice(atlas.known, 2, False)))):
             scenes = [sample_scene(rng, [int(i) for i in of], (0, 1)) for _ in range(24)]
@@ -289,6 +305,10 @@ class _Bench:
         base = load_base(str(folder), "cpu")
         with second.attached(base):
             yield base
+
+
+def _name(method: str, sprite: int, seed: int) -> str:
+    return f"{method}-{sprite}-{seed}".replace(", ", "-").replace("_", "-")
 
 
 def _captions(rng: np.random.Generator, count: int = 200) -> list[str]:

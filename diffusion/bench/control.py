@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.conditions import canny, picture_of
-from graft.diffusion.evaluation import Clip
+from graft.diffusion.features import Clip
+from graft.diffusion.measures import edge_scores
 from graft.diffusion.previews import PreviewConfig, draw, grid, save_png
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
@@ -50,21 +50,6 @@ def write_scenes(folder: Path, count: int, seed: int = 0) -> Path:
         lines.append(json.dumps({"file_name": f"{k:05d}.png", "text": text}))
     write_atomic(folder / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     return folder
-
-
-def edge_scores(drawn: np.ndarray, asked: np.ndarray, reach: int = 1) -> dict[str, float]:
-    """Precision, recall and F1 of edges: (h, w) each, of which what is not 0 is an edge.
-
-    Args:
-        drawn: edges of what was drawn.
-        asked: edges that were asked for.
-        reach: pixels in every direction within which an edge counts as found.
-    """
-    a, b = (torch.from_numpy(edges > 0).float()[None, None] for edges in (drawn, asked))
-    wide = [F.max_pool2d(edges, 2 * reach + 1, 1, reach) for edges in (a, b)]
-    precision = float((a * wide[1]).sum() / a.sum().clamp(min=1))
-    recall = float((b * wide[0]).sum() / b.sum().clamp(min=1))
-    return {"precision": precision, "recall": recall, "f1": 2 * precision * recall / max(precision + recall, 1e-9)}
 
 
 def control(

@@ -24,7 +24,7 @@ from PIL import Image
 
 from graft.diffusion.aligned_start import aligned_start
 from graft.diffusion.base import DiffusionBase, load_base
-from graft.diffusion.evaluation import background_alignment
+from graft.diffusion.measures import background_alignment
 from graft.diffusion.picture_prompts import PicturePrompts
 from graft.diffusion.previews import grid, save_png, undisturbed
 from graft.studio.adapter import Adapter

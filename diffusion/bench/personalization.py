@@ -32,7 +32,8 @@ from graft.diffusion.bench.pictures import (
     training_pictures,
     write_pictures,
 )
-from graft.diffusion.evaluation import Clip, background_alignment, image_similarity
+from graft.diffusion.features import Clip
+from graft.diffusion.measures import background_alignment, image_similarity
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.disk import write_atomic
 from graft.studio.pocket.atlas import Atlas

@@ -29,7 +29,8 @@ from torch import nn
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.bench.pictures import held_out_pictures, new_sprites, write_phone_photos, write_pictures
 from graft.diffusion.data import DataConfig, load_pixels
-from graft.diffusion.evaluation import Clip, image_similarity
+from graft.diffusion.features import Clip
+from graft.diffusion.measures import image_similarity
 from graft.diffusion.precision import narrow
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.diffusion.textual_inversion import TextualInversion

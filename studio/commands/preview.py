@@ -17,8 +17,20 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     """Add the commands."""
     parser = command(commands, "preview", preview, "draw pictures with an adapter, and without it beside them")
-    _common(parser, "steps=25")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help='with "{token}" for the concept; repeatable')
+    parser.add_argument("names", metavar="RUN_OR_ADAPTER", nargs="+", help="a run, or an adapter; several act at once")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", metavar="W", help="strength of each (default: 1, as trained)"
+    )
+    parser.add_argument(
+        "--strengths", type=float, nargs="+", metavar="S", help="of all together: pictures at each, side by side"
+    )
+    _common(parser, "steps=25", named=False)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help='with "{token}" for the concept, "{token2}" for the second\'s; repeatable',
+    )
     parser.add_argument("--seed", action="append", type=int, metavar="N", help="one picture each; repeatable")
     parser.add_argument("--out", default="preview", metavar="DIR", help="folder of the pictures (default: preview)")
     parser = command(commands, "predict", predict, "tell what pictures show, with an adapter that tells them apart")
@@ -30,8 +42,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder for a report with pictures, where the domain draws some")
 
 
-def _common(parser: argparse.ArgumentParser, example: str) -> None:
-    parser.add_argument("name", metavar="RUN_OR_ADAPTER", help="a run, or the folder or file of an adapter")
+def _common(parser: argparse.ArgumentParser, example: str, named: bool = True) -> None:
+    if named:
+        parser.add_argument("name", metavar="RUN_OR_ADAPTER", help="a run, or the folder or file of an adapter")
     parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: the accelerator if there is one)")
     parser.add_argument(
@@ -57,19 +70,28 @@ def load_base_of(adapter: Adapter, name: str | None, device: str | None = None, 
 
 
 def preview(args: argparse.Namespace) -> Answer:
-    """Pictures with and without."""
+    """Pictures with and without, from the saved files."""
     from graft.studio.config import from_dict
     from graft.studio.errors import InputError
 
-    adapter, run = find_adapter(args.name, args.runs)
+    found = [find_adapter(name, args.runs) for name in args.names]
+    adapter, run = found[0]
     base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
     if not hasattr(domain, "preview"):
         raise InputError("graft preview", f"an adapter of {base.domain} draws no pictures", "Use graft predict")
-    config = from_dict(domain.PreviewConfig, settings(args.set), "preview")
-    word = adapter.card.trigger or ""
-    prompts = [prompt.replace("{token}", word) for prompt in args.prompt or _prompts(run, word)]
-    files = domain.preview(base, adapter, prompts, args.seed or [0, 1, 2, 3], Path(args.out), config)
+    told = {name: getattr(args, name) for name in ("weights", "strengths") if getattr(args, name)}
+    config = from_dict(domain.PreviewConfig, {**settings(args.set), **told}, "preview")
+    words = {f"{{token{i or ''}}}": each.card.trigger or "" for i, (each, _) in enumerate(found, start=1)}
+    words["{token}"] = word = adapter.card.trigger or ""
+    prompts = args.prompt or _prompts(run, word)
+    for token, spoken in words.items():
+        prompts = [prompt.replace(token, spoken) for prompt in prompts]
+    several = [each for each, _ in found]
+    if len(several) > 1 and not hasattr(config, "weights"):
+        raise InputError(" ".join(args.names), f"{base.domain} shows one adapter at a time", "Give one")
+    adapters = several if len(several) > 1 else adapter
+    files = domain.preview(base, adapters, prompts, args.seed or [0, 1, 2, 3], Path(args.out), config)
     document = {"files": [str(path) for path in files], "prompts": prompts}
     return Answer(document, f"{files[0]}  and {len(files) - 1} more")
 
@@ -99,7 +121,9 @@ def evaluate(args: argparse.Namespace) -> Answer:
     adapter, run = find_adapter(args.name, args.runs)
     base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
-    config = from_dict(domain.EvaluationConfig, {**_measured_on(args, run, domain), **settings(args.set)}, "eval")
+    config = from_dict(
+        domain.EvaluationConfig, {**_measured_on(args, adapter, run, domain), **settings(args.set)}, "eval"
+    )
     drawn = _drawn(args, domain)
     figures = {"base": domain.evaluate(base, None, config), "adapter": domain.evaluate(base, adapter, config, **drawn)}
     rows = [{"": name, **values} for name, values in figures.items()]
@@ -113,16 +137,21 @@ def evaluate(args: argparse.Namespace) -> Answer:
     return Answer(figures, text)
 
 
-def _measured_on(args: argparse.Namespace, run: Run | None, domain: Any) -> dict[str, Any]:
+def _measured_on(args: argparse.Namespace, adapter: Adapter, run: Run | None, domain: Any) -> dict[str, Any]:
     """The pictures: those that were named, or those of the run."""
     from graft.studio.errors import InputError
 
     if run is None and not args.data:
         raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
+    if hasattr(domain, "evaluation_settings"):
+        found: dict[str, Any] = domain.evaluation_settings(adapter, run, args.data)
+        return found
+    own, told = dict(run.job.eval) if run is not None else {}, {}
     if run is not None and hasattr(domain, "run_settings"):
-        told: dict[str, Any] = domain.run_settings(run, args.data)
-        return told
-    return {"path": args.data or str(run.job.data["path"] if run is not None else "")}
+        told = domain.run_settings(run, args.data)
+    else:
+        told = {"path": args.data or str(run.job.data["path"] if run is not None else "")}
+    return {**own, **told} if args.data else {**told, **own}
 
 
 def _drawn(args: argparse.Namespace, domain: Any) -> dict[str, Path]:

@@ -1,14 +1,14 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.bench import many, textual_inversion
-from graft.diffusion.bench.concepts import kid
+from graft.diffusion.bench.concepts import _Bench
 from graft.diffusion.bench.ip_adapter import classifier, followed, write_training
 from graft.diffusion.bench.personalization import summary, table
 from graft.diffusion.bench.pictures import (
@@ -113,13 +113,14 @@ def test_many_jobs_together_end_where_they_end_alone(folder: Path, tmp_path: Pat
     assert "textual_inversion" in result["table"] and (tmp_path / "many.json").exists()
 
 
-def test_kid_is_the_mean_of_the_kernel_over_pairs_of_different_prompts():
-    torch.manual_seed(0)
-    a, b = torch.nn.functional.normalize(torch.randn(2, 6, 5), dim=-1)
-    total = 0.0
-    for i in range(6):
-        for j in set(range(6)) - {i}:
-            kernel = [(float(x @ y) + 1) ** 3 for x, y in ((a[i], a[j]), (b[i], b[j]), (a[i], b[j]), (b[i], a[j]))]
-            total += kernel[0] + kernel[1] - kernel[2] - kernel[3]
-    assert kid(a, b) == pytest.approx(total / 30)
-    assert kid(a, a) == 0.0
+@pytest.mark.slow
+def test_trainings_of_the_concept_bench_share_a_batch_and_its_seconds(base: DiffusionBase, tmp_path: Path):
+    bench = _Bench(SimpleNamespace(base=base), None, tmp_path, 2, 2)  # type: ignore[arg-type]
+    sprite = Atlas.load().new[0]
+    bench.learn("lora", [(sprite, 0), (sprite, 1)])
+    runs = [bench.trained("lora", sprite, seed) for seed in (0, 1)]
+    assert [run.job.train.seed for run in runs] == [0, 1] and len(runs[0].group) == 2
+    whole = runs[0].metrics()[-1]["seconds"]
+    assert bench.cost(runs[0])["seconds"] == pytest.approx(whole / 2, abs=1e-3)
+    bench.learn("lora", [(sprite, 0), (sprite, 1)])
+    assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 
+from graft.studio.adapter import Adapter
 from graft.studio.cli import main
 from graft.studio.config import write_toml
 
@@ -150,3 +153,57 @@ def test_another_base_is_refused_with_both_hashes(answer: Answer, job: str, fold
         hashes = [word for word in error["message"].replace(".", " ").replace(":", " ").split() if len(word) == 64]
         assert len(set(hashes)) == 2
     assert not (tmp_path / "pictures").exists()
+
+
+def drawn(folder: Path, name: str) -> bytes:
+    return Image.open(folder / name).tobytes()
+
+
+def test_a_preview_is_drawn_from_the_saved_file(answer: Answer, job: str, tmp_path: Path) -> None:
+    answer("train", job, "--run-dir", "mine", "--set", "train.learning_rate=0.1")
+    options = ["--seed", "1", "--prompt", "a {token}", "--set", "steps=1", "--strengths", "0", "1", "--out"]
+    assert answer("preview", "mine", *options, "before")[0] == 0
+    adapter = Adapter.load(tmp_path / "mine" / "result")
+    Adapter({name: 3 * tensor for name, tensor in adapter.tensors.items()}, adapter.card).save(
+        tmp_path / "mine" / "result"
+    )
+    assert answer("preview", "mine", *options, "after")[0] == 0
+    before, after = (
+        {kind: drawn(tmp_path / out, f"{kind}-0-seed1.png") for kind in ("without", "with x 0", "with x 1")}
+        for out in ("before", "after")
+    )
+    assert before["without"] == after["without"] == before["with x 0"] == after["with x 0"]
+    assert len({before["without"], before["with x 1"], after["with x 1"]}) == 3
+
+
+@pytest.mark.slow
+def test_stacked_adapters_draw_what_diffusers_draws(answer: Answer, job: str, folder: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b")):
+        options = ["--set", f"train.seed={seed}", "--set", f"method.trigger={name}{name}"]
+        answer("train", job, "--run-dir", name, "--set", "train.learning_rate=0.3", *options)
+        answer("adapters", "convert", name, f"out-{name}", "--to", "diffusers")
+    options = ["--seed", "1", "--prompt", "{token} on {token2}", "--set", "steps=2", "--out", "pictures"]
+    code, told = answer("preview", "a", "b", "--weights", "0.7", "0.5", *options)
+    assert (code, told["prompts"]) == (0, ["aa on bb"])
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    for name in ("a", "b"):
+        pipe.load_lora_weights(f"out-{name}", adapter_name=name)
+    pipe.set_adapters(["a", "b"], [0.7, 0.5])
+    stock = pipe(["aa on bb"], negative_prompt=[""], height=8, width=8, num_inference_steps=2, guidance_scale=3.0,
+                 generator=[torch.Generator().manual_seed(1)]).images[0]  # fmt: skip
+    mine = np.asarray(Image.open(tmp_path / "pictures" / "with-0-seed1.png")).astype(int)
+    assert np.abs(mine - np.asarray(stock)).max() <= 2
+    without = np.asarray(Image.open(tmp_path / "pictures" / "without-0-seed1.png"))
+    assert np.abs(mine - without).max() > 10
+    assert answer("preview", "a", "b", "--weights", "0.7", *options)[0] == 2
+
+
+@pytest.mark.slow
+def test_a_run_is_evaluated_on_what_it_held_out(answer: Answer, job: str, photos: Path) -> None:
+    settings = ["--set", "data.validation=0.4", "--set", "eval.seeds=1", "--set", "eval.steps=1"]
+    assert answer("train", job, "--run-dir", "mine", "--set", "train.validate_every=1", *settings)[0] == 0
+    code, figures = answer("eval", "mine", "--set", 'colours=["red"]')
+    assert code == 0 and set(figures["adapter"]) == {"background_alignment", "validation_loss"}
+    assert answer("eval", "mine", "--set", 'colours=["red"]')[1] == figures
+    of_all = answer("eval", "mine", "--set", 'colours=["red"]', "--data", str(photos))[1]
+    assert of_all["adapter"]["validation_loss"] != figures["adapter"]["validation_loss"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 import graft
 from graft.diffusion.base import DiffusionBase, load_base
-from graft.diffusion.bench.control import checks, edge_scores, table
+from graft.diffusion.bench.control import checks, table
 from graft.diffusion.bench.control_speed import compared
 from graft.diffusion.conditions import condition_maps, hint, maps_of_files, picture_of
 from graft.diffusion.controlnet import ControlNet
@@ -367,15 +367,6 @@ def test_the_command_line_takes_conditions(folder: Path, mapped: Path, tmp_path:
     assert (tmp_path / "out" / "condition-0-seed0.png").exists()
     assert main(["preview", str(tmp_path / "edges"), *options]) == 2
     assert main(["eval", str(tmp_path / "edges"), "--data", str(mapped), "--set", "seeds=1", "--set", "steps=1"]) == 2
-
-
-def test_edges_are_found_within_a_pixel():
-    asked, drawn = np.zeros((8, 8), np.uint8), np.zeros((8, 8), np.uint8)
-    asked[2], drawn[3] = 255, 255
-    assert edge_scores(drawn, asked) == {"precision": 1.0, "recall": 1.0, "f1": 1.0}
-    assert edge_scores(drawn, asked, reach=0)["f1"] == 0
-    drawn[6] = 255
-    assert edge_scores(drawn, asked) == {"precision": 0.5, "recall": 1.0, "f1": pytest.approx(2 / 3)}
 
 
 def test_promises_of_control_are_checked():

@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import graft
 from graft.diffusion.base import DiffusionBase
-from graft.studio.errors import RunError
+from graft.diffusion.jobs import prepare
+from graft.studio.errors import InputError, RunError
+from graft.studio.job import Job
 from graft.studio.training import resume
 
 
@@ -24,10 +28,16 @@ LORA = {"name": "lora", "rank": 2}
 def test_train_ends_with_an_adapter_that_attaches(
     base: DiffusionBase, folder: Path, photos: Path, tmp_path: Path, method: dict
 ):
-    sampled = job(folder, photos, method) | {"sample": {"every": 2, "steps": 1, "prompts": ["a {token} toy"]}}
+    strengths = [1.0] if method is TI else [0.5, 1.0]
+    sample = {"every": 2, "steps": 1, "prompts": ["a {token} toy"], "strengths": strengths}
+    sampled = job(folder, photos, method) | {"sample": sample}
     run = graft.train(sampled, run_dir=tmp_path / "run")
     assert run.status == "finished"
-    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    names = ["sheet.png", "step-000002.png", "step-000004.png"]
+    assert sorted(p.name for p in (run.folder / "samples").iterdir()) == names
+    sheet, *steps = (np.asarray(Image.open(run.folder / "samples" / name)) for name in names)
+    assert np.array_equal(sheet, np.concatenate(steps))
+    assert steps[0].shape[1] == (1 + len(strengths)) * (2 * 128 + 8) + 8  # without, and each strength
     adapter = run.adapter()
     assert adapter.card.base_hash == base.hash and adapter.card.metrics["steps"] == 4
     with adapter.attached(base):
@@ -68,3 +78,42 @@ def test_train_many_equals_each_alone(folder: Path, photos: Path, tmp_path: Path
         assert shared.card.data_digest == alone.card.data_digest
         for name, tensor in alone.tensors.items():
             torch.testing.assert_close(shared.tensors[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+def test_the_validation_loss_is_the_same_whenever_the_weights_are(folder: Path, photos: Path):
+    held = job(folder, photos, LORA) | {"data": {"path": str(photos), "validation": 0.4}}
+    task = prepare(Job.load(held))
+    assert len(task.sources[0].mean) == 3 and len(task.validation[0].mean) == 2
+    assert len(task.subjects[0].dataset.pictures) == 3
+    state = torch.random.get_rng_state()
+    first = task.validate()
+    assert task.validate() == first and torch.equal(torch.random.get_rng_state(), state)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter.add_(0.5)
+    assert task.validate() != first
+    alone = prepare(Job.load(held | {"data": {"path": str(photos), "validation": str(photos)}}))
+    assert len(alone.sources[0].mean) == len(alone.validation[0].mean) == 5
+
+
+@pytest.mark.slow
+def test_jobs_in_a_batch_have_their_own_validation_loss(folder: Path, photos: Path, tmp_path: Path):
+    method = {"name": "pivotal", "trigger": "<cat>", "rank": 2}
+    settings = {"steps": 2, "validate_every": 1, "log_every": 1}
+    jobs = [job(folder, photos, method, seed=seed, **settings) for seed in (0, 1)]
+    for each in jobs:
+        each["data"]["validation"] = 0.4
+    together = graft.train_many(jobs, runs=tmp_path / "runs")
+    assert len(together[0].group) == 2
+    for i, each in enumerate(jobs):
+        alone = graft.train(each, run_dir=tmp_path / f"alone-{i}").metrics()
+        shared = together[i].metrics()
+        assert [row["validation_loss"] for row in shared] == pytest.approx(
+            [row["validation_loss"] for row in alone], rel=1e-3
+        )
+
+
+def test_validation_without_pictures_is_refused(folder: Path, photos: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"data\.validation"):
+        graft.train(job(folder, photos, LORA, validate_every=2), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,13 +1,15 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from graft.diffusion.base import DiffusionBase
-from graft.diffusion.previews import PreviewConfig, draw, grid, preview, undisturbed
+from graft.diffusion.previews import PreviewConfig, draw, grid, grow_sheet, preview, undisturbed
 from graft.diffusion.textual_inversion import TextualInversion
 from graft.studio.adapter import Adapter, Card
+from graft.studio.errors import InputError
 
 
 def test_a_picture_does_not_depend_on_its_company(base: DiffusionBase):
@@ -60,3 +62,24 @@ def test_undisturbed_restores_modes_generators_and_scheduler(base: DiffusionBase
         base.pipe.scheduler.set_timesteps(7)
     assert bank.training and base.pipe.scheduler is scheduler and scheduler.num_inference_steps is None
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_word_has_no_strength(base: DiffusionBase, tmp_path: Path):
+    card = Card("textual_inversion", {"token": "<cat>", "vectors": 1}, "diffusion", base.name, base.hash)
+    adapter = Adapter({"embedding": torch.ones(1, 16)}, card)
+    with pytest.raises(InputError, match="a word has none"):
+        preview(base, adapter, ["<cat>"], [0], tmp_path, PreviewConfig(steps=1, weights=(0.5,)))
+    with pytest.raises(InputError, match="1 adapters are attached"):
+        preview(base, adapter, ["<cat>"], [0], tmp_path, PreviewConfig(steps=1, weights=(0.5, 1.0)))
+
+
+def test_the_sheet_grows_by_step(tmp_path: Path):
+    for step, colour in ((4, "blue"), (2, "red")):
+        Image.new("RGB", (30, 10), colour).save(tmp_path / f"step-{step:06d}.png")
+        Image.new("RGB", (30, 10), "white").save(tmp_path / f"step-{step:06d}-1.png")
+    sheet = Image.open(grow_sheet(tmp_path))
+    assert sheet.size == (30, 20)
+    assert [sheet.getpixel((5, y)) for y in (5, 15)] == [(255, 0, 0), (0, 0, 255)]
+    Image.new("RGB", (4096, 20), "green").save(tmp_path / "step-000006.png")
+    assert Image.open(grow_sheet(tmp_path)).size == (2048, 30)
+    assert grow_sheet(tmp_path, "-1").name == "sheet-1.png"

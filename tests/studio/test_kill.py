@@ -15,7 +15,7 @@ from graft.studio.bench.kill import torment
 
 @pytest.mark.slow
 def test_a_dozen_kills(make_job: Callable[..., dict[str, Any]], toy: ModuleType, tmp_path: Path) -> None:
-    job = make_job(steps=15, checkpoint_every=1, log_every=1)
+    job = make_job(steps=15, checkpoint_every=1, log_every=1, learning_rate=0.03, measure_every=1, keep="best")
     modules = ["accelerate", "torch._dynamo", "graft.studio.training", toy.__name__]
     result = torment(job, tmp_path, 12, random.Random(), modules)
     assert result["identical"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -393,3 +394,68 @@ def test_two_processes_train_as_one(make_job: Make, toy: Any, tmp_path: Path) ->
         optimizer.zero_grad()
     for name, tensor in run.adapter().tensors.items():
         torch.testing.assert_close(tensor, task.nets[0].state_dict()[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_held_out_is_measured_on_the_way(make_job: Make, toy: Any, tmp_path: Path) -> None:
+    plain = train(make_job(log_every=3), tmp_path / "plain")
+    run = train(make_job(log_every=3, validate_every=2), tmp_path / "run")
+    rows = {row["step"]: row for row in run.metrics()}
+    assert [step for step, row in rows.items() if "validation_loss" in row] == [2, 4, 6]
+    assert [step for step, row in rows.items() if "loss" in row] == [2, 3, 4, 6]
+    assert weights(run) == weights(plain)
+    task = toy.prepare(run.job)
+    task.nets[0].load_state_dict(run.adapter().tensors)
+    assert rows[6]["validation_loss"] == task.validate()["validation_loss"][0]
+
+
+def test_the_best_step_becomes_the_result(make_job: Make, tmp_path: Path) -> None:
+    settings = {"steps": 7, "learning_rate": 0.05, "log_every": 1}
+    run = train(make_job(**settings, measure_every=2, keep="best"), tmp_path / "run")
+    scores = {row["step"]: row["score"] for row in run.metrics() if "score" in row}
+    assert list(scores) == [2, 4, 6, 7]
+    best = max(scores, key=lambda step: scores[step])
+    assert best != 7 and [e["step"] for e in run.events() if e["event"] == "best"][-1] == best
+    assert run.adapter().card.metrics == {"steps": best, "score": scores[best]}
+    shorter = train(make_job(**settings | {"steps": best}), tmp_path / "shorter")
+    assert weights(run) == weights(shorter)
+    assert weights(train(make_job(**settings, measure_every=2), tmp_path / "last")) != weights(shorter)
+    with pytest.raises(InputError, match="train.keep"):
+        make_job(keep="best") and Job.load(make_job(keep="best"))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_keeps_the_same_best(make_job: Make, toy: Any, tmp_path: Path, stop: int) -> None:
+    job = make_job(steps=7, learning_rate=0.05, measure_every=2, keep="best")
+    whole = train(job, tmp_path / "whole")
+    run = resume(stopped_at(job, tmp_path / "run", toy, stop))
+    assert weights(run) == weights(whole) and run.adapter().card.metrics == whole.adapter().card.metrics
+
+
+def test_a_best_step_from_before_a_kill_is_found_again(make_job: Make, toy: Any, tmp_path: Path) -> None:
+    """Killed after `best/` was written and before the checkpoint of its step; an older draft lies about, too."""
+    job = make_job(steps=7, learning_rate=0.05, measure_every=2, keep="best", checkpoint_every=1, keep_checkpoints=9)
+    run = stopped_at(job, tmp_path / "run", toy, 5)
+    checkpoints = run.folder / "checkpoints"
+    for step in (4, 5):
+        shutil.rmtree(checkpoints / f"{step:08d}")
+    (run.folder / ".best-1").mkdir()
+    whole = train(job, tmp_path / "whole")
+    assert weights(resume(run)) == weights(whole)
+    assert run.adapter().card.metrics == whole.adapter().card.metrics
+
+
+def test_jobs_in_a_batch_keep_their_own_best(make_job: Make, tmp_path: Path) -> None:
+    settings = {"steps": 7, "learning_rate": 0.05, "measure_every": 1, "keep": "best"}
+    jobs = [make_job({"dropout": 0.0}, **settings, seed=seed) for seed in (0, 1)]
+    for seed, run in enumerate(train_many(jobs, tmp_path)):
+        alone = train(jobs[seed], tmp_path / f"alone-{seed}").adapter()
+        assert run.adapter().card.metrics["steps"] == alone.card.metrics["steps"]
+        for name, tensor in alone.tensors.items():
+            torch.testing.assert_close(run.adapter().tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_domain_that_cannot_measure_says_so(make_job: Make, toy: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delattr(toy.Task, "measure")
+    with pytest.raises(InputError, match="nothing to measure"):
+        train(make_job(measure_every=2), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
