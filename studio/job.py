@@ -55,6 +55,10 @@ class TrainConfig:
     """Processes that draw batches ahead; 0 draws each when it is needed. The numbers are the same."""
     device: str | None = None
     """"cpu", "cuda", ...; None takes the accelerator if there is one."""
+    processes: int = 1
+    """Devices that train together, a process on each, where a scheduler starts the job."""
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where figures go beside metrics.jsonl; each needs its own library."""
 
     own: ClassVar[frozenset[str]] = frozenset(
         {"steps", "seed", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"}
@@ -63,7 +67,7 @@ class TrainConfig:
     """Settings in which jobs that share a batch may differ."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every", "processes"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         zero = ("warmup_steps", "patience", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
         for name in (*zero, "threads", "workers"):

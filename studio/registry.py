@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib import import_module
 from pathlib import Path
@@ -236,6 +237,37 @@ def load_base(
         marks = dict.fromkeys(f"{mark} with {key!r}" for mark, key, _, _ in _MARKS)
         raise InputError(name, f"the folder has none of {', '.join(marks)}", "Give the folder of a saved model")
     return _package(of or "diffusion").load_base(name, device=device, dtype=dtype, attention=attention)
+
+
+_kept: dict[tuple[object, ...], Any] | None = None
+
+
+def keep_bases() -> None:
+    """From now on a process that trains many jobs loads a base once, and gives each job a copy of it."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def kept(load: Any, name: str, device: str | None, attention: str) -> Any:
+    """Return what `load` returns for these, or a copy of it as it was before anything was attached.
+
+    On an accelerator a base is kept only while it takes less than a third of the memory that is free.
+    """
+    import torch
+
+    if _kept is None:
+        return load(name, device, attention=attention)
+    key = (load, name, device, attention)
+    if key not in _kept:
+        _kept.clear()
+        on_gpu = str(device).startswith("cuda")
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        base = load(name, device, attention=attention)
+        if on_gpu and 3 * (torch.cuda.memory_allocated() - before) > torch.cuda.mem_get_info()[0]:
+            return base
+        _ = base.hash  # computed once
+        _kept[key] = base
+    return copy.deepcopy(_kept[key])
 
 
 def default_device() -> str:

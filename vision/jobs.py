@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict
-from graft.studio.registry import method_class
+from graft.studio.registry import kept, method_class
 from graft.vision.base import VisionBase, attend_fused, load_base
 from graft.vision.data import DataConfig, load_part, open_source
 from graft.vision.splits import make_split, refuse_contradictions
@@ -55,7 +55,7 @@ def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
     section = dict(job.method)
     name = str(section.pop("name"))
     method: Any = from_dict(method_class("vision", name), section, "method")
-    base, cache = load_base(job.base, job.train.device, attention=job.train.attention), Cache()
+    base, cache = kept(load_base, job.base, job.train.device, job.train.attention), Cache()
     _ = base.hash  # before anything is attached
     data = fit_data(from_dict(DataConfig, dict(job.data), "data"), base, cache)
     narrow = base.device.type == "cpu" and job.train.mixed_precision in ("bf16", "fp16")

@@ -1,0 +1,330 @@
+"""The scheduler of a machine: `python -m graft.studio.runs.scheduler`, started by any client, ended when all is done.
+
+It holds a lock of its own, reads the runs that wait from their folders, and starts `graft.studio.runs.worker` on each
+when its devices are free. It keeps nothing that cannot be read again: kill it at any moment, and the trainings go on;
+the next one, which the next client or the next worker that ends will start, sees who holds which run.
+
+A run whose process was killed, that hung, or that failed for a reason that passes (a network, a busy device) goes back
+into the queue, later each time; after `TRIES` of these without a step gained it has failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graft.studio.errors import GraftError, RunError
+from graft.studio.runs.failure import SMALLER, Failure, memory_kills
+from graft.studio.runs.folder import Run
+from graft.studio.runs.index import Index
+from graft.studio.runs.lock import RunLock, lock_facts
+from graft.studio.runs.machine import devices, inner_environment, known_roots, machine_folder
+from graft.studio.runs.queue import waiting
+
+TRIES = 3
+"""Times that a run is tried again without having come further."""
+TICK, RESCAN, IDLE = 0.02, 5.0, 10.0
+"""Seconds between two looks at what has changed, at all folders, and until a scheduler without work ends."""
+HUNG = 3600.0
+"""Seconds without a sign of life (a figure, an event, a line of log) after which a run has hung."""
+
+log = logging.getLogger("graft.scheduler")
+
+
+@dataclass
+class Child:
+    """A worker that was started here."""
+
+    process: subprocess.Popen[bytes]
+    """The program."""
+    run: Run
+    """What it was started for."""
+    use: Mapping[str, float]
+    """Device -> share."""
+    batch: str
+    """Subjects that it belongs to, or none."""
+    memory_kills: int
+    """Of the machine, when it started."""
+
+
+class Scheduler:
+    """Starts what waits, on the devices of this machine.
+
+    Args:
+        names: its devices; None asks the machine.
+    """
+
+    def __init__(self, names: Sequence[str] | None = None):
+        self.capacity = Counter(devices() if names is None else names)
+        self.indexes: dict[Path, Index] = {}
+        self.stamps: dict[Path, int] = {}
+        self.children: dict[str, Child] = {}
+        self.stopping: set[Path] = set()
+        self.scanned, self.busy_since = 0.0, time.monotonic()
+
+    def serve(self) -> None:
+        """Work until there has been nothing to do for a while."""
+        folder = machine_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                with RunLock(folder):
+                    self._until_idle()
+            except RunError:
+                return  # there is one
+            if not self._anything(fresh=True):  # a client that came in the last moment saw the lock, and relied on it
+                return
+
+    def _until_idle(self) -> None:
+        self.busy_since = time.monotonic()
+        while time.monotonic() - self.busy_since < IDLE:
+            try:
+                if self.tick():
+                    self.busy_since = time.monotonic()
+            except (OSError, ValueError, KeyError, GraftError):
+                log.exception("a look at the queue failed")
+                time.sleep(1.0)
+            time.sleep(TICK)
+
+    def tick(self) -> bool:
+        """Look once; start and put back what is due. Return whether there is anything to do."""
+        changed = self._changed()
+        ended = self._reap()
+        if not changed and not ended and time.monotonic() - self.scanned < RESCAN:
+            return bool(self.children)
+        return self._anything()
+
+    def _changed(self) -> bool:
+        """Whether a client has announced something since the last look."""
+        roots = known_roots()
+        changed = roots != self.stamps
+        for root in roots.keys() - self.indexes.keys():
+            self.indexes[root] = Index(root)
+        self.stamps = roots
+        return changed
+
+    def _anything(self, fresh: bool = False) -> bool:
+        """Read the folders; look after the runs that ended badly and those that run, and start the next ones."""
+        if fresh:
+            self._changed()
+        rows: list[dict[str, Any]] = []
+        for root, index in self.indexes.items():
+            index.refresh()
+            found = index.rows(["queued", "running", "failed"])
+            rows += [{**row, "folder": root / row["id"]} for row in found if row.get("queue")]
+        self.scanned = time.monotonic()
+        for row in rows:
+            if row["status"] == "interrupted" or (row["status"] == "failed" and row.get("failure") == "transient"):
+                self._try_again(Run(row["folder"]))
+                row.update(Run(row["folder"]).state)
+            elif row["status"] == "running":
+                self._watch(Run(row["folder"]))
+        if not fresh:
+            self._start_due(rows)
+        return bool(self.children) or any(row["status"] in ("queued", "running") for row in rows)
+
+    def _start_due(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        line, now = waiting(rows), time.time()
+        if not line:
+            return
+        use, batches = self._in_use(rows)
+        taken = {self._unit(child.run.state) for child in self.children.values()}
+        for row in line:
+            queue, unit = row["queue"], self._unit(row)
+            if unit in taken or queue.get("not_before", 0) > now:
+                continue
+            batch, limit = queue.get("batch", ""), queue.get("limit", 0)
+            if batch and limit and batches[batch] >= limit:
+                continue
+            wanted = self._place(queue, use)
+            if wanted is None or not _complete(row, now):
+                continue
+            self._launch(Run(row["folder"]), queue, wanted)
+            taken.add(unit)
+            use.update(wanted)
+            batches[batch] += 1
+
+    def _unit(self, state: Mapping[str, Any]) -> str:
+        return str((state.get("queue") or {}).get("together", [""])[0])
+
+    def _in_use(self, rows: Sequence[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
+        """What the workers take of each device, and how many each batch of subjects has; others' workers, too."""
+        use: Counter[str] = Counter()
+        batches: Counter[str] = Counter()
+        for child in self.children.values():
+            use.update(child.use)
+            batches[child.batch] += 1
+        seen = set(self.children)
+        for row in rows:
+            facts = lock_facts(row["folder"]) if row["status"] == "running" else None
+            launch = (facts or {}).get("launch")
+            if not facts or not launch or launch in seen:
+                continue
+            seen.add(launch)  # one lock for each run that shares the batch
+            names = [name for name in str(facts.get("use", "")).split(",") if name]
+            use.update({name: float(facts.get("share") or 1.0) for name in names})
+            batches[row["queue"].get("batch", "")] += 1
+        return use, batches
+
+    def _place(self, queue: Mapping[str, Any], use: Mapping[str, float]) -> dict[str, float] | None:
+        """Devices for a run, the emptiest first, or None while there are not enough."""
+        wanted, share, count = queue.get("device") or "", float(queue.get("share", 1.0)), int(queue.get("processes", 1))
+        names = [name for name in self.capacity if _suits(name, wanted)] or ["cpu"]
+        if not wanted and any(name != "cpu" for name in names):
+            names = [name for name in names if name != "cpu"]
+        free = {name: max(self.capacity[name], 1) - use.get(name, 0.0) for name in names}
+        count = min(count, len(names)) or 1
+        fit = sorted((name for name in names if free[name] >= share - 1e-6), key=lambda name: -free[name])
+        return dict.fromkeys(fit[:count], share) if len(fit) >= count else None
+
+    def _launch(self, run: Run, queue: Mapping[str, Any], use: Mapping[str, float]) -> None:
+        launch = secrets.token_hex(6)
+        environment = inner_environment({**worker_variables(use), "GRAFT_LAUNCH": launch})
+        with (run.folder / "log.txt").open("ab") as out:
+            process = subprocess.Popen(
+                worker_command(run.folder, len(use) if int(queue.get("processes", 1)) > 1 else 1),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                cwd=run.folder.parent,
+                env=environment,
+            )
+        self.children[launch] = Child(process, run, use, queue.get("batch", ""), memory_kills())
+        log.info("started %s on %s, process %d", run.id, ", ".join(use), process.pid)
+
+    def _reap(self) -> bool:
+        """Forget workers that have ended; a run that still waits although its worker was there was killed by it."""
+        ended = [launch for launch, child in self.children.items() if child.process.poll() is not None]
+        for launch in ended:
+            child = self.children.pop(launch)
+            code = child.process.returncode
+            log.info("%s: worker ended with %d", child.run.id, code)
+            if code != 0:
+                starved = memory_kills() > child.memory_kills and code == -9
+                self._try_again(child.run, starved)
+        return bool(ended)
+
+    def _try_again(self, run: Run, starved: bool = False) -> None:
+        """Put a run back into the queue, unless it was stopped, or that has helped nothing several times."""
+        with suppress(RunError, OSError), RunLock(run.folder):
+            state = run.state
+            if state["status"] not in ("queued", "running") and state.get("failure") != "transient":
+                return
+            if (run.folder / "control" / "stop").exists():
+                run.write_state(status="stopped", message="killed when it did not stop by itself")
+                run.write_event("stopped", message="killed")
+                return
+            why = state.get("message") or "its process was killed"
+            if starved:
+                memory = f"the kernel killed it for want of memory. Retry with smaller memory: {SMALLER}"
+                _give_up(run, Failure("out of memory", memory))
+                return
+            tries = _tries(run.group[0])  # it has the checkpoints of all
+            if tries >= TRIES:
+                _give_up(run, Failure("died", f"{why}; tried {tries + 1} times. See graft runs logs {run.id}"))
+                return
+            queue = {**state["queue"], "not_before": time.time() + (2.0**tries - 1.0)}
+            run.write_event("retry", step=state["step"], message=why)
+            run.write_state(status="queued", failure="", queue=queue)
+            log.info("%s: %s; it will be tried again", run.id, why)
+
+    def _watch(self, run: Run) -> None:
+        """End a run that shows no sign of life any more."""
+        if run.folder in self.stopping or time.time() - _sign_of_life(run) < float(os.environ.get("GRAFT_HUNG", HUNG)):
+            return
+        self.stopping.add(run.folder)
+        threading.Thread(target=self._end_hung, args=(run,), daemon=True).start()
+
+    def _end_hung(self, run: Run) -> None:
+        from graft.studio.runs.stop import end_process
+
+        log.warning("%s hangs", run.id)
+        run.write_event("hung", step=run.state["step"])
+        with suppress(RunError):
+            end_process(run)
+        self.stopping.discard(run.folder)
+
+
+def worker_command(folder: Path, processes: int = 1) -> list[str]:
+    """The command that trains a run folder; on several devices, by accelerate."""
+    module = os.environ.get("GRAFT_WORKER", "graft.studio.runs.worker")
+    if processes == 1:
+        return [sys.executable, "-m", module, str(folder)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1"]
+    launch += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launch, "--main_process_port", "0", "-m", module, str(folder)]
+
+
+def worker_variables(use: Mapping[str, float]) -> dict[str, str]:
+    """Variables that keep a worker on its devices, and on its share of the processor."""
+    share = min(use.values())
+    told = {"GRAFT_USE": ",".join(use), "GRAFT_SHARE": str(share)}
+    numbers = [int(name.partition(":")[2]) for name in use if name.startswith("cuda:")]
+    if numbers:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = [visible[k] if k < len(visible) and visible[k] else str(k) for k in numbers]
+        told["CUDA_VISIBLE_DEVICES"] = ",".join(names)
+    if share < 1.0 and "OMP_NUM_THREADS" not in os.environ:
+        told["OMP_NUM_THREADS"] = str(max(1, int(len(os.sched_getaffinity(0)) * share)))
+    return told
+
+
+def _suits(name: str, wanted: str) -> bool:
+    return not wanted or name == wanted or name.partition(":")[0] == wanted
+
+
+def _complete(row: Mapping[str, Any], now: float) -> bool:
+    """Whether all that share a batch are there; they are written one after the other."""
+    root = row["folder"].parent
+    names = row["queue"].get("together", [])
+    return now - row["queue"].get("submitted", 0) > 60 or all((root / name / "state.json").exists() for name in names)
+
+
+def _tries(run: Run) -> int:
+    """How often a run was tried again since it was put into the queue, or came further."""
+    tries = 0
+    for event in run.events():
+        if event["event"] in ("queued", "checkpoint", "sample"):
+            tries = 0
+        elif event["event"] == "retry":
+            tries += 1
+    return tries
+
+
+def _give_up(run: Run, failure: Failure) -> None:
+    run.write_state(status="failed", message=failure.message, failure=failure.kind)
+    run.write_event("failed", message=failure.message)
+
+
+def _sign_of_life(run: Run) -> float:
+    names = ("state.json", "metrics.jsonl", "events.jsonl", "log.txt")
+    lead = run.group[0].folder
+    files = [folder / name for folder in {run.folder, lead} for name in names]
+    return max((file.stat().st_mtime for file in files if file.exists()), default=time.time())
+
+
+def main() -> int:
+    """Serve this machine."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    with suppress(OSError):
+        path = machine_folder() / "scheduler.log"
+        if path.stat().st_size > 4 << 20:
+            os.truncate(path, 0)
+    Scheduler().serve()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
