@@ -21,7 +21,7 @@ from graft.studio.commands import Answer
 from graft.studio.disk import is_full
 from graft.studio.errors import GraftError, InputError
 
-MODULES = ("doctor", "methods", "pocket", "train", "runs", "preview", "adapters", "classes", "bench")
+MODULES = ("doctor", "methods", "pocket", "train", "batch", "runs", "preview", "adapters", "classes", "bench")
 """Files of `studio/commands`, in the order of the help."""
 
 

@@ -145,7 +145,7 @@ class Job:
             data = _from_file(Path(source))
         for override in overrides:
             _override(data, override)
-        _anchor(data, Path.cwd())
+        anchor(data, Path.cwd())
         job = from_dict(cls, data, "job").checked()
         usual = getattr(registry.method_class(job.domain, str(job.method["name"])), "train_defaults", {})
         unsaid = {key: value for key, value in usual.items() if key not in data.get("train", {})}
@@ -175,11 +175,11 @@ class Job:
 
 def _from_file(path: Path) -> dict[str, Any]:
     data = read_toml(path)
-    _anchor(data, path.absolute().parent)
+    anchor(data, path.absolute().parent)
     return data
 
 
-def _anchor(data: dict[str, Any], folder: Path) -> None:
+def anchor(data: dict[str, Any], folder: Path) -> None:
     """Make paths of pictures and splits absolute: the job will be read again from another folder."""
     for name, key in (("data", "path"), ("data", "split"), ("method", "class_path")):
         section = data.get(name)

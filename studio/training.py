@@ -142,14 +142,14 @@ def go_on_apart(runs: Sequence[Run]) -> list[BaseException]:
             log.error("%s failed", ", ".join(run.id for run in runs), exc_info=error)
             return [error]
         log.info("looking for the run that is wrong: %s", error)
-    errors = {run.id: error for run in runs if (error := _wrong(run)) is not None}
+    errors = {run.id: wrong for run in runs if (wrong := _wrong(run)) is not None}
     for run in runs:
         if run.id in errors:
             fail([run], errors[run.id])
     sound = [run for run in runs if run.id not in errors]
     if errors and len(sound) > 1:
         return [*errors.values(), *go_on_apart(sound)]
-    return [*errors.values(), *(error for run in sound for error in go_on_apart([run]))]
+    return [*errors.values(), *(each for run in sound for each in go_on_apart([run]))]
 
 
 def _wrong(run: Run) -> Exception | None:

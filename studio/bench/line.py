@@ -21,8 +21,11 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.errors import DataError, InputError
 from graft.studio.job import Job
 
-registry.DOMAINS["line"] = __name__
-registry.METHODS["line", "fit"] = f"{__name__}:Fit"
+
+def register() -> None:
+    """Make the domain known to this process."""
+    registry.DOMAINS["line"] = "graft.studio.bench.line"
+    registry.METHODS["line", "fit"] = "graft.studio.bench.line:Fit"
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def prepare_together(jobs: Sequence[Job]) -> Line:
 
 
 if __name__ == "__main__":
-    import graft.studio.bench.line  # noqa: F401 (the registry finds it under its own name)
     from graft.studio.runs.worker import main
 
+    register()
     raise SystemExit(main())

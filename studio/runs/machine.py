@@ -14,6 +14,8 @@ from graft.studio.disk import write_atomic
 from graft.studio.runs.lock import holder
 
 OUTER = "GRAFT_OUTER"
+QUIET = "GRAFT_QUIET"
+"""Set on a cluster's nodes: nobody starts a scheduler there."""
 
 
 def machine_folder() -> Path:
@@ -50,7 +52,7 @@ def ensure_scheduler() -> None:
     """Start this machine's scheduler, in a session of its own, unless it is there. Of two, one goes away again."""
     folder = machine_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    if holder(folder) is not None:
+    if QUIET in os.environ or holder(folder) is not None:
         return
     with (folder / "scheduler.log").open("ab") as log:
         command = [sys.executable, "-m", "graft.studio.runs.scheduler"]

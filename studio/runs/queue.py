@@ -54,7 +54,8 @@ def place(train: TrainConfig, priority: int = 0, order: float | None = None, **m
     """What a scheduler needs to know of a run: `priority`, then `order`; `device` and `processes`; the folder to be in.
 
     `together`: the runs that it may share its batch with; `batch`, `limit`, `share`: the subjects that it belongs to,
-    how many of their processes may run at once, and on which part of a device each.
+    how many of their processes may run at once, and on which part of a device each; `engine`: who starts it, if not the
+    machine's scheduler.
     """
     return {
         "priority": priority,
@@ -135,7 +136,7 @@ def is_over(state: Mapping[str, Any]) -> bool:
 
 def will_retry(state: Mapping[str, Any]) -> bool:
     """Tell whether the scheduler will put a run back into the queue by itself."""
-    if not state.get("queue"):
+    if not state.get("queue") or state["queue"].get("engine"):
         return False
     return state["status"] == "interrupted" or (state["status"] == "failed" and state.get("failure") == "transient")
 

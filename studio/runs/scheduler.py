@@ -122,7 +122,7 @@ class Scheduler:
         for root, index in self.indexes.items():
             index.refresh()
             found = index.rows(["queued", "running", "failed"])
-            rows += [{**row, "folder": root / row["id"]} for row in found if row.get("queue")]
+            rows += [{**row, "folder": root / row["id"]} for row in found if _ours(row)]
         self.scanned = time.monotonic()
         for row in rows:
             if row["status"] == "interrupted" or (row["status"] == "failed" and row.get("failure") == "transient"):
@@ -279,6 +279,11 @@ def worker_variables(use: Mapping[str, float]) -> dict[str, str]:
     if share < 1.0 and "OMP_NUM_THREADS" not in os.environ:
         told["OMP_NUM_THREADS"] = str(max(1, int(len(os.sched_getaffinity(0)) * share)))
     return told
+
+
+def _ours(row: Mapping[str, Any]) -> bool:
+    """Whether a run belongs to this scheduler, not to a cluster's and not to someone's shell."""
+    return bool(row.get("queue")) and not row["queue"].get("engine")
 
 
 def _suits(name: str, wanted: str) -> bool:
