@@ -87,6 +87,7 @@ BENCHMARKS: dict[str, str] = {
     "core": "graft.studio.bench.core:run",
     "few-shot": "graft.vlm.bench:few_shot",
     "ip-adapter": "graft.diffusion.bench:ip_adapter",
+    "jobs": "graft.studio.bench.jobs:run",
     "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
     "many": "graft.diffusion.bench:many",

@@ -22,6 +22,7 @@ from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, s
 from graft.studio.runs.attempt import attempt, fail
 from graft.studio.runs.folder import Run, create_run, new_folder, open_run
 from graft.studio.runs.lock import RunLock
+from graft.studio.runs.track import check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -187,6 +188,7 @@ def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
     Raises:
         InputError: anything wrong with a job, or the domain cannot train these together.
     """
+    check(jobs[0].train.track)
     device = str(accelerator.device)
     placed = [replace(job, train=replace(job.train, device=device)) for job in jobs]
     domain = registry.domain(jobs[0].domain)

@@ -11,6 +11,7 @@ from graft.studio.errors import DiskFullError, InputError
 
 SMALLER = "graft runs clone RUN --smaller-memory makes a run with half the batch, accumulated twice"
 _BUSY = ("device is busy", "devices are busy", "busy or unavailable", "connection reset", "temporarily unavailable")
+_WORKER = "dataloader worker"  # one was killed: the training itself is well
 _MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "cublas_status_alloc_failed")
 _NETWORK = {"ConnectionError", "ConnectTimeout", "ReadTimeout", "ConnectError", "RemoteProtocolError", "Timeout"}
 
@@ -58,7 +59,8 @@ def _is_transient(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ESTALE, errno.EIO, errno.ENETUNREACH):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _BUSY)
+    words = (*_BUSY, _WORKER)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
 
 
 def memory_kills() -> int:

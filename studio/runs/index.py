@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.studio.runs.folder import Run
 from graft.studio.runs.lock import holder
 from graft.studio.runs.machine import key_of, machine_folder
 
@@ -31,6 +30,7 @@ class Index:
 
     def __init__(self, runs: str | Path):
         self.runs = Path(runs).resolve()
+        self.read: dict[str, tuple[str, dict[str, Any]]] = {}
         self.path: Path = machine_folder() / "index" / f"{key_of(self.runs)}.sqlite"
         self._connect()
 
@@ -50,24 +50,28 @@ class Index:
         """Let go of the file."""
         self.table.close()
 
-    def refresh(self) -> None:
-        """Bring the table up to what the folders say now."""
+    def refresh(self, only: Sequence[str] | None = None) -> None:
+        """Bring the table up to what the folders say now.
+
+        Args:
+            only: runs that may have changed; None looks at all, and for new ones.
+        """
         try:
-            self._refresh()
+            self._refresh(only)
         except sqlite3.DatabaseError:
             self.table.close()
             self.path.unlink(missing_ok=True)
             self._connect()
-            self._refresh()
+            self._refresh(None)
 
-    def _refresh(self) -> None:
+    def _refresh(self, only: Sequence[str] | None) -> None:
         known = dict(self.table.execute("SELECT id, stamp FROM runs"))
-        found = dict(self._stamps())
+        if only is None:
+            found = dict(self._stamps())
+        else:
+            found = {**known, **{name: stamp for name in only if (stamp := _stamp(f"{self.runs}/{name}"))}}
         changed = [
-            (name, stamp, str(state["status"]), json.dumps(state))
-            for name, stamp in found.items()
-            if known.get(name) != stamp
-            for state in [_state(self.runs / name)]
+            (name, stamp, *_state(f"{self.runs}/{name}")) for name, stamp in found.items() if known.get(name) != stamp
         ]
         gone = [(name,) for name in known.keys() - found.keys()]
         if changed or gone:
@@ -81,15 +85,8 @@ class Index:
         except OSError:
             return
         for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            for name in ("state.json", "job.toml"):
-                try:
-                    stat = os.stat(f"{entry.path}/{name}")  # noqa: PTH116 (twice as quick, thousands of times)
-                except OSError:
-                    continue
-                yield entry.name, f"{name[0]}{stat.st_mtime_ns}-{stat.st_ino}"
-                break
+            if not entry.name.startswith(".") and (stamp := _stamp(entry.path)):
+                yield entry.name, stamp
 
     def rows(self, statuses: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Return `id` and state of the runs with one of these statuses on disk, or of all, in order of their ids.
@@ -97,12 +94,30 @@ class Index:
         A run that says running but that nobody holds has the status interrupted, as in `Run.status`.
         """
         where = f"WHERE status IN ({', '.join('?' * len(statuses))})" if statuses else ""
-        found = self.table.execute(f"SELECT id, state FROM runs {where} ORDER BY id", tuple(statuses))
-        rows = [{"id": name, **json.loads(state)} for name, state in found]
+        found = self.table.execute(f"SELECT id, stamp, state FROM runs {where} ORDER BY id", tuple(statuses))
+        rows = [{"id": name, **self._parsed(name, stamp, state)} for name, stamp, state in found]
         for row in rows:
             if row["status"] == "running" and holder(self.runs / row["id"]) is None:
                 row["status"] = "interrupted"
         return rows
+
+    def _parsed(self, name: str, stamp: str, state: str) -> dict[str, Any]:
+        """A state, read once as long as it is the same."""
+        known = self.read.get(name)
+        if known is None or known[0] != stamp:
+            known = self.read[name] = (stamp, json.loads(state))
+        return known[1]
+
+
+def _stamp(folder: str) -> str | None:
+    """What changes whenever a run's state is written; None for a folder that is no run's."""
+    for name in ("state.json", "job.toml"):
+        try:
+            stat = os.stat(f"{folder}/{name}")  # noqa: PTH116 (twice as quick, thousands of times)
+        except OSError:
+            continue
+        return f"{name[0]}{stat.st_mtime_ns}-{stat.st_ino}"
+    return None
 
 
 def _open(path: Path | str) -> sqlite3.Connection:
@@ -114,8 +129,13 @@ def _open(path: Path | str) -> sqlite3.Connection:
     return table
 
 
-def _state(folder: Path) -> dict[str, Any]:
+def _state(folder: str) -> tuple[str, str]:
+    """Status and text of a run's state."""
     try:
-        return Run(folder).state
-    except (OSError, ValueError):
-        return {"status": "unreadable", "step": 0, "message": "state.json cannot be read"}
+        with open(f"{folder}/state.json", encoding="utf-8") as file:  # noqa: PTH123 (thousands of times)
+            text = file.read()
+        return str(json.loads(text)["status"]), text
+    except FileNotFoundError:
+        return "created", '{"status": "created", "step": 0}'
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unreadable", '{"status": "unreadable", "step": 0, "message": "state.json cannot be read"}'

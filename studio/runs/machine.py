@@ -35,6 +35,14 @@ def announce(runs: Path) -> None:
     ensure_scheduler()
 
 
+def roots_stamp() -> int:
+    """What every announcement changes."""
+    try:
+        return (machine_folder() / "roots").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def known_roots() -> dict[Path, int]:
     """Runs folders that were announced, each with a stamp that every announcement changes."""
     roots = {}

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from graft.studio.runs.failure import SMALLER, Failure, memory_kills
 from graft.studio.runs.folder import Run
 from graft.studio.runs.index import Index
 from graft.studio.runs.lock import RunLock, lock_facts
-from graft.studio.runs.machine import devices, inner_environment, known_roots, machine_folder
+from graft.studio.runs.machine import devices, inner_environment, known_roots, machine_folder, roots_stamp
 from graft.studio.runs.queue import waiting
 
 TRIES = 3
@@ -68,6 +68,7 @@ class Scheduler:
     def __init__(self, names: Sequence[str] | None = None):
         self.capacity = Counter(devices() if names is None else names)
         self.indexes: dict[Path, Index] = {}
+        self.stamp = -1
         self.stamps: dict[Path, int] = {}
         self.children: dict[str, Child] = {}
         self.stopping: set[Path] = set()
@@ -83,7 +84,8 @@ class Scheduler:
                     self._until_idle()
             except RunError:
                 return  # there is one
-            if not self._anything(fresh=True):  # a client that came in the last moment saw the lock, and relied on it
+            self._changed()
+            if not self._anything(start=False):  # a client that came in the last moment saw the lock, and relied on it
                 return
 
     def _until_idle(self) -> None:
@@ -99,38 +101,52 @@ class Scheduler:
 
     def tick(self) -> bool:
         """Look once; start and put back what is due. Return whether there is anything to do."""
-        changed = self._changed()
-        ended = self._reap()
-        if not changed and not ended and time.monotonic() - self.scanned < RESCAN:
-            return bool(self.children)
-        return self._anything()
+        changed, ended = self._changed(), self._reap()
+        if time.monotonic() - self.scanned >= RESCAN:
+            return self._anything()
+        if changed or ended:
+            return self._anything(changed, ended)
+        return bool(self.children)
 
-    def _changed(self) -> bool:
-        """Whether a client has announced something since the last look."""
-        roots = known_roots()
-        changed = roots != self.stamps
-        for root in roots.keys() - self.indexes.keys():
+    def _changed(self) -> set[Path]:
+        """Folders in which a client has announced something since the last look."""
+        stamp = roots_stamp()
+        if stamp == self.stamp:
+            return set()
+        self.stamp, before, self.stamps = stamp, self.stamps, known_roots()
+        for root in self.stamps.keys() - self.indexes.keys():
             self.indexes[root] = Index(root)
-        self.stamps = roots
-        return changed
+        return {root for root, value in self.stamps.items() if before.get(root) != value}
 
-    def _anything(self, fresh: bool = False) -> bool:
-        """Read the folders; look after the runs that ended badly and those that run, and start the next ones."""
-        if fresh:
-            self._changed()
+    def _anything(self, changed: Collection[Path] | None = None, ended: Sequence[Run] = (), start: bool = True) -> bool:
+        """Look after the runs that ended badly and those that run, and start the next ones.
+
+        Args:
+            changed: folders to read anew; None reads all.
+            ended: runs to read anew elsewhere.
+            start: whether to start what is due.
+
+        Returns:
+            Whether there is anything to do.
+        """
         rows: list[dict[str, Any]] = []
         for root, index in self.indexes.items():
-            index.refresh()
+            running = [row["id"] for row in index.rows(["running"])]
+            if changed is None or root in changed:
+                index.refresh()
+            elif running or ended:
+                index.refresh([*running, *(run.id for run in ended if run.folder.parent == root)])
             found = index.rows(["queued", "running", "failed"])
             rows += [{**row, "folder": root / row["id"]} for row in found if _ours(row)]
-        self.scanned = time.monotonic()
+        if changed is None:
+            self.scanned = time.monotonic()
         for row in rows:
             if row["status"] == "interrupted" or (row["status"] == "failed" and row.get("failure") == "transient"):
                 self._try_again(Run(row["folder"]))
                 row.update(Run(row["folder"]).state)
             elif row["status"] == "running":
                 self._watch(Run(row["folder"]))
-        if not fresh:
+        if start:
             self._start_due(rows)
         return bool(self.children) or any(row["status"] in ("queued", "running") for row in rows)
 
@@ -204,17 +220,19 @@ class Scheduler:
         self.children[launch] = Child(process, run, use, queue.get("batch", ""), memory_kills())
         log.info("started %s on %s, process %d", run.id, ", ".join(use), process.pid)
 
-    def _reap(self) -> bool:
-        """Forget workers that have ended; a run that still waits although its worker was there was killed by it."""
+    def _reap(self) -> list[Run]:
+        """Forget workers that have ended and return their runs; one that waits or runs still was killed with it."""
+        runs = []
         ended = [launch for launch, child in self.children.items() if child.process.poll() is not None]
         for launch in ended:
             child = self.children.pop(launch)
+            runs.append(child.run)
             code = child.process.returncode
             log.info("%s: worker ended with %d", child.run.id, code)
             if code != 0:
                 starved = memory_kills() > child.memory_kills and code == -9
                 self._try_again(child.run, starved)
-        return bool(ended)
+        return runs
 
     def _try_again(self, run: Run, starved: bool = False) -> None:
         """Put a run back into the queue, unless it was stopped, or that has helped nothing several times."""
