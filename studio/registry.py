@@ -80,6 +80,7 @@ SITE_METHODS: dict[str, str] = {
 """Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
 
 BENCHMARKS: dict[str, str] = {
+    "batch": "graft.studio.bench.batch:run",
     "clip-speed": "graft.vlm.bench:speed",
     "concepts": "graft.diffusion.bench:concepts",
     "control": "graft.diffusion.bench:control",
