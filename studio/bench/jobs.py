@@ -244,7 +244,10 @@ def _verdict(made: list[Run], expected: Mapping[str, bytes]) -> dict[str, int]:
     found = {"lost": 0, "double": 0, "corrupt": 0, "inexact": 0}
     for run in made:
         numbers = [event["attempt"] for event in run.events() if event["event"] == "started"]
-        found["double"] += numbers != list(range(1, len(numbers) + 1))
+        # One killed between the two writes leaves a number out; two at one time would have the same.
+        found["double"] += sorted(set(numbers)) != numbers
+        if numbers != list(range(1, len(numbers) + 1)):
+            print(run.id, run.events(), file=sys.stderr)
         if run.status != "finished":
             found["lost"] += 1
             continue

@@ -101,6 +101,10 @@ class Index:
                 row["status"] = "interrupted"
         return rows
 
+    def names(self, status: str) -> list[str]:
+        """Return the ids of the runs with a status on disk."""
+        return [name for (name,) in self.table.execute("SELECT id FROM runs WHERE status = ?", (status,))]
+
     def _parsed(self, name: str, stamp: str, state: str) -> dict[str, Any]:
         """A state, read once as long as it is the same."""
         known = self.read.get(name)

@@ -131,21 +131,21 @@ class Scheduler:
         """
         rows: list[dict[str, Any]] = []
         for root, index in self.indexes.items():
-            running = [row["id"] for row in index.rows(["running"])]
+            running = index.names("running")
             if changed is None or root in changed:
                 index.refresh()
             elif running or ended:
                 index.refresh([*running, *(run.id for run in ended if run.folder.parent == root)])
             found = index.rows(["queued", "running", "failed"])
-            rows += [{**row, "folder": root / row["id"]} for row in found if _ours(row)]
+            rows += [{**row, "root": root} for row in found if _ours(row)]
         if changed is None:
             self.scanned = time.monotonic()
         for row in rows:
             if row["status"] == "interrupted" or (row["status"] == "failed" and row.get("failure") == "transient"):
-                self._try_again(Run(row["folder"]))
-                row.update(Run(row["folder"]).state)
+                self._try_again(_run(row))
+                row.update(_run(row).state)
             elif row["status"] == "running":
-                self._watch(Run(row["folder"]))
+                self._watch(_run(row))
         if start:
             self._start_due(rows)
         return bool(self.children) or any(row["status"] in ("queued", "running") for row in rows)
@@ -156,17 +156,20 @@ class Scheduler:
             return
         use, batches = self._in_use(rows)
         taken = {self._unit(child.run.state) for child in self.children.values()}
+        refused = set()  # kinds of runs for which there is no room: the line may be long
         for row in line:
-            queue, unit = row["queue"], self._unit(row)
-            if unit in taken or queue.get("not_before", 0) > now:
+            queue = row["queue"]
+            kind = tuple(queue.get(key) for key in ("device", "processes", "share", "batch"))
+            if kind in refused or queue.get("not_before", 0) > now or (unit := self._unit(row)) in taken:
                 continue
             batch, limit = queue.get("batch", ""), queue.get("limit", 0)
-            if batch and limit and batches[batch] >= limit:
+            wanted = None if batch and limit and batches[batch] >= limit else self._place(queue, use)
+            if wanted is None:
+                refused.add(kind)
                 continue
-            wanted = self._place(queue, use)
-            if wanted is None or not _complete(row, now):
+            if not _complete(row, now):
                 continue
-            self._launch(Run(row["folder"]), queue, wanted)
+            self._launch(_run(row), queue, wanted)
             taken.add(unit)
             use.update(wanted)
             batches[batch] += 1
@@ -183,7 +186,7 @@ class Scheduler:
             batches[child.batch] += 1
         seen = set(self.children)
         for row in rows:
-            facts = lock_facts(row["folder"]) if row["status"] == "running" else None
+            facts = lock_facts(_run(row).folder) if row["status"] == "running" else None
             launch = (facts or {}).get("launch")
             if not facts or not launch or launch in seen:
                 continue
@@ -304,13 +307,17 @@ def _ours(row: Mapping[str, Any]) -> bool:
     return bool(row.get("queue")) and not row["queue"].get("engine")
 
 
+def _run(row: Mapping[str, Any]) -> Run:
+    return Run(row["root"] / row["id"])
+
+
 def _suits(name: str, wanted: str) -> bool:
     return not wanted or name == wanted or name.partition(":")[0] == wanted
 
 
 def _complete(row: Mapping[str, Any], now: float) -> bool:
     """Whether all that share a batch are there; they are written one after the other."""
-    root = row["folder"].parent
+    root = row["root"]
     names = row["queue"].get("together", [])
     return now - row["queue"].get("submitted", 0) > 60 or all((root / name / "state.json").exists() for name in names)
 

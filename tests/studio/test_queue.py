@@ -17,6 +17,7 @@ import torch
 
 import graft
 from graft.studio.bench.errand import errand
+from graft.studio.cli import main
 from graft.studio.errors import DiskFullError, InputError, RunError
 from graft.studio.job import Job
 from graft.studio.runs import Run, RunLock, holder
@@ -317,6 +318,47 @@ def test_smaller_memory_is_the_same_step(make_job: Callable[..., dict[str, Any]]
     assert (job.train.batch_size, job.train.gradient_accumulation) == (4, 4)
     with pytest.raises(RunError, match="one row already"):
         smaller(Job.load(make_job(batch_size=1)))
+
+
+def test_the_commands(
+    make_job: Callable[..., dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRAFT_QUIET", "1")  # nobody trains
+    (tmp_path / "job.toml").write_text(Job.load(make_job(batch_size=4)).to_toml())
+
+    def answer(*argv: str, code: int = 0) -> Any:
+        capsys.readouterr()
+        assert main([*argv, "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    first, second = answer("train", "job.toml", "job.toml", "--queue")
+    third = answer("train", "job.toml", "--queue", "--priority", "3", "--set", "train.steps=9")
+    assert third["steps"] == 9
+    assert not (Path(third["folder"]) / "env.json").exists(), "what trains it writes that"
+
+    def places() -> dict[str, int]:
+        return {row["id"]: row["place"] for row in answer("runs", "list", "--status", "queued")}
+
+    assert places() == {third["id"]: 1, first["id"]: 2, second["id"]: 3}
+    assert answer("runs", "order", second["id"], "--first")["queue"]["priority"] == 0
+    assert places()[second["id"]] == 2
+    assert answer("runs", "stop", third["id"], "--no-wait")["status"] == "stopped"
+    assert "is stopped, not queued" in answer("runs", "order", third["id"], "--first", code=2)["error"]["message"]
+    assert answer("runs", "resume", third["id"], "--queue", "--priority", "-1")["status"] == "queued"
+    assert places()[third["id"]] == 3
+    clone = answer("runs", "clone", first["id"], "--queue", "--smaller-memory", "--set", "train.steps=5")
+    assert clone["id"] != first["id"]
+    job = Run(Path(clone["folder"])).job.train
+    assert (job.steps, job.batch_size, job.gradient_accumulation) == (5, 2, 2)
+    assert "Add --queue" in answer("train", "job.toml", "--first", code=2)["error"]["message"]
+    done = answer("runs", "resume", first["id"])
+    assert done["status"] == "finished"
+    assert (Path(first["folder"]) / "env.json").exists()
+    assert "it is finished" in answer("runs", "resume", first["id"], "--queue", code=2)["error"]["message"]
 
 
 def test_the_lock_tells_a_process_from_a_later_one_of_its_number(runs: Path) -> None:
