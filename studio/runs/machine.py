@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from graft.studio.runs.lock import holder
 OUTER = "GRAFT_OUTER"
 QUIET = "GRAFT_QUIET"
 """Set on a cluster's nodes: nobody starts a scheduler there."""
+PATIENCE = 3.0
+"""Seconds that a scheduler may take to start, before this process starts another."""
+_started: dict[Path, float] = {}
 
 
 def machine_folder() -> Path:
@@ -60,8 +64,10 @@ def ensure_scheduler() -> None:
     """Start this machine's scheduler, in a session of its own, unless it is there. Of two, one goes away again."""
     folder = machine_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    if QUIET in os.environ or holder(folder) is not None:
+    now = time.monotonic()
+    if QUIET in os.environ or holder(folder) is not None or now - _started.get(folder, -PATIENCE) < PATIENCE:
         return
+    _started[folder] = now
     with (folder / "scheduler.log").open("ab") as log:
         command = [sys.executable, "-m", "graft.studio.runs.scheduler"]
         null, env = subprocess.DEVNULL, outer_environment()

@@ -142,7 +142,7 @@ class Scheduler:
             self.scanned = time.monotonic()
         for row in rows:
             if row["status"] == "interrupted" or (row["status"] == "failed" and row.get("failure") == "transient"):
-                self._try_again(_run(row))
+                self._try_again(_run(row), ("running", "failed"))
                 row.update(_run(row).state)
             elif row["status"] == "running":
                 self._watch(_run(row))
@@ -234,14 +234,21 @@ class Scheduler:
             log.info("%s: worker ended with %d", child.run.id, code)
             if code != 0:
                 starved = memory_kills() > child.memory_kills and code == -9
-                self._try_again(child.run, starved)
+                self._try_again(child.run, ("queued", "running", "failed"), starved)
         return runs
 
-    def _try_again(self, run: Run, starved: bool = False) -> None:
-        """Put a run back into the queue, unless it was stopped, or that has helped nothing several times."""
+    def _try_again(self, run: Run, ended_as: Sequence[str], starved: bool = False) -> None:
+        """Put a run back into the queue, unless it was stopped, or that has helped nothing several times.
+
+        Args:
+            run: nobody holds it.
+            ended_as: statuses that it may have left; with another one, someone has put it back meanwhile.
+            starved: the kernel killed a process for want of memory while it ran.
+        """
         with suppress(RunError, OSError), RunLock(run.folder):
             state = run.state
-            if state["status"] not in ("queued", "running") and state.get("failure") != "transient":
+            passing = state["status"] != "failed" or state.get("failure") == "transient"
+            if state["status"] not in ended_as or not passing or not state.get("queue"):
                 return
             if (run.folder / "control" / "stop").exists():
                 run.write_state(status="stopped", message="killed when it did not stop by itself")

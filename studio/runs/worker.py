@@ -101,7 +101,8 @@ def _train(run: Run, members: list[Run]) -> list[BaseException]:
     from graft.studio import registry
     from graft.studio.training import go_on_apart
 
-    registry.keep_bases()
+    if run.state["queue"].get("batch"):
+        registry.keep_bases()
     try:
         return go_on_apart(members)
     except BaseException:
