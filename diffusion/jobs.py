@@ -38,7 +38,7 @@ from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import from_dict, to_dict
 from graft.studio.errors import InputError
-from graft.studio.registry import method_class
+from graft.studio.registry import kept, method_class
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
@@ -214,7 +214,7 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     """
     methods = [_method(job) for job in jobs]
     _check_sharing(jobs, methods)
-    base = load_base(jobs[0].base, jobs[0].train.device, attention=jobs[0].train.attention)
+    base = kept(load_base, jobs[0].base, jobs[0].train.device, jobs[0].train.attention)
     cache = Cache()
     subjects = []
     for job, method in zip(jobs, methods, strict=True):

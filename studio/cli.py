@@ -21,7 +21,20 @@ from graft.studio.commands import Answer
 from graft.studio.disk import is_full
 from graft.studio.errors import GraftError, InputError
 
-MODULES = ("doctor", "methods", "pocket", "data", "train", "runs", "preview", "chat", "adapters", "classes", "bench")
+MODULES = (
+    "doctor",
+    "methods",
+    "pocket",
+    "data",
+    "train",
+    "batch",
+    "runs",
+    "preview",
+    "chat",
+    "adapters",
+    "classes",
+    "bench",
+)
 """Files of `studio/commands`, in the order of the help."""
 
 

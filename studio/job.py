@@ -75,6 +75,10 @@ class TrainConfig:
     """Processes that draw batches ahead; 0 draws each when it is needed. The numbers are the same."""
     device: str | None = None
     """"cpu", "cuda", ...; None takes the accelerator if there is one."""
+    processes: int = 1
+    """Devices that train together, a process on each, where a scheduler starts the job."""
+    track: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Where figures go beside metrics.jsonl; each needs its own library."""
 
     own: ClassVar[frozenset[str]] = frozenset(
         {"steps", "seed", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay", "max_grad_norm"}
@@ -83,7 +87,7 @@ class TrainConfig:
     """Settings in which jobs that share a batch may differ."""
 
     def __post_init__(self) -> None:
-        whole = ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every")
+        whole = ("steps", "batch_size", "gradient_accumulation", "keep_checkpoints", "log_every", "processes")
         for name in (*whole, "galore_rank", "galore_every"):
             require(f"train.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         zero = ("warmup_steps", "patience", "weight_decay", "max_grad_norm", "checkpoint_every", "checkpoint_seconds")
@@ -172,7 +176,7 @@ class Job:
             data = _from_file(Path(source))
         for override in overrides:
             _override(data, override)
-        _anchor(data, Path.cwd())
+        anchor(data, Path.cwd())
         job = from_dict(cls, data, "job").checked()
         usual = getattr(registry.method_class(job.domain, str(job.method["name"])), "train_defaults", {})
         unsaid = {key: value for key, value in usual.items() if key not in data.get("train", {})}
@@ -204,19 +208,20 @@ class Job:
 
 def _from_file(path: Path) -> dict[str, Any]:
     data = read_toml(path)
-    _anchor(data, path.absolute().parent)
+    anchor(data, path.absolute().parent)
     return data
 
 
-_PATHS = (
+PATHS = (
     ("data", "path"), ("data", "split"), ("data", "validation"), ("data", "images"), ("data", "replay_path"),
     ("method", "class_path"), ("method", "start"), ("eval", "path"), ("eval", "prior_path"),
 )  # fmt: skip
+"""Sections and keys that may name files."""
 
 
-def _anchor(data: dict[str, Any], folder: Path) -> None:
+def anchor(data: dict[str, Any], folder: Path) -> None:
     """Make paths of pictures and splits absolute: the job will be read again from another folder."""
-    for name, key in _PATHS:
+    for name, key in PATHS:
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
             section[key] = str(folder / Path(section[key]).expanduser())

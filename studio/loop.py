@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +33,7 @@ from graft.studio.runs.checkpoints import Checkpoint, latest_checkpoint, write_c
 from graft.studio.runs.folder import Run
 from graft.studio.runs.progress import progress
 from graft.studio.runs.results import best_score, save_adapter
+from graft.studio.runs.track import sinks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -171,7 +172,10 @@ class Loop:
         means, elapsed = _Means(), self.seconds
         self._leave(slot for slot, end in enumerate(self.ends) if end <= self.step)
         saved = began = time.monotonic()
-        with self._signals(), progress(self.run.id, self.step, max(self.ends), self.main) as show:
+        with ExitStack() as stack:
+            stack.enter_context(self._signals())
+            self.sinks = [stack.enter_context(sinks(run, self.step)) for run in self.runs] if self.main else []
+            show = stack.enter_context(progress(self.run.id, self.step, max(self.ends), self.main))
             while self.step < max(self.ends):
                 means.add(self._train_step())
                 self.step += 1
@@ -321,6 +325,7 @@ class Loop:
             if self.main:
                 further = measured[slot] if measured else {}
                 append_line(run.folder / "metrics.jsonl", {"step": self.step, **shown[-1], **further, **timing})
+                self.sinks[slot](self.step, shown[-1] | further)
         return {"step": self.step, **{name: sum(own[name] for own in shown) / len(shown) for name in shown[0]}}
 
     def _diverged(self, slot: int, shown: str) -> None:

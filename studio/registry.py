@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from importlib import import_module
 from pathlib import Path
@@ -94,6 +95,7 @@ SITE_METHODS: dict[str, str] = {
 """Method -> "module:class": those that act on sites of any torch model, whatever its domain."""
 
 BENCHMARKS: dict[str, str] = {
+    "batch": "graft.studio.bench.batch:run",
     "clip-speed": "graft.vlm.bench:speed",
     "concepts": "graft.diffusion.bench:concepts",
     "control": "graft.diffusion.bench:control",
@@ -102,6 +104,7 @@ BENCHMARKS: dict[str, str] = {
     "custom-diffusion-speed": "graft.diffusion.bench:custom_diffusion_speed",
     "few-shot": "graft.vlm.bench:few_shot",
     "ip-adapter": "graft.diffusion.bench:ip_adapter",
+    "jobs": "graft.studio.bench.jobs:run",
     "kernels": "graft.studio.bench.kernels:run",
     "kill": "graft.studio.bench.kill:run",
     "lora-speed": "graft.diffusion.bench:lora_speed",
@@ -274,6 +277,37 @@ def load_base(
         marks = dict.fromkeys(f"{mark} with {key!r}" for mark, key, _, _ in _MARKS)
         raise InputError(name, f"the folder has none of {', '.join(marks)}", "Give the folder of a saved model")
     return _package(of or "diffusion").load_base(name, device=device, dtype=dtype, attention=attention)
+
+
+_kept: dict[tuple[object, ...], Any] | None = None
+
+
+def keep_bases() -> None:
+    """From now on a process that trains many jobs loads a base once, and gives each job a copy of it."""
+    global _kept
+    _kept = {} if _kept is None else _kept
+
+
+def kept(load: Any, name: str, device: str | None, attention: str) -> Any:
+    """Return what `load` returns for these, or a copy of it as it was before anything was attached.
+
+    On an accelerator a base is kept only while it takes less than a third of the memory that is free.
+    """
+    import torch
+
+    if _kept is None:
+        return load(name, device, attention=attention)
+    key = (load, name, device, attention)
+    if key not in _kept:
+        _kept.clear()
+        on_gpu = str(device).startswith("cuda")
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        base = load(name, device, attention=attention)
+        if on_gpu and 3 * (torch.cuda.memory_allocated() - before) > torch.cuda.mem_get_info()[0]:
+            return base
+        _ = base.hash  # computed once
+        _kept[key] = base
+    return copy.deepcopy(_kept[key])
 
 
 def default_device() -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from graft.studio.disk import require_space, write_atomic, write_json
 from graft.studio.errors import InputError, RunError
 from graft.studio.job import Job, TrainConfig
 from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, settled
-from graft.studio.runs.attempt import attempt
+from graft.studio.runs.attempt import attempt, fail
 from graft.studio.runs.folder import Run, create_run, new_folder, open_run
 from graft.studio.runs.lock import RunLock
 from graft.studio.runs.results import save_adapter
+from graft.studio.runs.track import check
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,7 +78,7 @@ def train_many(jobs: Sequence[Source], runs: str | Path | None = None) -> list[R
 
 
 def resume(run: Run | str | Path) -> Run:
-    """Go on with a stopped, failed or interrupted run; a finished one is returned as it is.
+    """Go on with a run that is not finished; a finished one is returned as it is.
 
     Raises:
         RunError: not a run, or another program trains it.
@@ -84,18 +86,81 @@ def resume(run: Run | str | Path) -> Run:
     run = run if isinstance(run, Run) else open_run(run)
     if run.status == "finished":
         return run
-    with RunLock(run.folder):  # fail before the work, not after it
-        members = run.group
-        for member in members:  # "auto" is settled by the first machine that trains it
-            member.freeze(settled(member.job))
-        job = run.job
-    # Sums depend on the number of threads: equal bits need the same again.
-    with _threads(job.train.threads or int(run.state.get("threads", 0))) as threads:
-        accelerator = make_accelerator(job.train)
-        task = _prepared([member.job for member in members], accelerator)
-        _check_origin(members[0], _origin(task))
-        _fit(task, members, threads, accelerator)
+    members = run.group
+    with ExitStack() as stack:
+        if os.environ.get("RANK", "0") == "0":
+            for member in members:  # fail before the work, not after it
+                stack.enter_context(RunLock(member.folder))
+                member.take_request("stop")  # one that came too late for the attempt before
+                if member.state.get("queue"):
+                    member.write_state(queue=None)  # it is in our hands now
+        go_on(members)
     return run
+
+
+def go_on(runs: Sequence[Run]) -> None:
+    """Train runs together in their folders, from their newest checkpoint or from the start.
+
+    Args:
+        runs: all of a batch that they share; this process holds their locks.
+
+    Raises:
+        GraftError: as `train`.
+    """
+    for run in runs:  # "auto" is settled by the first machine that trains it
+        run.freeze(settled(run.job))
+    jobs, state = [run.job for run in runs], runs[0].state
+    fresh = not any(run.state.get("attempt", 0) for run in runs)
+    # Sums depend on the number of threads: equal bits need the same again.
+    with _threads(jobs[0].train.threads or int(state.get("threads", 0))) as threads:
+        accelerator = make_accelerator(jobs[0].train)
+        task = _prepared(jobs, accelerator)
+        if not fresh:
+            _check_origin(runs[0], _origin(task))
+        elif accelerator.is_main_process:
+            _check_space(runs[0].folder, jobs[0], task)
+            for run in runs:
+                run.write_env(_facts(task, threads, accelerator))
+            _begin(runs, task)
+        _fit(task, list(runs), threads, accelerator, locked=True)
+
+
+def go_on_apart(runs: Sequence[Run]) -> list[BaseException]:
+    """Train runs in one batch where the domain can; what is wrong with one of them stays with that one.
+
+    Returns:
+        What went wrong; the runs tell it, too.
+    """
+    try:
+        go_on(runs)
+        return []
+    except Exception as error:
+        begun = any(run.state.get("attempt", 0) for run in runs)
+        if len(runs) == 1 or begun or not isinstance(error, InputError):
+            waiting = [run for run in runs if run.state["status"] != "failed"]
+            fail(waiting, error)
+            log.error("%s failed", ", ".join(run.id for run in runs), exc_info=error)
+            return [error]
+        log.info("looking for the run that is wrong: %s", error)
+    errors = {run.id: wrong for run in runs if (wrong := _wrong(run)) is not None}
+    for run in runs:
+        if run.id in errors:
+            fail([run], errors[run.id])
+    sound = [run for run in runs if run.id not in errors]
+    if errors and len(sound) > 1:
+        return [*errors.values(), *go_on_apart(sound)]
+    return [*errors.values(), *(each for run in sound for each in go_on_apart([run]))]
+
+
+def _wrong(run: Run) -> Exception | None:
+    """What keeps a run from being prepared alone."""
+    job = settled(run.job)
+    try:
+        with _threads(job.train.threads):
+            _prepared([job], make_accelerator(job.train))
+    except Exception as error:
+        return error
+    return None
 
 
 def _origin(task: Any) -> dict[str, str]:
@@ -122,6 +187,7 @@ def _prepared(jobs: Sequence[Job], accelerator: Accelerator) -> Any:
     Raises:
         InputError: anything wrong with a job, or the domain cannot train these together.
     """
+    check(jobs[0].train.track)
     device = str(accelerator.device)
     placed = [replace(job, train=replace(job.train, device=device)) for job in jobs]
     domain = registry.domain(jobs[0].domain)
@@ -157,17 +223,9 @@ def _create(
     """
     where = [str(folder) for folder in folders]
     if accelerator.is_main_process:
-        weights = sum(p.numel() * p.element_size() for p in task.parameters())
-        # A checkpoint is the weights and two moments; one more is written before the oldest goes.
-        require_space(folders[0], 3 * weights * (jobs[0].train.keep_checkpoints + 1) + 2 * weights + (16 << 20))
-        facts = {"threads": threads, "device": str(accelerator.device), "processes": accelerator.num_processes}
-        facts |= _origin(task)
-        made = [create_run(job, folder, facts) for job, folder in zip(jobs, folders, strict=True)]
-        for name, text in task.files().items() if hasattr(task, "files") else ():
-            for run in made:
-                write_atomic(run.folder / name, text.encode())
-        for run in made if len(made) > 1 else []:
-            write_json(run.folder / "group.json", [other.id for other in made])
+        _check_space(folders[0], jobs[0], task)
+        facts = _facts(task, threads, accelerator)
+        _begin([create_run(job, folder, facts) for job, folder in zip(jobs, folders, strict=True)], task)
     if accelerator.num_processes > 1:
         from accelerate.utils import broadcast_object_list
 
@@ -175,10 +233,37 @@ def _create(
     return [Run(Path(folder)) for folder in where]
 
 
-def _fit(task: Any, runs: list[Run], threads: int, accelerator: Accelerator) -> list[Run]:
+def _check_space(folder: Path, job: Job, task: Any) -> None:
+    """Refuses to begin what the disk cannot hold.
+
+    Raises:
+        DiskFullError: there is no space for the checkpoints.
+    """
+    weights = sum(p.numel() * p.element_size() for p in task.parameters())
+    # A checkpoint is the weights and two moments; one more is written before the oldest goes.
+    require_space(folder, 3 * weights * (job.train.keep_checkpoints + 1) + 2 * weights + (16 << 20))
+
+
+def _facts(task: Any, threads: int, accelerator: Accelerator) -> dict[str, Any]:
+    where = {"threads": threads, "device": str(accelerator.device), "processes": accelerator.num_processes}
+    return {**where, **_origin(task)}
+
+
+def _begin(runs: Sequence[Run], task: Any) -> None:
+    """Put into new runs what the task has for them, and who shares a batch with whom."""
+    for name, text in task.files().items() if hasattr(task, "files") else ():
+        for run in runs:
+            write_atomic(run.folder / name, text.encode())
+    for run in runs:
+        (run.folder / "group.json").unlink(missing_ok=True)
+        if len(runs) > 1:
+            write_json(run.folder / "group.json", [other.id for other in runs])
+
+
+def _fit(task: Any, runs: list[Run], threads: int, accelerator: Accelerator, locked: bool = False) -> list[Run]:
     """Train a task in its runs and save what each has learnt."""
     main = accelerator.is_main_process
-    with attempt(runs if main else [], threads) as this:
+    with attempt(runs if main else [], threads, locked) as this:
         # What needs no training was finished when it was prepared.
         loop = Loop(task, runs, accelerator, this.number) if any(p.requires_grad for p in task.parameters()) else None
         whole = loop is None or loop.fit()

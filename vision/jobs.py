@@ -14,7 +14,7 @@ from graft.studio.caches import Cache
 from graft.studio.config import from_dict
 from graft.studio.labelled.sources import open_source
 from graft.studio.labelled.splits import make_split, refuse_contradictions
-from graft.studio.registry import method_class
+from graft.studio.registry import kept, method_class
 from graft.vision.base import VisionBase, attend_fused, load_base
 from graft.vision.data import DataConfig, load_part
 from graft.vision.task import Batch, FitData, VisionTask
@@ -56,7 +56,7 @@ def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
     section = dict(job.method)
     name = str(section.pop("name"))
     method: Any = from_dict(method_class("vision", name), section, "method")
-    base, cache = load_base(job.base, job.train.device, attention=job.train.attention), Cache()
+    base, cache = kept(load_base, job.base, job.train.device, job.train.attention), Cache()
     _ = base.hash  # before anything is attached
     data = fit_data(from_dict(DataConfig, dict(job.data), "data"), base, cache)
     narrow = base.device.type == "cpu" and job.train.mixed_precision in ("bf16", "fp16")

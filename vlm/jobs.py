@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict, to_dict
 from graft.studio.labelled.splits import FILE
-from graft.studio.registry import method_class
+from graft.studio.registry import kept, method_class
 from graft.vlm.base import ClipBase, load_base
 from graft.vlm.data import DataConfig, FitData, fit_data, labels_of
 from graft.vlm.head import Classifier, Head, HeadMethod, Setting, Shots
@@ -161,7 +161,7 @@ def prepare(job: Job, run_folder: Path | None = None) -> FewShotTask:
     section = {key: value for key, value in job.method.items() if key != "name"}
     method: Any = from_dict(method_class("vlm", str(job.method["name"])), section, "method")
     data = from_dict(DataConfig, dict(job.data), "data")
-    base = load_base(job.base, job.train.device, attention=job.train.attention)
+    base = kept(load_base, job.base, job.train.device, job.train.attention)
     return prepared(job, method, data, base)
 
 

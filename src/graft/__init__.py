@@ -19,18 +19,31 @@ _PUBLIC = {
     "Run": "graft.studio.runs",
     "load_adapter": "graft.studio.adapter",
     "load_base": "graft.studio.registry",
+    "submit": "graft.studio.runs",
     "train": "graft.studio.training",
     "train_many": "graft.studio.training",
+    "wait": "graft.studio.runs",
 }
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter, load_adapter
     from graft.studio.job import Job
     from graft.studio.registry import load_base
-    from graft.studio.runs import Run
+    from graft.studio.runs import Run, submit, wait
     from graft.studio.training import train, train_many
 
-__all__ = ["Adapter", "Job", "Run", "__version__", "load_adapter", "load_base", "train", "train_many"]
+__all__ = [
+    "Adapter",
+    "Job",
+    "Run",
+    "__version__",
+    "load_adapter",
+    "load_base",
+    "submit",
+    "train",
+    "train_many",
+    "wait",
+]
 
 
 def __getattr__(name: str) -> Any:

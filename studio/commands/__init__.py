@@ -76,14 +76,15 @@ def settings(changes: Sequence[str]) -> dict[str, Any]:
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     """Return rows as aligned text under the columns' names."""
-    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    cells = [list(columns), *([cell(row.get(column)) for column in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells
     )
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return a value as text: four digits of a number, nothing for None."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, list | tuple):

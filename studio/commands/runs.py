@@ -6,19 +6,23 @@ import argparse
 import json
 from typing import Any
 
-from graft.studio.commands import Answer, add_runs, command, group, table
-from graft.studio.commands.train import outcome, told
+from graft.studio.commands import Answer, add_runs, add_set, command, group, table
+from graft.studio.commands.train import add_place, outcome, queue, told
 
 
 def add(commands: Any) -> None:
     """Add the commands."""
-    inner = group(commands, "runs", "list, show, stop and resume trainings")
-    add_runs(command(inner, "list", list_, "list the runs, oldest first"))
+    inner = group(commands, "runs", "list, show, stop, resume, order and clone trainings")
+    parser = command(inner, "list", list_, "list the runs, oldest first, and their places in the queue")
+    parser.add_argument("--status", metavar="NAME", help="only those that are queued, running, failed, ...")
+    add_runs(parser)
     for name, run, help in (
         ("show", show, "show one run: its job, state, last figures and events"),
         ("logs", logs, "print the log of a run"),
-        ("stop", stop, "stop a run after its next step; it saves first"),
-        ("resume", resume, "go on with a stopped, failed or interrupted run"),
+        ("stop", stop, "stop a run after its next step, having saved, or take it out of the queue"),
+        ("resume", resume, "go on with a run that is not finished"),
+        ("order", order, "change the place of a run in the queue"),
+        ("clone", clone, "train the job of a run once more, in a new run"),
     ):
         parser = command(inner, name, run, help)
         parser.add_argument("name", metavar="RUN", help="folder, id, or a beginning or end of an id that fits only one")
@@ -29,19 +33,39 @@ def add(commands: Any) -> None:
             )
         if name == "stop":
             parser.add_argument("--no-wait", action="store_true", help="ask, and do not wait for the end")
+        if name in ("resume", "clone"):
+            parser.add_argument("--queue", action="store_true", help="let this machine's scheduler do it")
+        if name in ("resume", "clone", "order"):
+            add_place(parser)
+        if name == "order":
+            parser.add_argument("--last", action="store_true", help="behind all that wait with the same priority")
+        if name == "clone":
+            add_set(parser, "train.steps=50")
+            parser.add_argument("--smaller-memory", action="store_true", help="half the batch, accumulated twice")
 
 
 def list_(args: argparse.Namespace) -> Answer:
     """Status and progress of all runs."""
-    from graft.studio.runs import list_runs
+    from pathlib import Path
 
-    rows = []
-    for run in list_runs(args.runs):
-        state = run.state
-        keys = ("step", "steps", "attempt", "time", "message")
-        rows.append({"id": run.id, "status": run.status, **{key: state.get(key) for key in keys}})
-    empty = f"no runs in {args.runs}"
-    return Answer(rows, table(rows, ("id", "status", "step", "steps", "message")) if rows else empty)
+    from graft.studio.runs.index import Index
+    from graft.studio.runs.machine import ensure_scheduler
+    from graft.studio.runs.queue import waiting, will_retry
+
+    index = Index(Path(args.runs))
+    index.refresh()
+    found = index.rows()
+    places = {row["id"]: place for place, row in enumerate(waiting(found), start=1)}
+    if places or any(will_retry(row) for row in found):
+        ensure_scheduler()  # it may have been killed
+    keys = ("status", "step", "steps", "attempt", "time", "failure", "message")
+    rows = [
+        {"id": row["id"], "place": places.get(row["id"]), **{key: row.get(key) for key in keys}}
+        for row in found
+        if args.status in (None, row["status"])
+    ]
+    columns = ("id", "status", *(["place"] if places else []), "step", "steps", "message")
+    return Answer(rows, table(rows, columns) if rows else f"no runs in {args.runs}")
 
 
 def show(args: argparse.Namespace) -> Answer:
@@ -76,10 +100,11 @@ def logs(args: argparse.Namespace) -> Answer:
 def stop(args: argparse.Namespace) -> Answer:
     """Ask, wait, insist."""
     from graft.studio.runs import find_run
+    from graft.studio.runs.queue import cancel
     from graft.studio.runs.stop import stop_run
 
     run = find_run(args.name, args.runs)
-    if args.no_wait:
+    if args.no_wait and not cancel(run):
         run.group[0].request("stop")
         return Answer(outcome(run), f"{run.folder}: asked to stop")
     stop_run(run)
@@ -89,7 +114,38 @@ def stop(args: argparse.Namespace) -> Answer:
 def resume(args: argparse.Namespace) -> Answer:
     """Train on."""
     from graft.studio.runs import find_run
-    from graft.studio.training import resume
+    from graft.studio.runs.queue import requeue
 
-    run = resume(find_run(args.name, args.runs))
+    run = find_run(args.name, args.runs)
+    if args.queue:
+        requeue(run, args.priority, args.first)
+    else:
+        from graft.studio.training import resume
+
+        resume(run)
+    return Answer(outcome(run), told(run))
+
+
+def order(args: argparse.Namespace) -> Answer:
+    """Another place among those that wait."""
+    from graft.studio.runs import find_run
+    from graft.studio.runs.queue import move
+
+    run = move(find_run(args.name, args.runs), args.priority, args.first, args.last)
+    return Answer({**outcome(run), "queue": run.state["queue"]}, told(run))
+
+
+def clone(args: argparse.Namespace) -> Answer:
+    """A new run of the same job, with changes."""
+    from graft.studio.job import Job
+    from graft.studio.runs import find_run
+    from graft.studio.runs.queue import smaller
+
+    job = Job.load(find_run(args.name, args.runs).folder / "job.toml", args.set)
+    job = smaller(job) if args.smaller_memory else job
+    if args.queue:
+        return queue([job], args)
+    from graft.studio.training import train
+
+    run = train(job, runs=args.runs)
     return Answer(outcome(run), told(run))

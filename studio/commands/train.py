@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 from graft.studio.commands import Answer, add_runs, add_set, command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from graft.studio.job import Job
     from graft.studio.runs import Run
 
 
@@ -18,6 +21,14 @@ def add(commands: Any) -> None:
     add_set(parser, "train.steps=50")
     parser.add_argument("--run-dir", metavar="DIR", help="folder of this run (default: a new one among the runs)")
     add_runs(parser)
+    parser.add_argument("--queue", action="store_true", help="let this machine's scheduler train it, and do not wait")
+    add_place(parser)
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Add a run's place in the queue."""
+    parser.add_argument("--priority", type=int, metavar="N", help="in the queue: higher ones go first (default: 0)")
+    parser.add_argument("--first", action="store_true", help="before all that wait with the same priority")
 
 
 def train(args: argparse.Namespace) -> Answer:
@@ -28,6 +39,10 @@ def train(args: argparse.Namespace) -> Answer:
     jobs = [Job.load(path, args.set) for path in args.job]
     if len(jobs) > 1 and args.run_dir:
         raise InputError("--run-dir", f"it names one folder for {len(jobs)} jobs", "Use --runs")
+    if not args.queue and (args.first or args.priority is not None):
+        raise InputError("--priority, --first", "they are for the queue", "Add --queue")
+    if args.queue:
+        return queue(jobs, args)
     from graft.studio import training
 
     if len(jobs) > 1:
@@ -35,6 +50,18 @@ def train(args: argparse.Namespace) -> Answer:
         return Answer([outcome(run) for run in runs], "\n".join(told(run) for run in runs))
     run = training.train(jobs[0], args.run_dir, args.runs)
     return Answer(outcome(run), told(run))
+
+
+def queue(jobs: Sequence[Job], args: argparse.Namespace) -> Answer:
+    """Let them wait for the scheduler."""
+    from graft.studio.errors import InputError
+    from graft.studio.runs.queue import submit
+
+    if getattr(args, "run_dir", None):
+        raise InputError("--run-dir", "a run of the queue goes among the runs", "Use --runs")
+    runs = [submit(job, args.runs, args.priority or 0, args.first) for job in jobs]
+    documents = [outcome(run) for run in runs]
+    return Answer(documents if len(runs) > 1 else documents[0], "\n".join(told(run) for run in runs))
 
 
 def outcome(run: Run) -> dict[str, Any]:
@@ -55,6 +82,14 @@ def told(run: Run) -> str:
     from graft.studio import registry
 
     status = run.status
-    look = "preview" if hasattr(registry.domain(run.job.domain), "preview") else "eval"
-    hint = f"graft {look} {run.folder}" if status == "finished" else f"graft runs resume {run.folder}"
-    return f"{run.folder}: {status} at step {run.state['step']}\nNext: {hint}"
+    if status == "queued":
+        hint = "graft runs list"
+    elif status == "finished":
+        look = "preview" if hasattr(registry.domain(run.job.domain), "preview") else "eval"
+        hint = f"graft {look} {run.folder}"
+    elif run.state.get("failure") == "out of memory":
+        hint = f"graft runs clone {run.folder} --smaller-memory"
+    else:
+        hint = f"graft runs resume {run.folder}"
+    message = f" ({run.state['message']})" if run.state.get("message") else ""
+    return f"{run.folder}: {status} at step {run.state['step']}{message}\nNext: {hint}"

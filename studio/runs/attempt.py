@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from graft.studio.errors import DiskFullError
+from graft.studio.runs.failure import Failure, classify
 from graft.studio.runs.folder import Run
 from graft.studio.runs.lock import RunLock
 
@@ -30,37 +31,50 @@ class Attempt:
 
 
 @contextmanager
-def attempt(runs: Sequence[Run], threads: int) -> Iterator[Attempt]:
+def attempt(runs: Sequence[Run], threads: int, locked: bool = False) -> Iterator[Attempt]:
     """Hold runs while a training works on them. Without runs (a helper process of many) nothing is done.
+
+    Args:
+        runs: what is trained.
+        threads: of the CPU, for the state.
+        locked: this process holds them already.
 
     Raises:
         RunError: another program trains one of them.
     """
     with ExitStack() as stack:
         for run in runs:
-            stack.enter_context(RunLock(run.folder))
+            if not locked:
+                stack.enter_context(RunLock(run.folder))
+                run.take_request("stop")  # one that came too late for the attempt before
             stack.enter_context(_logged(run.folder / "log.txt"))
         number = 1 + max((int(run.state.get("attempt", 0)) for run in runs), default=0)
         for run in runs:
-            run.take_request("stop")  # one that came too late for the attempt before
-            run.write_state(status="running", attempt=number, pid=os.getpid(), threads=threads, message="")
+            run.write_state(status="running", attempt=number, pid=os.getpid(), threads=threads, message="", failure="")
             run.write_event("started", attempt=number)
         this = Attempt(number)
         try:
             yield this
         except BaseException as error:
             log.error("failed", exc_info=True)
-            with suppress(DiskFullError):  # a full disk is one reason to be here
-                _end(runs, "failed", str(error) or type(error).__name__)
+            fail(runs, error)
             raise
         _end([run for place, run in enumerate(runs) if place not in this.failures], this.status)
         for place, message in this.failures.items() if runs else ():
-            _end([runs[place]], "failed", message)
+            _end([runs[place]], "failed", message, "error")
 
 
-def _end(runs: Sequence[Run], status: str, message: str = "") -> None:
+def fail(runs: Sequence[Run], error: BaseException) -> Failure:
+    """Write into runs how they failed; a full disk, one reason to be here, must not hide it."""
+    failure = classify(error)
+    with suppress(DiskFullError):
+        _end(runs, "failed", failure.message, failure.kind)
+    return failure
+
+
+def _end(runs: Sequence[Run], status: str, message: str = "", failure: str = "") -> None:
     for run in runs:
-        run.write_state(status=status, message=message)
+        run.write_state(status=status, message=message, failure=failure)
         run.write_event(status, message=message)
 
 

@@ -58,13 +58,13 @@ class Run:
 
     @property
     def state(self) -> dict[str, Any]:
-        """`status`, `step`, `steps`, `attempt`, `message`."""
+        """`status`, `step`, `steps`, `attempt`, `message`; `failure`, a word; `queue`, what a scheduler needs."""
         path = self.folder / "state.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"status": "created", "step": 0}
 
     @property
     def status(self) -> str:
-        """created, running, stopped, failed, finished or interrupted."""
+        """created, queued, running, stopped, failed, finished or interrupted."""
         status = str(self.state["status"])
         return "interrupted" if status == "running" and holder(self.folder) is None else status
 
@@ -81,7 +81,7 @@ class Run:
         return [rows[step] for step in sorted(rows)]
 
     def events(self) -> list[dict[str, Any]]:
-        """What happened, in order: started, checkpoint, sample, stopped, failed, finished."""
+        """What happened, in order: queued, started, checkpoint, sample, retry, stopped, failed, finished."""
         return read_lines(self.folder / "events.jsonl")
 
     def samples(self) -> list[Path]:
@@ -118,6 +118,10 @@ class Run:
         if job != self.job:
             write_atomic(self.folder / "job.toml", job.to_toml().encode())
 
+    def write_env(self, facts: Mapping[str, Any]) -> None:
+        """Write env.json: versions, the machine, and what else is known."""
+        write_json(self.folder / "env.json", {**environment(), **facts})
+
     def write_state(self, **changes: Any) -> None:
         """Replace the given entries of state.json."""
         state = {**self.state, **changes, "time": _now()}
@@ -152,13 +156,16 @@ def new_folder(job: Job, folder: str | Path | None = None, runs: str | Path | No
     return folder
 
 
-def create_run(job: Job, folder: Path, facts: Mapping[str, Any] | None = None) -> Run:
+def create_run(
+    job: Job, folder: Path, facts: Mapping[str, Any] | None = None, queue: Mapping[str, Any] | None = None
+) -> Run:
     """Make the folder of a new run, whole or not at all.
 
     Args:
         job: it is frozen into the folder.
         folder: as `new_folder` returns it.
         facts: what else env.json is to say.
+        queue: of a run that is to wait for a scheduler; what trains it will write env.json.
 
     Raises:
         DiskFullError: no space.
@@ -167,9 +174,15 @@ def create_run(job: Job, folder: Path, facts: Mapping[str, Any] | None = None) -
     try:
         for part in ("samples", "checkpoints", "control"):
             (draft / part).mkdir(parents=True)
-        write_json(draft / "env.json", {**environment(), **(facts or {})})
         write_atomic(draft / "job.toml", job.to_toml().encode())
-        Run(draft).write_state(status="created", step=0, steps=job.train.steps, attempt=0, message="")
+        state: dict[str, Any] = {"step": 0, "steps": job.train.steps, "attempt": 0, "message": ""}
+        state |= {"base": job.base, "domain": job.domain, "method": job.method["name"], "name": job.name}
+        if queue is None:
+            Run(draft).write_env(facts or {})
+            Run(draft).write_state(status="created", **state)
+        else:
+            Run(draft).write_state(status="queued", **state, queue={"together": [folder.name], **queue})
+            Run(draft).write_event("queued")
         if folder.exists():
             folder.rmdir()
         draft.rename(folder)

@@ -3,7 +3,8 @@
 A POSIX record lock (`lockf`) belongs to the process: a forked data worker that outlives its parent does not keep it, as
 it would keep a `flock`. It also means that a second `RunLock` in the *same* process is not kept out by the kernel, and
 that closing any descriptor of the file drops the lock; so a process keeps one table of what it holds, and readers in
-the same process look there first.
+the same process look there first. The file names the process and when it was started: a second witness, before anybody
+sends a signal to a number that may belong to another process by now.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from graft.studio.errors import RunError
 
@@ -23,12 +25,16 @@ _held: set[Path] = set()
 class RunLock:
     """Holds a run folder while it is entered.
 
+    Args:
+        folder: of the run.
+        facts: what the lock's file says beside the process, for those who read it.
+
     Raises:
         RunError: on entering, when another program (or this one) trains the run.
     """
 
-    def __init__(self, folder: Path):
-        self.path = Path(folder).resolve() / "lock"
+    def __init__(self, folder: Path, **facts: Any):
+        self.path, self.facts = Path(folder).resolve() / "lock", facts
 
     def __enter__(self) -> RunLock:
         if self.path in _held:
@@ -45,8 +51,9 @@ class RunLock:
                     raise self._busy(_pid(text)) from error
                 time.sleep(wait)
         _held.add(self.path)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps({"pid": os.getpid()}).encode(), 0)
+        text = json.dumps({"pid": os.getpid(), "started": start_time(os.getpid()), **self.facts}).encode()
+        os.pwrite(self._descriptor, text, 0)
+        os.ftruncate(self._descriptor, len(text))
         return self
 
     def __exit__(self, kind: type | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -60,9 +67,18 @@ class RunLock:
 
 def holder(folder: Path) -> int | None:
     """Return the process that holds a run folder, 0 if its number is unknown, or None if nobody does."""
+    facts = lock_facts(folder)
+    return None if facts is None else int(facts.get("pid", 0))
+
+
+def lock_facts(folder: Path) -> dict[str, Any] | None:
+    """Return what the holder of a run folder wrote about itself, or None if nobody holds it.
+
+    A process that is not the one that wrote it (its start time differs) counts as unknown: `pid` is left out.
+    """
     path = Path(folder).resolve() / "lock"
     if path in _held:
-        return os.getpid()
+        return {"pid": os.getpid()}  # opening and closing the file would free the lock
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
@@ -70,14 +86,33 @@ def holder(folder: Path) -> int | None:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:
-        return _pid(os.read(descriptor, 4096)) or 0
+        facts = _facts(os.read(descriptor, 4096))
+        if "started" in facts and start_time(int(facts.get("pid", 0))) not in (None, facts["started"]):
+            facts.pop("pid", None)
+        return facts
     finally:
         os.close(descriptor)
     return None
 
 
-def _pid(text: bytes) -> int | None:
+def start_time(pid: int) -> str | None:
+    """Return when a process of this machine was started, as a text that no later process of its number shares."""
     try:
-        return int(json.loads(text)["pid"])
-    except (ValueError, KeyError, TypeError):
-        return None
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None  # no Linux, or the process is gone
+    return f"{boot} {stat.rpartition(')')[2].split()[19]}"
+
+
+def _facts(text: bytes) -> dict[str, Any]:
+    try:
+        facts = json.loads(text)
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _pid(text: bytes) -> int | None:
+    pid = _facts(text).get("pid")
+    return int(pid) if pid else None
