@@ -166,8 +166,8 @@ def test_no_space_while_training_is_code_2(
 def test_methods_and_their_settings(answer: Answer) -> None:
     names = [row["name"] for row in answer("methods")[1]]
     assert {"lora", "textual_inversion"} <= set(names)
-    lora, other = answer("methods", "lora")[1]
-    assert (lora["domain"], other["domain"]) == ("diffusion", "vision")
+    lora, *others = answer("methods", "lora")[1]
+    assert [lora["domain"], *(other["domain"] for other in others)] == ["diffusion", "llm_mm", "vision"]
     rank = next(field for field in lora["settings"] if field["name"] == "rank")
     assert rank["default"] == 8
     assert "width" in rank["meaning"]

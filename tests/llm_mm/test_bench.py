@@ -1,0 +1,41 @@
+"""The benchmark measures what it says, on a few rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graft.llm_mm.bench import METHODS, run
+from graft.llm_mm.datasets import built_in
+from graft.studio.errors import DataError
+from graft.studio.registry import BENCHMARKS, find
+
+
+@pytest.mark.slow
+def test_rows_and_checks_of_a_short_run(tmp_path: Path):
+    assert find(BENCHMARKS["vqa"]) is run
+    result = run(
+        tmp_path, methods=("lora, replay 1:1", "llama_adapter"), steps=1, batch_size=4, restore_steps=1, rows=8
+    )
+    told = {row["method"]: row for row in result["rows"]}
+    assert set(told) >= {"base", "lora, replay 1:1", "fresh projector, stage 1"} and set(METHODS) >= set(told) - {
+        "base",
+        "fresh projector, stage 1",
+    }
+    assert told["base"]["new"] == 0 and told["base"]["old"] > 0.5
+    assert told["lora, replay 1:1"]["parameters"] == 8 * 3 * (8 * 192 + 3 * (192 + 320))
+    assert told["fresh projector, stage 1"]["old"] < 0.5 and not result["passed"]
+    assert "old questions lost with replay" in result["table"]
+    assert json.loads((tmp_path / "vqa.json").read_text())["rows"]
+
+
+def test_the_new_question_is_in_no_kind_that_was_taught():
+    asked = {row.turns[0].text for row in built_in("pocket-scenes")}
+    taught = {turn.text for row in built_in("pocket-questions") for turn in row.turns if turn.role == "user"}
+    assert len(asked) == 1 and not asked & taught
+    parts = [row.part for row in built_in("pocket-questions")]
+    assert [parts.count(part) for part in ("train", "val", "test")] == [1000, 100, 200]
+    with pytest.raises(DataError, match="Did you mean 'pocket-scenes'"):
+        built_in("pocket-scene")
