@@ -353,6 +353,8 @@ def _built(site: Site, modules: Mapping[str, nn.Module], build: Callable[[Site],
     if site.name not in modules:
         raise SiteError(site.name, "the model has no such module", nearest(site.name, modules))
     module = modules[site.name]
+    if not site.name:
+        raise SiteError(type(module).__name__, "the site is the model itself", 'attach to {"model": model}')
     names = weight_names(module)
     covered = getattr(module, names[site.kind == "bias"], None)
     found = None if covered is None else tuple(covered.shape) if site.kind == "bias" else weight_shape(module)

@@ -163,7 +163,7 @@ def pack(runs: Sequence[Run]) -> dict[str, bytes]:
             place = places.setdefault(path, f"data/{len(places)}/{Path(path).name}")
             sections[section][key] = f"../{place}"  # seen from the run's folder
             parcel |= _files(Path(path), place)
-        moved = replace(job, **sections)
+        moved = replace(job, method=sections["method"], data=sections["data"], eval=sections["eval"])
         parcel |= {f"{run.id}/{name}": data for name, data in _run_files(run).items()}
         parcel[f"{run.id}/job.toml"] = moved.to_toml().encode()
     return parcel

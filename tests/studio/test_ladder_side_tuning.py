@@ -140,6 +140,9 @@ def test_what_is_trained_before_it_is_refused():
     LadderSideTuning(reduction=2).attach(model)
     with pytest.raises(SiteError, match="no gradient passes it"):
         model(inputs_embeds=torch.randn(1, 3, 32, requires_grad=True))
+    with pytest.raises(SiteError, match="the site is the model itself"):
+        LadderSideTuning(reduction=2).attach(make().model)
+    assert len(LadderSideTuning(reduction=2).attach({"model": make().model}).plan) == 1
     small = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
     with pytest.raises(SiteError, match="no list of layers"):
         LadderSideTuning().attach(transformers.GPT2LMHeadModel(small))
