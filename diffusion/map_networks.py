@@ -109,8 +109,7 @@ class MapMethod(DiffusionMethod):
         (subject,), (source, *_) = work.subjects, work.sources
         told = encoded(work.base, [text for _, text in work.table.entries], work.cache)
         handle: Follower = subject.method.attach(work.base, subject.job.train.seed)
-        for module in (handle.bank, work.base.denoiser):  # half of the work is convolutions, a twentieth faster so
-            nn.Module.to(module, memory_format=torch.channels_last)
+        nn.Module.to(handle.bank, memory_format=torch.channels_last)  # as the denoiser
         handle.weight_decay = subject.job.train.weight_decay
         handle.maps = source.extras["control"][:16, 0]  # for samples
         return handle, lambda rows: {name: part[rows.to(part.device)] for name, part in told.items()}
