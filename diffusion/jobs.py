@@ -232,6 +232,8 @@ def prepare_together(jobs: Sequence[Job]) -> ConceptTask:
     plain = [_plain(base, subject) for subject in subjects]
     objective = sources[0].objective or objective_for(base.pipe.scheduler)
     handle, encode = methods[0].attach_jobs(Work(base, subjects, table, sources, cache))
+    if "unet" in base.modules:  # half of its work is convolutions, a twentieth faster so
+        nn.Module.to(base.denoiser, memory_format=torch.channels_last)
     narrow(base, jobs[0].train.mixed_precision)
     seed = jobs[0].train.seed if subjects[0].data.buckets else None
     task = ConceptTask(base, handle, sources, objective, encode, seed)

@@ -110,8 +110,7 @@ class MapMethod(DiffusionMethod):
         (subject,), (source, *_) = work.subjects, work.sources
         told = encoded(work.base, [text for _, text in work.table.entries], work.cache)
         handle: Follower = subject.method.attach(work.base, subject.job.train.seed)
-        for module in (handle.bank, work.base.denoiser):  # half of the work is convolutions, a twentieth faster so
-            nn.Module.to(module, memory_format=torch.channels_last)
+        nn.Module.to(handle.bank, memory_format=torch.channels_last)  # as the denoiser
         handle.weight_decay = subject.job.train.weight_decay
         side = work.base.side(subject.data.resolution)
         handle.maps = as_squares(source.extras["control"][:16, 0], side)  # for samples

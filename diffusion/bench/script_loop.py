@@ -243,7 +243,7 @@ def table(result: Mapping[str, Any]) -> str:
         lines += [f"{part:20}{ms:10.1f}{ours.get(part, 0.0):10.1f}" for part, ms in plain.items()]
         verdict = "ok" if found["ratio"] >= result["limit"] else "MISSED"
         lines.append(f"{'ratio':20}{found['ratio']:10.2f}   promised {result['limit']:.1f}  {verdict}")
-        agree = "equal" if found["equal"] else "NOT EQUAL"
+        agree = "equal" if found["equal"] else found.get("reason", "NOT EQUAL")
         lines.append(
             f"{'losses apart':20}{found['losses apart']:10.1e}   {agree}, the last {found['last losses'][1]:.4f}"
         )
