@@ -68,7 +68,7 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, s
 
 def _files(adapter: Adapter, source: Path | None, folder: Path) -> list[Path]:
     """Files for diffusers: the source if it is another library's, else what is written for it."""
-    if source is not None:
+    if source is not None and adapter.card.method != "lokr":
         names = (diffusers.FILE, kohya.FILE, *textual_inversion.FILES.values())
         inside = [source / name for name in names if (source / name).is_file()]
         found = inside if source.is_dir() else [source]
@@ -84,6 +84,11 @@ def _stock(base: DiffusionBase, adapter: Adapter, files: list[Path], run: Callab
     loras, others = files[:count], files[count:]
     with ExitStack() as former:
         for lora in loras:
+            if adapter.card.method == "lokr":  # which most pipelines refuse, and every denoiser takes
+                former.callback(base.denoiser.unload_lora)
+                prefix = "unet" if "unet" in base.modules else "transformer"
+                base.denoiser.load_lora_adapter(read_tensors(lora)[0], prefix=prefix)
+                continue
             former.callback(pipe.unload_lora_weights)
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         for file in others:
