@@ -25,6 +25,7 @@ from graft.diffusion.previews import mixed, undisturbed
 from graft.diffusion.textual_inversion import ENCODERS
 from graft.studio.formats import diffusers, kohya, textual_inversion
 from graft.studio.formats.files import read_tensors
+from graft.studio.formats.peft_folder import COMPONENTS
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
@@ -49,7 +50,7 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, s
     """
     if adapter.card.method not in (*_LORAS, "textual_inversion"):
         return None
-    prompt = f"a photo of {adapter.card.trigger or 'a cat'}"
+    prompt = f"a photo of {adapter.card.config.get('token', adapter.card.trigger) or 'a cat'}"
     told: dict[str, Any] = {"library": "diffusers"}
     with tempfile.TemporaryDirectory() as folder, undisturbed(base):
         plain = _latents(base, prompt, side)
@@ -59,7 +60,7 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, s
         told["file"] = ", ".join(file.name for file in files)
         try:
             theirs = _stock(base, adapter, files, lambda: _latents(base, prompt, side))
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
             return told | {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0], "same": False}
     moved = float((ours - plain).norm())
     apart = float((theirs - ours).norm()) / (moved or float(plain.norm()))
@@ -68,22 +69,35 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, s
 
 def _files(adapter: Adapter, source: Path | None, folder: Path) -> list[Path]:
     """Files for diffusers: the source if it is another library's, else what is written for it."""
-    if source is not None:
+    if source is not None and adapter.card.method != "lokr":
         names = (diffusers.FILE, kohya.FILE, *textual_inversion.FILES.values())
         inside = [source / name for name in names if (source / name).is_file()]
         found = inside if source.is_dir() else [source]
-        if found and "graft" not in read_tensors(found[0])[1]:
+        if found and _for_diffusers(found[0]):
             return found
     return [path for path in adapter.export(folder, "diffusers") if path.suffix == ".safetensors"]
 
 
+def _for_diffusers(file: Path) -> bool:
+    """Whether diffusers has a loader for a file."""
+    tensors, header = read_tensors(file)
+    components = any(key.partition(".")[0] in COMPONENTS for key in tensors)
+    known = components or kohya.recognises(tensors) or textual_inversion.recognises(tensors)
+    return known and "graft" not in header
+
+
 def _stock(base: DiffusionBase, adapter: Adapter, files: list[Path], run: Callable[[], Tensor]) -> Tensor:
     """What `run` gives with the files loaded by diffusers' own functions."""
-    pipe, word = base.pipe, str(adapter.card.trigger)
+    pipe, word = base.pipe, str(adapter.card.config.get("token", adapter.card.trigger))
     count = 1 if adapter.card.method in _LORAS else 0  # a LoRA's file stands first
     loras, others = files[:count], files[count:]
     with ExitStack() as former:
         for lora in loras:
+            if adapter.card.method == "lokr":  # which most pipelines refuse, and every denoiser takes
+                former.callback(base.denoiser.unload_lora)
+                prefix = "unet" if "unet" in base.modules else "transformer"
+                base.denoiser.load_lora_adapter(read_tensors(lora)[0], prefix=prefix)
+                continue
             former.callback(pipe.unload_lora_weights)
             pipe.load_lora_weights(lora.parent, weight_name=lora.name)
         for file in others:

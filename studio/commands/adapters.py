@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,7 @@ def merge(args: argparse.Namespace) -> Answer:
 
     if len(args.name) > 1:
         return _combined(args)
+    _refuse(args, ("weights", "rank", "keep", "captions"), "these are for several adapters", "Name them one by one")
     (name,) = args.name
     adapter, _ = find_adapter(name, args.runs)
     base = load_base_of(adapter, args.base)
@@ -238,17 +240,28 @@ def _combined(args: argparse.Namespace) -> Answer:
     card = adapters[0].card
     method = registry.method_class(card.domain, card.method) if card.domain else None
     if not hasattr(method, "combine"):
+        _refuse(args, ("captions",), "these are for custom_diffusion", "Leave it out")
         weights = _weights(args.weights) if args.weights else [1.0] * len(adapters)
         cut = workbench.Cut(args.rank, args.keep) if args.rank or args.keep is not None else None
         return _written(workbench.add(adapters, weights, cut), args.out, "native")
     if {adapter.card.method for adapter in adapters} != {card.method}:
         given = ", ".join(dict.fromkeys(adapter.card.method for adapter in adapters))
         raise InputError(given, "these cannot be joined", "Several adapters of custom_diffusion can, or several LoRAs")
+    _refuse(args, ("weights", "rank", "keep"), "these are for LoRAs", "Leave it out")
     lines = _lines(args.captions) if args.captions else ()
     combined = method.combine(adapters, load_base_of(adapters[0], args.base), lines)  # type: ignore[union-attr]
     folder = combined.save(args.out)
     told = f"one adapter written to {folder}; it is called by: {combined.card.trigger}"
     return Answer({"folder": str(folder), "trigger": combined.card.trigger}, told)
+
+
+def _refuse(args: argparse.Namespace, names: Sequence[str], reason: str, remedy: str) -> None:
+    """Raises InputError for options that would be left aside."""
+    from graft.studio.errors import InputError
+
+    for name in names:
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name}", reason, remedy)
 
 
 def _weights(text: str) -> list[float]:

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from graft.diffusion.base import DiffusionBase, load_base, save_base
-from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
+from graft.diffusion.lora import DiffusionDoRA, DiffusionLoKr, DiffusionLoRA
 from graft.diffusion.textual_inversion import TextualInversion
 from graft.diffusion.verification import compare
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
@@ -120,6 +120,21 @@ def test_a_dora_of_kohya_is_told_to_be_another_thing_in_diffusers(base: Diffusio
     dropped, own = compare(base, load_adapter(file), file), compare(base, adapter)
     assert dropped is not None and not dropped["same"] and dropped["error"] > 0.1
     assert own is not None and own["same"]
+
+
+@pytest.mark.slow
+def test_a_lokr_is_compared_through_the_denoiser(base: DiffusionBase, tmp_path: Path):
+    method, before = DiffusionLoKr(rank=1, alpha=3.0, factor=4), base_hash(base.modules)
+    handle = method.attach(base.modules)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    handle.detach()
+    card = Card("lokr", to_dict(method), "diffusion", base.name, base.hash, handle.plan.to_list(), trigger="sks")
+    (file,) = Adapter(handle.tensors(), card).export(tmp_path, "kohya")
+    told = compare(base, load_adapter(file), file)
+    assert told is not None and told["same"] and told["error"] < 1e-4 and told["change"] > 0.01
+    assert base_hash(base.modules) == before
 
 
 @pytest.mark.parametrize("format", ["diffusers", "kohya"])

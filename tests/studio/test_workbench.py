@@ -12,6 +12,7 @@ from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.cli import main
 from graft.studio.config import to_dict
 from graft.studio.errors import BaseMismatchError, InputError
+from graft.studio.formats.low_rank import LowRank, to_adapter
 from graft.studio.methods.adalora import AdaLoRA
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.gated_lora import GatedLoRA
@@ -225,3 +226,15 @@ def test_the_command_adds_up(tmp_path, capsys):
     torch.testing.assert_close(changes(load_adapter(out))["qkv"], 0.5 * a + 0.25 * b, rtol=1e-4, atol=1e-6)
     assert main(["adapters", "merge", *paths, str(tmp_path / "two"), "--weights", "0.5;1"]) == 2
     assert "Write --weights 0.7,0.3" in capsys.readouterr().err
+    assert main(["adapters", "merge", *paths, str(tmp_path / "two"), "--captions", "file"]) == 2
+    assert "--captions: these are for custom_diffusion" in capsys.readouterr().err
+
+
+def test_text_encoders_that_are_spelled_in_two_ways_are_one():
+    def of(name):
+        return to_adapter({name: LowRank("linear", torch.ones(1, 2), torch.ones(3, 1))}, "diffusion", "here")
+
+    done = add([of("text_encoder.text_model.fc"), of("text_encoder.fc")], [1, 2])
+    assert [loss.module for loss in done.losses] == ["text_encoder.fc"]
+    tensors = done.adapter.tensors
+    assert torch.equal(tensors["text_encoder.fc.B"] @ tensors["text_encoder.fc.A"], torch.full((3, 2), 3.0))
