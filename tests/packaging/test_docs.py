@@ -87,7 +87,8 @@ def test_counts_of_the_site_methods_are_those_of_their_formulas(root: Path) -> N
 
 
 def test_the_job_in_the_docs_is_a_job(root: Path) -> None:
-    (source,) = re.findall(r"```toml\n(.*?)```", (root / "docs" / "jobs.md").read_text(), re.DOTALL)
+    source, measured = re.findall(r"```toml\n(.*?)```", (root / "docs" / "jobs.md").read_text(), re.DOTALL)
     job = Job.load(tomllib.loads(source))
+    assert Job.load(tomllib.loads(source) | tomllib.loads(measured)).train.keep == "best"
     assert job.domain == "diffusion"
     assert job.method["token"] == "<sprout>"
