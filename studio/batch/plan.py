@@ -90,6 +90,8 @@ def _put(job: Job, run: Run, places: dict[str, Any]) -> None:
         create_run(job, run.folder, queue=queue)
         if not lost:
             return
+    if lost and run.state["message"] == lost:
+        return  # it was told before
     with RunLock(run.folder):
         run.take_request("stop")
         if run.state.get("attempt", 0):

@@ -117,7 +117,7 @@ def _batch(where: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "graft", "batch", "garden.toml", "--json"]
     first = subprocess.Popen(command, cwd=where, env=environment, stdout=subprocess.DEVNULL)
     runs = where / "runs"
-    while first.poll() is None and not _done(runs):
+    while first.poll() is None and not (_done(runs) and any(run.status == "running" for run in list_runs(runs))):
         time.sleep(0.2)
     before = {run.id: run.state["attempt"] for run in _done(runs)}
     victims = {holder(run.folder) for run in list_runs(runs)} | {holder(where / "state"), first.pid}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -163,27 +165,30 @@ def test_slurm_by_the_debug_executor(make_batch: Callable[[str], Batch], monkeyp
 
 
 @pytest.mark.slow
-def test_ray_on_two_nodes(make_batch: Callable[[str], Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_on_two_nodes(make_batch: Callable[[str], Batch], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes on the loopback interface, with a token; every run goes out and comes back."""
     pytest.importorskip("ray")
-    program = str(Path(sys.executable).parent / "ray")
+    program, short = str(Path(sys.executable).parent / "ray"), tempfile.mkdtemp(prefix="gr-")  # it names sockets
     for name, value in {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_ADDRESS": "127.0.0.1:26379",
-        "RAY_TMPDIR": str(tmp_path / "r"),
+        "RAY_TMPDIR": short,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
     }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(engines, "SECONDS", 0.5)
-    here = ["--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--object-store-memory", "100000000"]
+    here = ["--block", "--node-ip-address", "127.0.0.1", "--num-cpus", "1", "--object-store-memory", "100000000"]
     head = [program, "start", "--head", "--port", "26379", "--include-dashboard", "false", *here]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    nodes = [head, [program, "start", "--address", "127.0.0.1:26379", *here]]
+    nodes = []
     try:
-        for node in nodes:
-            subprocess.run(node, check=True, capture_output=True, env=environment, timeout=120)
+        for command in (head, [program, "start", "--address", "127.0.0.1:26379", *here]):
+            node = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            nodes.append(node)
+            assert node.stdout is not None
+            assert any("block forever" in line for line in node.stdout), "it did not start"
         batch = make_batch("ray")
         run_batch(batch, "ray", 2, lambda shown: None)
         assert status(batch) == ["finished", "finished", "failed"]
@@ -191,4 +196,8 @@ def test_ray_on_two_nodes(make_batch: Callable[[str], Batch], tmp_path: Path, mo
             assert run.adapter().tensors
             assert [event["event"] for event in Run(run.folder).events()][-1] == "finished"
     finally:
-        subprocess.run([program, "stop", "--force"], check=False, capture_output=True, env=environment, timeout=60)
+        for node in reversed(nodes):
+            node.terminate()
+        for node in nodes:
+            node.wait(90)
+        shutil.rmtree(short, ignore_errors=True)
