@@ -193,14 +193,14 @@ def _domain_on_hub(name: str) -> str | None:
     """The domain of a hub id: by its small files in the local cache, or else by what the hub says of it."""
     if name.count("/") != 1 or name.startswith((".", "~", "/")):
         return None
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
     try:
+        from huggingface_hub import HfApi, try_to_load_from_cache
+
         kept = {mark: try_to_load_from_cache(name, mark) for mark, *_ in _MARKS}
         if any(isinstance(file, str) for file in kept.values()):
             return next((of for mark, key, kinds, of in _MARKS if _holds(Path(str(kept[mark])), key, kinds)), None)
         info = HfApi().model_info(name, timeout=5)
-    except Exception:  # not an id, no such model, no network: whoever loads it says so
+    except Exception:  # not an id, no such model, no network, no client: whoever loads it says so
         return None
     kind = (info.config or {}).get("model_type")
     by_kind = next((of for _, key, kinds, of in _MARKS if key == "model_type" and kind in kinds), None)
