@@ -24,7 +24,11 @@ _PUBLIC = {
     "prepare_together": "jobs",
     "preview": "previews",
     "save_base": "base",
+    "shown": "shown",
 }
+
+ASKS = "prompts"
+"""What the studio's preview asks the user for; see `graft.studio.shown`."""
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase, load_base, save_base
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
+    from graft.diffusion.shown import shown
     from graft.diffusion.textual_inversion import TextualInversion
 
 __all__ = [
@@ -57,6 +62,7 @@ __all__ = [
     "prepare_together",
     "preview",
     "save_base",
+    "shown",
 ]
 
 

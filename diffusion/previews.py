@@ -147,11 +147,21 @@ def preview(
     with ExitStack() as stack:
         adapters = [adapter, *(load_adapter(path) for path in _several(config.beside))]
         handles = [stack.enter_context(each.attached(base)) for each in adapters]
-        shown = _shown(base, handles, config, len(prompts), len(seeds))
-        shown |= _conditions(base, handles, config, len(prompts))
+        shown = show_what_is_followed(base, handles, config, len(prompts), len(seeds))
         adapted = draw(base, prompts, seeds, config)
     without = draw(base, prompts, seeds, config)
     return save_pictures(Path(out), {**shown, "without": without, "with": adapted}, prompts, seeds)
+
+
+def show_what_is_followed(
+    base: DiffusionBase, handles: Sequence[Any], config: PreviewConfig, rows: int, columns: int = 1
+) -> dict[str, Pictures]:
+    """Gives ControlNets and IP-Adapters the pictures that they follow; returns these, in the places of what is drawn.
+
+    Raises:
+        InputError: there is none, too many, or no adapter follows it.
+    """
+    return {**_shown(base, handles, config, rows, columns), **_conditions(base, handles, config, rows)}
 
 
 def _shown(

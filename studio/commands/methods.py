@@ -32,12 +32,18 @@ def methods(args: argparse.Namespace) -> Answer:
 def _row(domain: str, name: str) -> dict[str, Any]:
     from graft.studio import registry
 
-    classes = _sources(*registry.METHODS[domain, name].split(":"))
-    summary = " ".join((ast.get_docstring(classes[0]) or "").split("\n\n")[0].split())
+    place = registry.METHODS[domain, name]
+    (tree, *_) = _sources(*place.split(":"))
+    summary = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
+    return {"domain": domain, "name": name, "summary": summary, "settings": settings_of(place)}
+
+
+def settings_of(place: str) -> list[dict[str, Any]]:
+    """Return name, type, default and meaning of the fields of a dataclass, "module:class", without importing it."""
     settings: dict[str, dict[str, Any]] = {}
-    for cls in reversed(classes):
+    for cls in reversed(_sources(*place.split(":"))):
         settings |= _settings(cls)
-    return {"domain": domain, "name": name, "summary": summary, "settings": list(settings.values())}
+    return list(settings.values())
 
 
 def _sources(module: str, name: str) -> list[ast.ClassDef]:
