@@ -43,15 +43,15 @@ def field(row: Mapping[str, Any], value: Any) -> gr.components.Component:
     label, info, kind = row["name"], " ".join(row["meaning"].split()), row["type"]
     if kind.startswith("Literal["):
         choices = ast.literal_eval(f"({kind[8:-1]},)")
-        return gr.Dropdown(list(choices), value=value, label=label, info=info)
+        return gr.Dropdown(list(choices), value=value, label=label, info=info, interactive=True)
     if kind == "bool":
-        return gr.Checkbox(bool(value), label=label, info=info)
+        return gr.Checkbox(bool(value), label=label, info=info, interactive=True)
     if kind in ("int", "int | None"):
-        return gr.Number(value, label=label, info=info, precision=0)
+        return gr.Number(value, label=label, info=info, interactive=True, precision=0)
     if kind in ("float", "float | None"):
-        return gr.Number(value, label=label, info=info)
+        return gr.Number(value, label=label, info=info, interactive=True)
     shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
-    return gr.Textbox(shown, label=label, info=info)
+    return gr.Textbox(shown, label=label, info=info, interactive=True)
 
 
 def parsed(row: Mapping[str, Any], value: Any) -> Any:

@@ -43,6 +43,8 @@ POLICY = (
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; connect-src 'self' data: blob:; worker-src 'self' blob:; "
     "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
+PIXELS = (b"image/png", b"image/jpeg", b"image/webp")
+"""Types of uploaded files that are shown."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
@@ -159,12 +161,22 @@ class Guard:
 
         async def bound(message: Message) -> None:
             if message["type"] == "http.response.start":
+                if scope["path"].startswith("/gradio_api/file="):
+                    message["headers"] = harmless(message["headers"])
                 own = {key.lower() for key, _ in message["headers"]}
                 more = [(k.encode(), v.encode()) for k, v in HEADERS.items() if k.encode() not in own]
                 message["headers"] = [*message["headers"], *more]
             await send(message)
 
         await self.app(scope, counted, bound)
+
+
+def harmless(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """The headers of a file that a browser has sent: shown if it is a picture of pixels, else only kept, never run."""
+    kind = next((value for key, value in headers if key.lower() == b"content-type"), b"").split(b";")[0].strip()
+    kept = [(k, v) for k, v in headers if k.lower() not in (b"content-disposition", b"content-security-policy")]
+    way = b"inline" if kind in PIXELS else b"attachment"
+    return [*kept, (b"content-disposition", way), (b"content-security-policy", b"default-src 'none'; sandbox")]
 
 
 async def body_of(receive: Receive, limit: int) -> bytes:

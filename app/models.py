@@ -39,7 +39,7 @@ class Models:
             if self._timer is not None:
                 self._timer.cancel()
             answer = self._exchange(json.dumps({"what": what, **facts}))
-            self._timer = threading.Timer(self.idle, self.close)
+            self._timer = threading.Timer(self.idle, self._rest)
             self._timer.daemon = True
             self._timer.start()
         if "error" in answer:
@@ -53,6 +53,10 @@ class Models:
         if process is not None and process.stdin is not None:
             process.stdin.close()  # it reads the end of its input and goes
             process.wait(30)
+
+    def _rest(self) -> None:
+        with self._lock:
+            self.close()
 
     def _exchange(self, line: str) -> dict[str, Any]:
         if self._process is None or self._process.poll() is not None:

@@ -31,7 +31,7 @@ def build(place: Place) -> None:
             with gr.Row():
                 undo = gr.Button("Undo the last deletion", size="sm", visible=False)
         with gr.Column(scale=4, min_width=320):
-            chosen = gr.Textbox(visible=False)
+            chosen = gr.Textbox(visible="hidden")
             detail = gr.HTML()
             tags = gr.Textbox("", label="Tags, with commas between them", visible=False, max_length=200)
             with gr.Row(visible=False) as actions:

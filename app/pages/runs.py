@@ -23,7 +23,7 @@ SAMPLES = 48
 
 def build(place: Place) -> None:
     """Draw the page."""
-    chosen = gr.Textbox(visible=False)
+    chosen = gr.Textbox(visible="hidden")
     seen = gr.State([""] * 7)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -52,8 +52,14 @@ def build(place: Place) -> None:
     stop.click(told(lambda name: launch.stop(place.run(name))), chosen, None, **QUIET)
     resume.click(told(lambda name: launch.go_on(place.run(name))), chosen, None, **QUIET)
     clone.click(None, chosen, None, js="name => { window.location = '/teach?clone=' + encodeURIComponent(name) }")
-    demo.click(told(lambda: place.models.ask("demo", data=str(place.data))), None, chosen, api_visibility="private")
+    demo.click(told(lambda: begin_demo(place)), None, chosen, api_visibility="private")
     current_page().load(choose, None, [chosen, *shown, clone, seen], **QUIET)
+
+
+def begin_demo(place: Place) -> str:
+    """Start the demo's training and return its run."""
+    gr.Info("Five pictures are drawn and the training starts: half a minute.")
+    return str(place.models.ask("demo", data=str(place.data)))
 
 
 def view(place: Place, name: str) -> list[Any]:

@@ -5,6 +5,7 @@ The page makes a job file and starts what `graft train` would: both are shown, s
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from collections.abc import Mapping
@@ -79,8 +80,9 @@ SHOWN = 24
 
 def build(place: Place) -> None:
     """Draw the page."""
-    data_set, clone = gr.Textbox(visible=False), gr.Textbox(visible=False)
-    version, settings = gr.State(0), gr.State({})
+    # What the page knows stands in the page: a server that was started again knows no sessions.
+    data_set, clone = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
+    version, settings = gr.Number(0, visible="hidden"), gr.Textbox("{}", visible="hidden")
     kept = gr.BrowserState("", storage_key="graft-data-set", secret="the name of a data set is no secret")
     goals = [name for name, goal in GOALS.items() if goal.domains]
     with gr.Row():
@@ -101,15 +103,18 @@ def build(place: Place) -> None:
             listing = gr.HTML()
 
             @gr.render(inputs=[data_set, version], triggers=[version.change])
-            def captions(name: str, _: int) -> None:
+            def captions(name: str, _: float) -> None:
                 caption_fields(place, name)
 
             with gr.Accordion("Advanced", open=False):
                 method = gr.Dropdown(["lora"], value="lora", allow_custom_value=True, label="Method")
 
-                @gr.render(inputs=[base, goal, method, settings], triggers=[method.change])
-                def advanced(base: str, goal: str, method: str, values: dict[str, Any]) -> None:
-                    setting_fields(domain_of(goal, base), method, values, settings)
+                @gr.render(
+                    inputs=[base, goal, method, settings],
+                    triggers=[each.change for each in (base, goal, method, version)],
+                )
+                def advanced(base: str, goal: str, method: str, values: str) -> None:
+                    setting_fields(domain_of(goal, base), method, json.loads(values), settings)
 
             job = gr.Code(label="The job, and how to start it in a terminal", language=None, interactive=False)
     form = [data_set, clone, name, goal, base, quality, method, settings]
@@ -119,7 +124,7 @@ def build(place: Place) -> None:
         shown = f"{written}\n# graft train job.toml --runs {place.runs.name}"
         return [shown, listing_of(place, values[0]), estimate_of(place, values[4], values[6], values[5])]
 
-    def add(files: list[str] | None, name: str, label: str, goal: str, version: int) -> list[Any]:
+    def add(files: list[str] | None, name: str, label: str, goal: str, version: float) -> list[Any]:
         if GOALS[goal].classes and not label.strip() and not any(str(file).endswith(".zip") for file in files or []):
             raise InputError("Class of the pictures", "it is empty", "Name the class, then drop its pictures again")
         try:
@@ -134,21 +139,31 @@ def build(place: Place) -> None:
 
     def begin(*values: Any) -> str:
         checked(place, *values)
+        gr.Info("The job is checked and started.")
         return str(place.models.ask("start", job=job_of(place, *values)))
 
     def open_page(kept: str, request: gr.Request) -> list[Any]:
         wanted = request.query_params.get("clone") or ""
         found = cloned(place, wanted) if wanted else None
         if found is None:
-            return [kept, "", 1, *[gr.skip()] * 4, {}]
-        return ["", wanted, 1, found["name"], found["goal"], found["base"], found["method"], found["settings"]]
+            return [kept, "", 1, *[gr.skip()] * 4, "{}"]
+        return [
+            "",
+            wanted,
+            1,
+            found["name"],
+            found["goal"],
+            found["base"],
+            found["method"],
+            json.dumps(found["settings"]),
+        ]
 
     drop.upload(told(add), [drop, data_set, label, goal, version], [data_set, kept, version, drop, label],
                 queue=False, api_visibility="private")  # fmt: skip
     goal.input(bases_of, goal, [base, method, label], **QUIET)
     base.input(lambda goal, base: methods_of(domain_of(goal, base), goal), [goal, base], method, **QUIET)
-    method.input(lambda: {}, None, settings, **QUIET)
-    started = gr.Textbox(visible=False)
+    method.input(lambda: "{}", None, settings, **QUIET)
+    started = gr.Textbox(visible="hidden")
     start.click(told(begin), form, started, api_visibility="private").success(
         None, started, None, js="id => { window.location = '/?run=' + encodeURIComponent(id) }"
     )
@@ -200,7 +215,7 @@ def checked(place: Place, data_set: str, clone: str, name: str, goal: str, base:
 
 def job_of(
     place: Place, data_set: str, clone: str, name: str, goal: str, base: str, quality: str, method: str,
-    settings: Mapping[str, Any],
+    settings: str,
 ) -> dict[str, Any]:  # fmt: skip
     """The job that the form describes."""
     wanted, domain = GOALS[goal], domain_of(goal, base)
@@ -223,11 +238,11 @@ def job_of(
         "data": {"path": path, **(wanted.data if domain == "diffusion" else {})},
         "train": {"steps": QUALITY.get(quality, 300)},
     }
-    for key, value in settings.items():
+    for key, value in json.loads(settings).items():
         section, setting = key.split(".", 1)
         job[section][setting] = value
     if domain == "diffusion":
-        job["sample"] = {"every": max(1, job["train"]["steps"] // 6)}
+        job["sample"] = {"every": max(3, job["train"]["steps"] // 6)}
     return job
 
 
@@ -257,14 +272,20 @@ def caption_fields(place: Place, name: str) -> None:
                 f'<div class="graft"><img class="small" src="{thumb_url(name, key)}" alt="{escape(key)}" '
                 'style="max-width:6rem"></div>', min_width=100,
             )  # fmt: skip
-            text = gr.Textbox(uploads.caption_of(path), label=f"Caption of {key}", scale=3, min_width=180,
-                              info="May be left empty; {token} stands for the name.")  # fmt: skip
+            text = gr.Textbox(
+                uploads.caption_of(path),
+                label=f"Caption of {key}",
+                info="May be left empty; {token} stands for the name.",
+                interactive=True,
+                scale=3,
+                min_width=180,
+            )
             text.change(lambda value, path=path: uploads.set_caption(path, value), text, None, **QUIET)
     if len(found) > SHOWN:
         gr.HTML(note(f"And {len(found) - SHOWN} more."))
 
 
-def setting_fields(domain: str, method: str, values: Mapping[str, Any], settings: gr.State) -> None:
+def setting_fields(domain: str, method: str, values: Mapping[str, Any], settings: gr.Textbox) -> None:
     """A field for each setting that applies to the method."""
     if (domain, method) not in registry.METHODS:
         return
@@ -279,13 +300,13 @@ def setting_fields(domain: str, method: str, values: Mapping[str, Any], settings
 
 
 def _setter(key: str, row: Mapping[str, Any]) -> Any:
-    def put(value: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    def put(value: Any, settings: str) -> str:
         try:
             said = forms.parsed(row, value)
         except (ValueError, SyntaxError):
             raise gr.Error(f"{key}: {value!r} is no list of numbers", print_exception=False) from None
-        others = {name: old for name, old in settings.items() if name != key}
-        return others if said is None else {**others, key: said}
+        others = {name: old for name, old in json.loads(settings).items() if name != key}
+        return json.dumps(others if said is None else {**others, key: said})
 
     return put
 
