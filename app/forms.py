@@ -33,8 +33,11 @@ def sections(domain: str, method: str) -> dict[str, list[dict[str, Any]]]:
     if domain in DATA:
         places["data"] = DATA[domain]
     hidden = PATHS | OF_MACHINE
+    found = {section: settings_of(place) for section, place in places.items()}
+    # A default that is a long constant stands there by its name.
     return {
-        section: [row for row in settings_of(place) if row["name"] not in hidden] for section, place in places.items()
+        section: [row for row in rows if row["name"] not in hidden and not str(row["default"]).isupper()]
+        for section, rows in found.items()
     }
 
 
@@ -65,4 +68,4 @@ def parsed(row: Mapping[str, Any], value: Any) -> Any:
     if kind.startswith("float") and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     plain = list(default) if isinstance(default, tuple) else default
-    return None if value in (plain, "", None) else value
+    return None if value in (plain, "", None, []) else value

@@ -23,7 +23,7 @@ def shown(base: VisionBase, adapters: Sequence[Adapter], asked: Asked, out: Path
     Raises:
         DataError: files that are no pictures.
     """
-    columns = [("base", None)] if base.classes else []
+    columns: list[tuple[str, Adapter | None]] = [("base", None)] if base.classes else []
     columns += [(adapter.card.method, adapter) for adapter in adapters]
     cells = []
     for column, adapter in columns:

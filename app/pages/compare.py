@@ -50,6 +50,7 @@ def build(place: Place) -> None:
     def vote(word: str) -> Any:
         def cast(names: list[str], pair: list[str]) -> list[Any]:
             if len(pair) == 2:
+                place.work.mkdir(parents=True, exist_ok=True)
                 won = {"left": pair[0], "right": pair[1]}.get(word)
                 append_line(place.work / "votes.jsonl", {"runs": pair, "won": won})
             return [*pair_of(some(place, names)), tally_of(place)]

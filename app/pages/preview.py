@@ -77,7 +77,7 @@ def build(place: Place) -> None:
 
     show.click(
         told(draw), [chosen, prompts, drop, strengths, seed, lock, steps, guidance, *mix], [slider, out, seed],
-        concurrency_id="models", concurrency_limit=1, api_visibility="private",
+        concurrency_id="models", show_progress_on=out, concurrency_limit=1, api_visibility="private",
     )  # fmt: skip
     chosen.change(sliders, chosen, mix, **QUIET)
     current_page().load(choose, None, [chosen, *mix, out], **QUIET)
