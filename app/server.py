@@ -6,6 +6,7 @@ import os
 import secrets
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -53,7 +54,8 @@ def make_app(place: Place, names: Sequence[str] = (), token: str = "") -> Any:
     theme = gr.themes.Base(
         primary_hue="emerald", secondary_hue="emerald", neutral_hue="zinc", font=FONTS, font_mono=MONO, radius_size="lg"
     )
-    css = "".join((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("ui.css",))
+    css = (Path(__file__).parent / "ui.css").read_text(encoding="utf-8")
+    warnings.filterwarnings("ignore", "SSR mode is not supported")  # nobody asked for it
     gr.mount_gradio_app(
         api, build(place).queue(max_size=32), "/", footer_links=[], run_history=False, max_file_size="64mb",
         show_error=True, theme=theme, css=css, ssr_mode=False, enable_monitoring=False, pwa=False, mcp_server=False,
