@@ -106,7 +106,7 @@ def add_archive(folder: Path, file: Path) -> list[str]:
                     refused.append(f"{entry.filename}: {told}")
                 finally:
                     draft.unlink(missing_ok=True)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError) as error:
         raise DataError(file.name, f"it is no .zip file that can be read ({error})", "Pack it anew") from error
     return refused
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
@@ -124,7 +125,7 @@ def build(place: Place) -> None:
         shown = f"{written}\n# graft train job.toml --runs {place.runs.name}"
         return [shown, listing_of(place, values[0]), estimate_of(place, values[4], values[6], values[5])]
 
-    def add(files: list[str] | None, name: str, label: str, goal: str, version: float) -> list[Any]:
+    def add(files: list[str] | None, name: str, label: str, goal: str) -> list[Any]:
         if GOALS[goal].classes and not label.strip() and not any(str(file).endswith(".zip") for file in files or []):
             raise InputError("Class of the pictures", "it is empty", "Name the class, then drop its pictures again")
         try:
@@ -135,7 +136,7 @@ def build(place: Place) -> None:
         refused = uploads.add_files(folder, files or [], label if GOALS[goal].classes else "")
         if refused:
             gr.Warning(escape("\n".join(refused[:8])), title=f"{len(refused)} refused")
-        return [name, name, version + 1, gr.File(value=None), ""]
+        return [name, name, time.time(), gr.File(value=None), ""]
 
     def begin(*values: Any) -> str:
         checked(place, *values)
@@ -146,7 +147,7 @@ def build(place: Place) -> None:
         wanted = request.query_params.get("clone") or ""
         found = cloned(place, wanted) if wanted else None
         if found is None:
-            return [kept, "", 1, *[gr.skip()] * 4, "{}"]
+            return [kept or gr.skip(), "", time.time(), *[gr.skip()] * 5]
         return [
             "",
             wanted,
@@ -158,7 +159,7 @@ def build(place: Place) -> None:
             json.dumps(found["settings"]),
         ]
 
-    drop.upload(told(add), [drop, data_set, label, goal, version], [data_set, kept, version, drop, label],
+    drop.upload(told(add), [drop, data_set, label, goal], [data_set, kept, version, drop, label],
                 queue=False, api_visibility="private")  # fmt: skip
     goal.input(bases_of, goal, [base, method, label], **QUIET)
     base.input(lambda goal, base: methods_of(domain_of(goal, base), goal), [goal, base], method, **QUIET)
@@ -322,10 +323,10 @@ def estimate_of(place: Place, base: str, method: str, quality: str) -> str:
             sizes.append(sum(file.stat().st_size for file in run.folder.rglob("*") if file.is_file()))
     if not paces:
         return note("No earlier run of this kind here tells how long it takes.")
-    time = duration(statistics.median(paces) * QUALITY.get(quality, 300))
+    how_long = duration(statistics.median(paces) * QUALITY.get(quality, 300))
     size = statistics.median(sizes) / 1e6
     told_by = f"{len(paces)} earlier run{'s' * (len(paces) > 1)}"
-    return note(f"About {time} and {size:.0f} MB on disk, by {told_by} here.")
+    return note(f"About {how_long} and {size:.0f} MB on disk, by {told_by} here.")
 
 
 def cloned(place: Place, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.runs import Run, create_run, list_runs
 
 pytestmark = pytest.mark.slow
-SECONDS = 240.0
+SECONDS = 300.0
 
 
 def until(found: Callable[[], Any], seconds: float = SECONDS) -> Any:
@@ -41,6 +41,7 @@ def teach(watched: Any, url: str, photos: list[Path], steps: int) -> None:
     """The form as a new user fills it; the number of steps alone is changed behind "Advanced"."""
     page = watched.page
     page.goto(f"{url}/teach")
+    page.get_by_text("Your pictures will stand here").wait_for()
     page.get_by_label("Name").fill("sprout")
     page.set_input_files("#drop input[type=file]", [str(path) for path in photos])
     page.get_by_text("5 pictures").wait_for()
