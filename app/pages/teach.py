@@ -151,7 +151,7 @@ def build(place: Place) -> None:
         return [
             "",
             wanted,
-            1,
+            time.time(),
             found["name"],
             found["goal"],
             found["base"],
