@@ -31,7 +31,11 @@ class Watched:
         self.complaints: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("pageerror", self._fault)
+
+    def _fault(self, error: Any) -> None:
+        if "AbortError" not in str(error):  # Gradio gives up its requests when a page is left
+            self.complaints.append(str(error))
 
     def outside(self, own: str) -> list[str]:
         """Addresses asked for that are not the page's own."""
