@@ -24,7 +24,7 @@ _PUBLIC = {
     "prepare_together": "jobs",
     "preview": "previews",
     "save_base": "base",
-    "shown": "shown",
+    "shown": "showing",
 }
 
 ASKS = "prompts"
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
-    from graft.diffusion.shown import shown
+    from graft.diffusion.showing import shown
     from graft.diffusion.textual_inversion import TextualInversion
 
 __all__ = [

@@ -24,7 +24,7 @@ _PUBLIC = {
     "prepare": "jobs",
     "run_settings": "evaluation",
     "save_base": "base",
-    "shown": "shown",
+    "shown": "showing",
 }
 
 ASKS = "pictures"
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from graft.vision.lora import VisionLoRA
     from graft.vision.probe import LinearProbe
     from graft.vision.scales import VisionBitFit, VisionSSF
-    from graft.vision.shown import shown
+    from graft.vision.showing import shown
     from graft.vision.vpt import VPT
 
 __all__ = [

@@ -27,7 +27,7 @@ _PUBLIC = {
     "preview": "previews",
     "run_settings": "evaluation",
     "save_base": "base",
-    "shown": "shown",
+    "shown": "showing",
 }
 
 ASKS = "pictures"
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from graft.vlm.jobs import prepare
     from graft.vlm.previews import PreviewConfig, preview
     from graft.vlm.prolip import ProLIP
-    from graft.vlm.shown import shown
+    from graft.vlm.showing import shown
     from graft.vlm.task_res import TaskRes
     from graft.vlm.tip_adapter import TipAdapter, TipAdapterF
     from graft.vlm.transfer import base_to_new
