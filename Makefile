@@ -3,7 +3,7 @@
 #   make test    the unit tests, a few minutes on two cores
 #   make check   format, lint, types, and the slow tests (packaging, browser, long trainings)
 #   make docs    rewrite the tables in docs/ that are made from the code
-#   make ui      a page over the runs of this folder, on the loopback interface
+#   make ui      the studio over the runs of this folder, on the loopback interface
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -46,10 +46,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 browser:
-	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	@command -v chromium >/dev/null || { \
 		test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
-		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-dejavu-core; } \
-		|| { echo "The browser tests need chromium and chromedriver on the PATH." >&2; exit 2; }
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; } \
+		|| { echo "The browser tests need chromium on the PATH." >&2; exit 2; }
 
 clean:
 	rm -rf demo build dist .pytest_cache .ruff_cache .mypy_cache

@@ -91,6 +91,22 @@ def pictures(items: Iterable[tuple[str, Path]]) -> str:
     return f'<div class="grid">{"".join(picture(caption, path) for caption, path in items)}</div>'
 
 
+def points(rows: Iterable[Mapping[str, object]], key: str) -> list[Point]:
+    """(step, value) of every row that has a number under the key."""
+    found = [(row["step"], row.get(key)) for row in rows]
+    return [(float(x), float(y)) for x, y in found if isinstance(x, int | float) and isinstance(y, int | float)]
+
+
+def bars(shares: Mapping[str, float]) -> str:
+    """Classes with their probabilities, as bars."""
+    rows = "".join(
+        f"<div><dt>{escape(name)}</dt><dd><meter min=0 max=1 value={share:.4f}></meter>"
+        f"<span class=number>{share:.0%}</span></dd></div>"
+        for name, share in shares.items()
+    )
+    return f'<dl class="bars">{rows}</dl>'
+
+
 def thin(points: Sequence[Point], most: int = 300) -> list[Point]:
     """At most `most` points, each the mean of its neighbours."""
     size = math.ceil(len(points) / most) or 1

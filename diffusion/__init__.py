@@ -29,7 +29,11 @@ _PUBLIC = {
     "prepare_together": "jobs",
     "preview": "previews",
     "save_base": "base",
+    "shown": "showing",
 }
+
+ASKS = "prompts"
+"""What the studio's preview asks the user for; see `graft.studio.shown`."""
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase, load_base, save_base
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from graft.diffusion.lora import DiffusionDoRA, DiffusionLoKr, DiffusionLoRA
     from graft.diffusion.pivotal import PivotalTuning
     from graft.diffusion.previews import PreviewConfig, preview
+    from graft.diffusion.showing import shown
     from graft.diffusion.t2i_adapter import T2IAdapter
     from graft.diffusion.textual_inversion import TextualInversion, load_words
     from graft.diffusion.verification import compare
@@ -69,6 +74,7 @@ __all__ = [
     "prepare_together",
     "preview",
     "save_base",
+    "shown",
 ]
 
 

@@ -10,7 +10,6 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,8 +154,7 @@ def preview(
             reason = f"{len(adapters)} adapters are attached"
             raise InputError(f"weights = {list(weights)}", reason, "Give one for each, or none")
         handles = [stack.enter_context(each.attached(base)) for each in adapters]
-        shown = _shown(base, handles, config, len(prompts), len(seeds))
-        shown |= _conditions(base, handles, config, len(prompts))
+        shown = show_what_is_followed(base, handles, config, len(prompts), len(seeds))
         faders = [fader(handle) for handle in handles]
         adapted = {}
         for strength in config.strengths:
@@ -171,16 +169,28 @@ def preview(
 def fader(handle: Any, slot: int = 0) -> Callable[[float], None]:
     """What sets the strength of an attached adapter: 1 as it was trained, 0 off."""
     own = getattr(handle, "scale", None)
-    if callable(own):
-        return partial(own, slot)
+    parts = [part for part in (handle, *vars(handle).values()) if callable(getattr(part, "scale", None))]
 
     def fade(value: float) -> None:
+        for part in parts:  # of a word and a LoRA, the LoRA
+            part.scale(slot, value)
         if isinstance(own, int | float):
             handle.scale = own * value
-        elif value != 1:
+        elif value != 1 and not parts:
             raise InputError(f"strength {value:g}", "a word has none: it is there or not", "Leave its weight at 1")
 
     return fade
+
+
+def show_what_is_followed(
+    base: DiffusionBase, handles: Sequence[Any], config: PreviewConfig, rows: int, columns: int = 1
+) -> dict[str, Pictures]:
+    """Gives ControlNets and IP-Adapters the pictures that they follow; returns these, in the places of what is drawn.
+
+    Raises:
+        InputError: there is none, too many, or no adapter follows it.
+    """
+    return {**_shown(base, handles, config, rows, columns), **_conditions(base, handles, config, rows)}
 
 
 def _shown(

@@ -24,7 +24,11 @@ _PUBLIC = {
     "prepare": "jobs",
     "run_settings": "evaluation",
     "save_base": "base",
+    "shown": "showing",
 }
+
+ASKS = "pictures"
+"""What the studio's preview asks the user for; see `graft.studio.shown`."""
 
 if TYPE_CHECKING:
     from graft.vision.adapter_plus import AdapterPlus
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from graft.vision.lora import VisionLoRA
     from graft.vision.probe import LinearProbe
     from graft.vision.scales import VisionBitFit, VisionSSF
+    from graft.vision.showing import shown
     from graft.vision.vpt import VPT
 
 __all__ = [
@@ -57,6 +62,7 @@ __all__ = [
     "prepare",
     "run_settings",
     "save_base",
+    "shown",
 ]
 
 

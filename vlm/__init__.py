@@ -27,7 +27,11 @@ _PUBLIC = {
     "preview": "previews",
     "run_settings": "evaluation",
     "save_base": "base",
+    "shown": "showing",
 }
+
+ASKS = "pictures"
+"""What the studio's preview asks the user for; see `graft.studio.shown`."""
 
 if TYPE_CHECKING:
     from graft.vlm.base import ClipBase, load_base, save_base
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
     from graft.vlm.jobs import prepare
     from graft.vlm.previews import PreviewConfig, preview
     from graft.vlm.prolip import ProLIP
+    from graft.vlm.showing import shown
     from graft.vlm.task_res import TaskRes
     from graft.vlm.tip_adapter import TipAdapter, TipAdapterF
     from graft.vlm.transfer import base_to_new
@@ -66,6 +71,7 @@ __all__ = [
     "preview",
     "run_settings",
     "save_base",
+    "shown",
 ]
 
 

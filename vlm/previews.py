@@ -57,7 +57,7 @@ def preview(
         InputError: no pictures were named.
     """
     files = _files(config)
-    pixels = torch.stack([_pixels(file, base) for file in files])
+    pixels = torch.stack([read_pixels(file, base) for file in files])
     setting = Setting(base, tuple(adapter.card.details["classes"]), tuple(adapter.card.details["templates"]))
     with torch.no_grad():
         plain = setting.zero_shot(base.encode_image(pixels).float()).softmax(-1).cpu()
@@ -66,14 +66,19 @@ def preview(
     rows: list[dict[str, Any]] = []
     for file, before, after in zip(files, plain, adapted, strict=True):
         answers = {"zero_shot": before, "adapter": after}
-        rows.append({"file": str(file)} | {name: _answer(setting.names, p) for name, p in answers.items()})
+        rows.append({"file": str(file)} | {name: answer(setting.names, p) for name, p in answers.items()})
     out.mkdir(parents=True, exist_ok=True)
     _sheet(pixels, rows).save(out / "sheet.png")
     write_json(out / "answers.json", rows)
     return [out / "sheet.png", out / "answers.json"]
 
 
-def _pixels(file: Path, base: ClipBase) -> torch.Tensor:
+def read_pixels(file: Path, base: ClipBase) -> torch.Tensor:
+    """Returns a picture as the image tower takes it.
+
+    Raises:
+        InputError: it is no picture.
+    """
     try:
         with Image.open(file) as image:
             return to_pixels(image, base.preprocess)
@@ -92,8 +97,9 @@ def _files(config: PreviewConfig) -> list[Path]:
     return [found[int(k * step)] for k in range(min(config.pictures, len(found)))]
 
 
-def _answer(names: Sequence[str], row: torch.Tensor) -> dict[str, float]:
-    return {names[k]: round(float(row[k]), 4) for k in row.argsort(descending=True)[:3].tolist()}
+def answer(names: Sequence[str], row: torch.Tensor, most: int = 3) -> dict[str, float]:
+    """Returns the surest classes with their probabilities."""
+    return {names[k]: round(float(row[k]), 4) for k in row.argsort(descending=True)[:most].tolist()}
 
 
 def _sheet(pixels: torch.Tensor, rows: Sequence[dict[str, Any]]) -> Image.Image:

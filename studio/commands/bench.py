@@ -18,8 +18,12 @@ def add(commands: Any) -> None:
     add_set(parser, "rounds=3")
     parser = command(commands, "demo", demo, "teach the embedded model a new concept and write a report of it")
     parser.add_argument("--out", default="demo", metavar="DIR", help="folder of the report (default: demo)")
-    parser = command(commands, "ui", ui, "serve a page over the runs, on this machine only")
+    parser = command(commands, "ui", ui, "open the studio in a browser: teach, watch, preview, compare, keep")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="default: 7860")
+    told = "address to listen on; any but this machine's own needs the token that is printed (default: 127.0.0.1)"
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help=told)
+    parser.add_argument("--name", action="append", default=[], metavar="NAME", help="name to be reached by; repeatable")
+    parser.add_argument("--data", metavar="DIR", help="folder of uploaded pictures (default: data beside the runs)")
     add_runs(parser)
 
 
@@ -66,8 +70,18 @@ def demo(args: argparse.Namespace) -> Answer:
 
 
 def ui(args: argparse.Namespace) -> Answer:
-    """The page, until interrupted."""
-    from graft.app.serve import serve
+    """The studio, until interrupted.
 
-    serve(Path(args.runs), args.port)
+    Raises:
+        InputError: gradio is not installed.
+    """
+    from importlib.util import find_spec
+
+    from graft.studio.errors import InputError
+
+    if find_spec("gradio") is None:
+        raise InputError("graft ui", "the library 'gradio' is not installed", 'Run: pip install "graft-studio[app]"')
+    from graft.app.server import serve
+
+    serve(Path(args.runs), args.port, args.host, args.name, Path(args.data) if args.data else None)
     return Answer({"port": args.port})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,19 @@ def methods(args: argparse.Namespace) -> Answer:
 def _row(domain: str, name: str) -> dict[str, Any]:
     from graft.studio import registry
 
-    classes = _sources(*registry.METHODS[domain, name].split(":"))
-    summary = " ".join((ast.get_docstring(classes[0]) or "").split("\n\n")[0].split())
+    place = registry.METHODS[domain, name]
+    (tree, *_) = _sources(*place.split(":"))
+    summary = " ".join((ast.get_docstring(tree) or "").split("\n\n")[0].split())
+    return {"domain": domain, "name": name, "summary": summary, "settings": settings_of(place)}
+
+
+@cache
+def settings_of(place: str) -> list[dict[str, Any]]:
+    """Return name, type, default and meaning of the fields of a dataclass, "module:class", without importing it."""
     settings: dict[str, dict[str, Any]] = {}
-    for cls in reversed(classes):
+    for cls in reversed(_sources(*place.split(":"))):
         settings |= _settings(cls)
-    return {"domain": domain, "name": name, "summary": summary, "settings": list(settings.values())}
+    return list(settings.values())
 
 
 def _sources(module: str, name: str) -> list[ast.ClassDef]:
@@ -59,9 +67,14 @@ def _settings(cls: ast.ClassDef) -> dict[str, dict[str, Any]]:
     for name, field, meaning in documented(cls):
         kind = ast.unparse(field.annotation)
         if not kind.startswith("ClassVar"):
-            default = ast.literal_eval(field.value) if field.value else "required"
+            default = _default(field.value) if field.value else "required"
             rows[name] = {"name": name, "type": kind, "default": default, "meaning": meaning}
     return rows
+
+
+def _default(value: ast.expr) -> Any:
+    """A default as it stands there: a value, or the name of a constant."""
+    return value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
 
 
 def _text(row: dict[str, Any], full: bool) -> str:

@@ -1,49 +1,120 @@
-"""A real browser, and the pictures that the pages show."""
+"""A real browser, a studio in a process of its own, and the pictures that the pages show."""
 
-import json
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image, ImageDraw
-from selenium import webdriver
-from selenium.webdriver.chrome.options import Options
-from selenium.webdriver.chrome.service import Service
 
 # Without the background flags Chromium asks for hosts of its own at every start.
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --window-size=1100,1600"
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
 )
 
 
-class Browser(webdriver.Chrome):
-    """Chromium that remembers what pages asked for and complained about."""
+class Watched:
+    """A page of the browser that remembers what it asked for and complained about."""
 
-    def requests(self) -> list[str]:
-        """Addresses asked for since the last call, without the pictures that stand in the page."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.get_log("performance")]
-        sent = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
-        urls = [message["params"]["request"]["url"] for message in sent]
-        return [url for url in urls if not url.startswith("data:")]
+    def __init__(self, page: Any):
+        self.page = page
+        self.requests: list[str] = []
+        self.complaints: list[str] = []
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", self._fault)
 
-    def complaints(self) -> list[str]:
-        """Console messages since the last call."""
-        return [entry["message"] for entry in self.get_log("browser")]
+    def _fault(self, error: Any) -> None:
+        if "AbortError" not in str(error):  # Gradio gives up its requests when a page is left
+            self.complaints.append(str(error))
+
+    def outside(self, own: str) -> list[str]:
+        """Addresses asked for that are not the page's own."""
+        return [url for url in self.requests if not url.startswith((own, "data:", "blob:"))]
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Debian's Chromium, headless, with a new profile."""
-    options = Options()
-    options.binary_location = shutil.which("chromium") or "chromium is not installed: make browser"
-    for flag in [*FLAGS.split(), f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Browser(options=options, service=Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+def chromium() -> Iterator[Any]:
+    """Debian's Chromium, headless, without a network but this machine's."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = shutil.which("chromium") or "chromium is not installed: make browser"
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def new_page(chromium: Any) -> Iterator[Callable[..., Watched]]:
+    """Opens pages, each with a fresh profile; `new_page(width=390)` is a phone's, `dark=True` has the dark look."""
+    contexts = []
+
+    def open_page(width: int = 1200, height: int = 900, dark: bool = False) -> Watched:
+        scheme = "dark" if dark else "light"
+        context = chromium.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+        context.set_default_timeout(60_000)
+        contexts.append(context)
+        return Watched(context.new_page())
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+class Studio:
+    """`graft ui` in a process of its own, which may be killed and started again."""
+
+    def __init__(self, root: Path):
+        self.runs, self.log, self.state = root / "runs", root / "ui.log", root / "state"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        command = [sys.executable, "-m", "graft", "ui", "--port", str(self.port), "--runs", str(self.runs)]
+        with self.log.open("ab") as log:
+            own = {"OMP_NUM_THREADS": "1", "GRAFT_STATE": str(self.state)}  # its own queue
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | own)
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(self.url, timeout=5).read()
+                return
+            except OSError:
+                assert self.process.poll() is None, self.log.read_text()
+                time.sleep(0.1)
+        raise AssertionError(self.log.read_text())
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def megabytes(self) -> float:
+        """Memory that the server has now."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[Studio]:
+    """An empty studio."""
+    running = Studio(tmp_path)
+    yield running
+    running.process.terminate()
+    running.process.wait(30)
 
 
 @pytest.fixture

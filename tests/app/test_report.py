@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-from selenium.webdriver.common.by import By
 
 from graft.app.report import RunView, write_report
 
@@ -46,19 +45,17 @@ def test_view_leaves_out_steps_without_the_key() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1100])
-def test_report_in_a_browser(browser, report: Path, tmp_path: Path, width: int) -> None:
-    browser.set_window_size(width, 1600)
-    browser.requests(), browser.complaints()
-    browser.get(report.as_uri())
-    text = browser.find_element(By.TAG_NAME, "body").text
+def test_report_in_a_browser(new_page, report: Path, width: int) -> None:
+    watched = new_page(width, 1600)
+    page = watched.page
+    page.goto(report.as_uri())
+    text = page.inner_text("body")
     assert "A new concept" in text
     assert "sprout <lora>" in text
     assert "interrupted" in text
 
-    natural = browser.execute_script("return [...document.images].map(image => image.naturalWidth)")
-    assert natural == [64]
-    assert browser.execute_script("return document.querySelectorAll('svg path').length") == 4
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-    assert browser.requests() == [report.as_uri()]
-    assert browser.complaints() == []
-    assert browser.save_screenshot(str(tmp_path / "report.png"))
+    assert page.evaluate("[...document.images].map(image => image.naturalWidth)") == [64]
+    assert page.locator("svg path").count() == 4
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert watched.outside(report.as_uri()) == []
+    assert watched.complaints == []

@@ -1,0 +1,121 @@
+"""The process that holds the models: `python -m graft.app.worker RUNS`. One JSON line in, one out, to the end.
+
+By the Python API it does what the pages ask for: starts jobs, runs commands of `graft`, shows what adapters do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import logging
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from graft.studio.errors import InputError
+
+COMMANDS = {("adapters", "inspect"), ("adapters", "verify"), ("adapters", "convert")}
+"""Commands that a page may run here."""
+
+
+def start(runs: Path, job: Mapping[str, Any]) -> str:
+    """Start a training and return the id of its run."""
+    from graft.app.launch import submit
+
+    return submit(job, runs).id
+
+
+def demo(runs: Path, data: str) -> str:
+    """Start the training of the demo, on five pictures of a sprite that no embedded model has seen."""
+    from graft.app.launch import submit
+    from graft.studio.demo import CONCEPT, job_text, write_photos
+
+    photos = Path(data) / f"demo-{CONCEPT}"
+    if not photos.exists():
+        write_photos(photos, runs / ".studio" / "held_out" / CONCEPT, CONCEPT)
+    job = tomllib.loads(job_text("lora")) | {"name": "demo", "data": {"path": str(photos)}, "sample": {"every": 50}}
+    return submit(job, runs).id
+
+
+def command(runs: Path, argv: list[str]) -> Any:
+    """Run a command of `graft` and return its document.
+
+    Raises:
+        InputError: as the command.
+    """
+    from graft.studio.cli import build_parser
+
+    if tuple(argv[:2]) not in COMMANDS:
+        raise InputError(" ".join(argv[:2]), "no page runs this command", "Run it in a terminal")
+    args: argparse.Namespace = build_parser().parse_args([*argv, "--runs", str(runs)])
+    with redirect_stdout(sys.stderr):
+        return args.run(args).document
+
+
+class Shower:
+    """Shows what adapters do; keeps the last base loaded."""
+
+    def __init__(self) -> None:
+        self.base: Any = None
+
+    def __call__(self, runs: Path, adapters: list[str], asked: Mapping[str, Any], out: str) -> list[dict[str, Any]]:
+        """Return what is shown, as `graft.studio.shown.Shown` has it.
+
+        Args:
+            runs: folder of the runs.
+            adapters: run ids; all of one base.
+            asked: fields of `graft.studio.shown.Asked`.
+            out: folder for pictures.
+        """
+        from graft.studio import registry
+        from graft.studio.config import from_dict
+        from graft.studio.runs import find_run
+        from graft.studio.shown import Asked, Shown
+
+        loaded = [find_run(name, runs).adapter() for name in adapters]
+        bases = {adapter.card.base for adapter in loaded}
+        if len(bases) != 1:
+            raise InputError(
+                ", ".join(sorted(bases)), "the adapters are of different bases", "Choose those of one base"
+            )
+        (name,) = bases
+        if self.base is None or self.base.name != name:
+            self.base = None  # the old one goes before the new one comes
+            self.base = registry.load_base(name, domain=loaded[0].card.domain)
+        domain = registry.domain(loaded[0].card.domain)
+        shown: list[Shown] = domain.shown(self.base, loaded, from_dict(Asked, asked, "preview"), Path(out))
+        return [each.plain() for each in shown]
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    runs = Path(sys.argv[1])
+    table: dict[str, Callable[..., Any]] = {
+        "start": start,
+        "demo": demo,
+        "command": command,
+        "show": Shower(),
+    }
+    for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):
+        request = json.loads(line)
+        try:
+            answer: dict[str, Any] = {"answer": table[request.pop("what")](runs, **request)}
+        except InputError as error:
+            answer = {"error": [error.given, error.reason, error.remedy]}
+        except Exception as error:
+            logging.exception("a request failed")
+            answer = {"error": str(error) or type(error).__name__}
+        answers.write(json.dumps(answer, default=str) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

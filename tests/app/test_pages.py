@@ -1,0 +1,210 @@
+"""What the pages say and do, without a browser."""
+
+import json
+import sys
+import tomllib
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from graft.app import files, forms
+from graft.app.pages import compare, library, preview, runs, teach
+from graft.app.place import Place
+from graft.app.server import is_loopback
+from graft.studio import registry
+from graft.studio.errors import InputError
+from graft.studio.job import Job
+from graft.studio.runs import RunLock, create_run
+
+JOB = Job(base="pocket-sd", method={"name": "lora", "rank": 4}, data={"path": "photos"}, domain="diffusion")
+CARD = {"method": "lora", "config": {"rank": 4}, "domain": "diffusion", "base": "pocket-sd", "trigger": "<b>sks"}
+
+
+class NoModels:
+    """In place of the process with the models."""
+
+    def ask(self, what: str, **facts: Any) -> Any:
+        self.asked = {"what": what, **facts}
+        return []
+
+
+@pytest.fixture
+def place(tmp_path: Path, sprite: Path) -> Place:
+    """Two runs, one with an adapter."""
+    place = Place(tmp_path / "runs", tmp_path / "data", NoModels())  # type: ignore[arg-type]
+    for name, rank in (("20260101-a", 4), ("20260102-b", 8)):
+        job = Job(JOB.base, JOB.method | {"rank": rank}, JOB.data, JOB.domain)
+        run = create_run(job, place.runs / name)
+        run.write_state(status="finished", step=300, message="<i>done</i>")
+        (run.folder / "metrics.jsonl").write_text('{"step": 10, "loss": 0.5, "seconds": 4.0, "accuracy": 0.25}\n')
+        (run.folder / "samples" / "000010").mkdir()
+        sprite_copy = run.folder / "samples" / "000010" / "a.png"
+        sprite_copy.write_bytes(sprite.read_bytes())
+    result = place.runs / "20260101-a" / "result"
+    result.mkdir()
+    (result / "adapter.json").write_text(json.dumps(CARD))
+    return place
+
+
+def test_a_run_in_full(place: Place) -> None:
+    board, head, body, log, stop, resume, demo = runs.view(place, "20260102-b")
+    assert 'aria-current="page"><span class="name">20260102-b' in board
+    assert "&lt;i&gt;done&lt;/i&gt;" in head
+    assert body.count("<svg") == 2  # a curve for the loss, one for the accuracy
+    assert "/files/runs/20260102-b/samples/000010/a.png" in body
+    assert log == ""
+    assert (stop.interactive, resume.interactive, demo.visible) == (False, False, False)
+
+
+def test_buttons_follow_the_lock(place: Place) -> None:
+    run = place.run("20260102-b")
+    run.write_state(status="running")
+    assert [button.interactive for button in runs.view(place, run.id)[4:6]] == [False, True]  # interrupted
+    with RunLock(run.folder):
+        assert [button.interactive for button in runs.view(place, run.id)[4:6]] == [True, False]
+
+
+def test_an_empty_studio_offers_the_demo(tmp_path: Path) -> None:
+    place = Place(tmp_path / "runs", tmp_path / "data", NoModels())  # type: ignore[arg-type]
+    board, *_, demo = runs.view(place, "")
+    assert "No runs yet" in board
+    assert demo.visible
+    runs.begin_demo(place)
+    assert place.models.asked == {"what": "demo", "data": str(place.data)}  # type: ignore[attr-defined]
+
+
+GOAL_METHODS = [
+    (goal, each.bases[min(number, len(each.bases) - 1)], method)
+    for goal, each in teach.GOALS.items()
+    for number, (domain, methods) in enumerate(each.methods.items())
+    for method in methods
+    if (domain, method) in registry.METHODS
+]
+
+
+@pytest.mark.parametrize(("goal", "base", "method"), GOAL_METHODS)
+def test_every_goal_and_method_makes_a_job(place: Place, goal: str, base: str, method: str) -> None:
+    name = place.new_set()
+    job = teach.job_of(place, name, "", "Red Fox!", goal, base, "Quick look", method, '{"train.batch_size": 2}')
+    loaded = Job.load(job)
+    assert (loaded.method["name"], loaded.train.steps, loaded.train.batch_size) == (method, 100, 2)
+    assert loaded.data["path"] == str(place.data / name)
+    shown = tomllib.loads(loaded.to_toml())
+    assert shown["method"].get("trigger", shown["method"].get("token", "red-fox")).strip("<>") == "red-fox"
+
+
+def test_a_clone_has_the_settings_that_were_changed(place: Place) -> None:
+    found = teach.cloned(place, "20260102-b")
+    assert found["goal"] == "A subject"
+    assert found["settings"] == {}  # rank 8 and 300 steps are what everyone has
+    job = teach.job_of(place, "", "20260102-b", found["name"], found["goal"], found["base"], "Usual", found["method"],
+                       '{"method.rank": 16}')  # fmt: skip
+    assert (job["method"]["rank"], job["data"]["path"]) == (16, "photos")
+
+
+@pytest.mark.parametrize("base", ["/etc", "../x", "~/model", "a\0b", "C:\\x", "x/../../y", "file:///etc", ""])
+def test_a_browser_names_no_folder(place: Place, base: str) -> None:
+    with pytest.raises(InputError, match="a browser names no folders"):
+        teach.checked(place, place.new_set(), "", "fox", "A subject", base)
+
+
+def test_forms_say_nothing_where_nothing_is_changed() -> None:
+    for domain, method in registry.METHODS:
+        for rows in forms.sections(domain, method).values() if domain in forms.DATA else ():
+            for row in rows:
+                if row["default"] != "required":
+                    shown = forms.field(row, row["default"])
+                    assert shown.info
+                    assert forms.parsed(row, shown.value) is None, row
+
+
+def test_fields_are_read_as_toml_has_them() -> None:
+    def said(kind: str, default: object, value: object) -> object:
+        return forms.parsed({"type": kind, "default": default}, value)
+
+    assert said("float", 8.0, 4) == 4.0
+    assert said("tuple[int, ...]", (), "1, 2") == [1, 2]
+    assert said("str | tuple[str, ...]", "attention", "q, v") == ["q", "v"]
+    assert said("str | tuple[str, ...]", "attention", "mlp") == "mlp"
+    assert said("bool", False, True) is True
+    assert said("int | None", None, None) is None
+
+
+def test_deleting_can_be_undone(place: Place) -> None:
+    with RunLock(place.run("20260101-a").folder), pytest.raises(InputError, match="being trained"):
+        library.trash(place, "20260101-a")
+    library.trash(place, "20260101-a")
+    assert [run.id for run in place.newest()] == ["20260102-b"]
+    library.restore(place)
+    assert place.run("20260101-a").metrics()
+    with pytest.raises(InputError, match="nothing was deleted"):
+        library.restore(place)
+
+
+def test_library_finds_by_tag_and_escapes(place: Place) -> None:
+    library.set_tags(place.run("20260101-a"), "red, <u>, red")
+    shown = library.listing(place, "RED lora", "")
+    assert "&lt;b&gt;sks" in shown
+    assert "&lt;u&gt;" in shown
+    assert "Nothing fits" in library.listing(place, "blue", "")
+    assert "&lt;b&gt;sks" in library.card(place.run("20260101-a"))
+
+
+def test_comparison(place: Place) -> None:
+    both = place.newest()
+    assert compare.differences(both) == [{"setting": "method.rank", "20260102-b": "8", "20260101-a": "4"}]
+    shown = compare.comparison(both)
+    assert shown.count("<svg") == 2
+    ballot, pair = compare.pair_of(both)
+    assert set(pair) == {"20260101-a", "20260102-b"}
+    assert not any(name in ballot for name in pair)  # blind
+    link = compare.written(place, both)
+    (file,) = (place.work / "exports").glob("*.html")
+    assert file.name in link
+
+
+def test_files_are_looked_up(place: Place) -> None:
+    api = FastAPI()
+    api.include_router(files.routes(place))
+    client = TestClient(api)
+    answer = client.get("/files/runs/20260101-a/samples/000010/a.png")
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "image/png")
+    exports = place.work / "exports"
+    exports.mkdir(parents=True)
+    for name in ("x.html", "x.svg", ".env"):
+        (exports / name).write_text("<script>")
+    (exports / "link.txt").symlink_to("/etc/passwd")
+    answer = client.get("/files/exports/x.svg")
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert answer.headers["content-type"] == "application/octet-stream"
+    (place.run("20260101-a").folder / "samples" / "evil.png").symlink_to("/etc/passwd")
+    for path in (
+        "runs/20260101-a/job.toml", "runs/20260101-a/samples/../job.toml", "runs/20260101-a/samples/evil.png",
+        "runs/..%2f20260101-a/samples/000010/a.png", "runs/none/x.png", "exports/.env", "exports/link.txt",
+        "exports/..%2f..%2f20260101-a%2fjob.toml", "exports//etc/passwd", "data/../x.png", "data/x/y.png",
+        "shown/..%2fexports%2fx.html", "shown/%2fetc%2fpasswd",
+    ):  # fmt: skip
+        assert client.get(f"/files/{path}").status_code == 404, path
+
+
+def test_a_domain_brings_its_own_preview(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page asks the domain's package; a domain that nobody thought of needs no change of a page."""
+    monkeypatch.setitem(sys.modules, "smells", types.SimpleNamespace(ASKS="pictures"))  # type: ignore[arg-type]
+    monkeypatch.setitem(registry.DOMAINS, "smells", "smells")
+    card = place.runs / "20260101-a" / "result" / "adapter.json"
+    assert preview.kind_of(place, ["20260101-a"]) == "prompts"
+    card.write_text(json.dumps(CARD | {"domain": "smells"}))
+    assert preview.kind_of(place, ["20260101-a"]) == "pictures"
+    cells = [{"row": "1.png", "column": "lora", "picture": "", "shares": {"<rose>": 0.75}, "text": ""}]
+    assert "&lt;rose&gt;" in preview.table(place, cells)
+    assert "75%" in preview.table(place, cells)
+
+
+def test_addresses_that_only_this_machine_reaches() -> None:
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "x")] == [
+        True, True, True, False, False, False,
+    ]  # fmt: skip
