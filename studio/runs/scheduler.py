@@ -56,6 +56,8 @@ class Child:
     """Subjects that it belongs to, or none."""
     memory_kills: int
     """Of the machine, when it started."""
+    retries: int
+    """Of the run, when it started."""
 
 
 class Scheduler:
@@ -220,7 +222,7 @@ class Scheduler:
                 cwd=run.folder.parent,
                 env=environment,
             )
-        self.children[launch] = Child(process, run, use, queue.get("batch", ""), memory_kills())
+        self.children[launch] = Child(process, run, use, queue.get("batch", ""), memory_kills(), _retries(run))
         log.info("started %s on %s, process %d", run.id, ", ".join(use), process.pid)
 
     def _reap(self) -> list[Run]:
@@ -234,7 +236,8 @@ class Scheduler:
             log.info("%s: worker ended with %d", child.run.id, code)
             if code != 0:
                 starved = memory_kills() > child.memory_kills and code == -9
-                self._try_again(child.run, ("queued", "running", "failed"), starved)
+                unseen = _retries(child.run) == child.retries  # else its free lock told it before
+                self._try_again(child.run, ("queued", "running", "failed") if unseen else (), starved)
         return runs
 
     def _try_again(self, run: Run, ended_as: Sequence[str], starved: bool = False) -> None:
@@ -338,6 +341,10 @@ def _tries(run: Run) -> int:
         elif event["event"] == "retry":
             tries += 1
     return tries
+
+
+def _retries(run: Run) -> int:
+    return sum(event["event"] == "retry" for event in run.events())
 
 
 def _give_up(run: Run, failure: Failure) -> None:
