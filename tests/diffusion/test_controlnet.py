@@ -366,7 +366,11 @@ def test_the_command_line_takes_conditions(folder: Path, mapped: Path, tmp_path:
     assert main(["preview", str(tmp_path / "edges"), *options, "--set", f"condition={mapped / '0.png'}"]) == 0
     assert (tmp_path / "out" / "condition-0-seed0.png").exists()
     assert main(["preview", str(tmp_path / "edges"), *options]) == 2
-    assert main(["eval", str(tmp_path / "edges"), "--data", str(mapped), "--set", "seeds=1", "--set", "steps=1"]) == 2
+    measured = ["--data", str(mapped), "--set", "seeds=1", "--set", "steps=1"]
+    assert main(["eval", str(tmp_path / "edges"), *measured]) == 2  # depth needs a model that reads it
+    canny = {"name": "controlnet", "condition": "canny"}
+    prepare(Job.load(job(folder, mapped, canny))).adapter({}).save(tmp_path / "canny")
+    assert main(["eval", str(tmp_path / "canny"), *measured]) == 0
 
 
 def test_promises_of_control_are_checked():
