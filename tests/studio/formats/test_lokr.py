@@ -142,7 +142,7 @@ def on_unet(method, model):
     return Adapter(adapter.tensors, Card("lokr", to_dict(method), "diffusion", sites=adapter.card.sites))
 
 
-@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("targets", ["attention", pytest.param("all", marks=pytest.mark.slow)])
 def test_lycoris_keys_go_out_and_in(tmp_path, targets):
     model = unet()
     adapter = on_unet(LoKr(rank=1, alpha=3.0, targets=targets), model)
