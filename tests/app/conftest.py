@@ -30,12 +30,12 @@ class Watched:
         self.requests: list[str] = []
         self.complaints: list[str] = []
         page.on("request", lambda request: self.requests.append(request.url))
-        page.on("console", lambda message: self.complaints.append(message.text) if message.type == "error" else None)
-        page.on("pageerror", self._fault)
+        page.on("console", lambda message: self._fault(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: self._fault(str(error)))
 
-    def _fault(self, error: Any) -> None:
-        if "AbortError" not in str(error):  # Gradio gives up its requests when a page is left
-            self.complaints.append(str(error))
+    def _fault(self, text: str) -> None:
+        if "AbortError" not in text:  # Gradio gives up its requests when a page is left
+            self.complaints.append(text)
 
     def outside(self, own: str) -> list[str]:
         """Addresses asked for that are not the page's own."""
