@@ -21,7 +21,7 @@ DATA = {
     "vlm": "graft.vlm.data:DataConfig",
 }
 """Domain -> its data section."""
-PATHS = {"path", "split", "splits", "names", "dataset", "folders", "class_path", "init"}
+PATHS = {"path", "split", "names", "dataset", "folders", "images", "replay_path", "class_path", "init", "start"}
 """Settings that name files of this machine: a browser has no say in them."""
 OF_MACHINE = {"device", "threads", "workers", "processes", "track"}
 """Settings of `[train]` that the machine decides."""
@@ -51,7 +51,7 @@ def field(row: Mapping[str, Any], value: Any) -> gr.components.Component:
         return gr.Checkbox(bool(value), label=label, info=info, interactive=True)
     if kind in ("int", "int | None"):
         return gr.Number(value, label=label, info=info, interactive=True, precision=0)
-    if kind in ("float", "float | None"):
+    if kind in ("float", "float | None", "float | str"):  # a share; a folder is no choice of a browser's
         return gr.Number(value, label=label, info=info, interactive=True)
     shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else "" if value is None else str(value)
     return gr.Textbox(shown, label=label, info=info, interactive=True)
