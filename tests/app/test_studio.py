@@ -73,7 +73,7 @@ def test_from_five_pictures_to_a_preview(studio, new_page, photos) -> None:
     until(lambda: run.status == "finished")
     page.locator(".status.finished").first.wait_for()
     page.locator(".graft svg path").first.wait_for()
-    assert page.locator('.grid img[src*="samples"]').count() == 2
+    assert page.locator('.grid img[src*="samples"]').count() == 3  # two steps, and the sheet of all
     assert 'trigger = "sprout"' in page.locator(".graft pre").all_text_contents()[0]
 
     page.get_by_text("Preview it").click()
