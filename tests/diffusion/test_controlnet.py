@@ -310,7 +310,7 @@ def test_through_the_loop_with_samples_and_exact_resume(folder: Path, mapped: Pa
     sampled = job(folder, mapped, method, learning_rate=1e-3) | {"sample": {"every": 2, "steps": 1, "seeds": [0]}}
     whole = graft.train(sampled, run_dir=tmp_path / "whole")
     sheet = Image.open(whole.folder / "samples" / "step-000004.png")
-    assert sheet.size[0] == 3 * 8 + 2 * 128  # the condition, and one seed
+    assert sheet.size[0] == 4 * 8 + 3 * 128  # the condition, and one seed without and with
     short = job(folder, mapped, method, learning_rate=1e-3, checkpoint_every=2)
     cut = graft.train(short, run_dir=tmp_path / "cut")
     for folder_of in ("checkpoints",):

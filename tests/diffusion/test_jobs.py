@@ -63,7 +63,12 @@ PIVOTAL = {"name": "pivotal", "rank": 2, "trigger": "<cat>"}
 
 
 @pytest.fixture(
-    params=[TI, DORA, {**LORA, "targets": "all", "text_encoder": True}, PIVOTAL],
+    params=[
+        TI,
+        pytest.param(DORA, marks=pytest.mark.slow),
+        {**LORA, "targets": "all", "text_encoder": True},
+        pytest.param(PIVOTAL, marks=pytest.mark.slow),
+    ],
     ids=["ti", "dora", "lora-all", "pivotal"],
 )
 def method(request: pytest.FixtureRequest) -> dict:

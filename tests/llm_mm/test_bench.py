@@ -31,6 +31,7 @@ def test_rows_and_checks_of_a_short_run(tmp_path: Path):
     assert json.loads((tmp_path / "vqa.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_the_new_question_is_in_no_kind_that_was_taught():
     asked = {row.turns[0].text for row in built_in("pocket-scenes")}
     taught = {turn.text for row in built_in("pocket-questions") for turn in row.turns if turn.role == "user"}

@@ -40,9 +40,9 @@ def gradients(handle, out):
 
 @pytest.mark.parametrize(
     "method",
-    [LoRA(rank=2, targets="all"), DoRA(rank=2, targets=FEW), Houlsby(width=4), PromptTuning(length=3),
+    [LoRA(rank=2, targets="all"), Houlsby(width=4), PromptTuning(length=3),
      *(pytest.param(each, marks=pytest.mark.slow)
-       for each in (AdaLoRA(rank=2, target_rank=1, targets=FEW), KronA(targets=FEW), IA3(), SSF()))],
+       for each in (DoRA(rank=2, targets=FEW), AdaLoRA(rank=2, target_rank=1, targets=FEW), KronA(targets=FEW), IA3(), SSF()))],
     ids=lambda method: type(method).__name__,
 )  # fmt: skip
 def test_adapters_routes_and_strengths_change_without_a_recompilation(method):
@@ -70,6 +70,7 @@ def test_adapters_routes_and_strengths_change_without_a_recompilation(method):
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_one_adapter_for_all_rows_is_a_program_of_its_own_and_stays_beside_the_other():
     model = vit()
     handle = LoRA(rank=2, targets=FEW).attach(model, slots=3)
@@ -86,7 +87,7 @@ def test_one_adapter_for_all_rows_is_a_program_of_its_own_and_stays_beside_the_o
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_torchs_transformer_layer_compiles_whole(training):
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).requires_grad_(False)
@@ -104,8 +105,8 @@ def test_torchs_transformer_layer_compiles_whole(training):
 
 @pytest.mark.parametrize(
     "method",
-    [LoRA(rank=2, targets=("v", "patch_embed.proj"), dropout=0.5), DoRA(rank=2, targets=FEW, dropout=0.5),
-     DyLoRA(rank=4, targets=FEW)],
+    [LoRA(rank=2, targets=("v", "patch_embed.proj"), dropout=0.5),
+     pytest.param(DoRA(rank=2, targets=FEW, dropout=0.5), marks=pytest.mark.slow), pytest.param(DyLoRA(rank=4, targets=FEW), marks=pytest.mark.slow)],
     ids=["lora", "dora", "dylora"],
 )  # fmt: skip
 def test_what_is_drawn_in_training_is_drawn_anew_in_each_call(method):

@@ -250,7 +250,14 @@ def test_bfloat16_stays_bfloat16():
         handle.detach()
 
 
-@pytest.mark.parametrize(("kind", "method"), [("torchao int8", DoRA), ("torchao nf4", LoRA), ("packed bytes", DoRA)])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        pytest.param("torchao int8", DoRA, marks=pytest.mark.slow),
+        ("torchao nf4", LoRA),
+        pytest.param("packed bytes", DoRA, marks=pytest.mark.slow),
+    ],
+)
 def test_it_compiles_whole_and_once(kind, method):
     model = QUANTISED[kind](dense())[:1]
     handle = method(rank=2, targets=("v", "fc1") if kind == "packed bytes" else "fc1").attach(model, slots=2)
@@ -263,6 +270,7 @@ def test_it_compiles_whole_and_once(kind, method):
         torch.testing.assert_close(compiled(X), model(X))
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_docs_trains(tmp_path, monkeypatch):
     """QLoRA: NF4 with quantised scales, bfloat16, every linear layer."""
     text = (Path(__file__).parents[2] / "docs" / "quantised.md").read_text()

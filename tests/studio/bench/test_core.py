@@ -13,6 +13,7 @@ def short(monkeypatch):
     monkeypatch.setattr(measure, "_SHORTEST", 1e-9)
 
 
+@pytest.mark.slow
 def test_the_table_compares_equal_work(tmp_path, short):
     result = core.run(tmp_path, rounds=1, models="vit", tiny=True)
     text = result.pop("table")
