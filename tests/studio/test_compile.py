@@ -42,7 +42,8 @@ def gradients(handle, out):
     "method",
     [LoRA(rank=2, targets="all"), Houlsby(width=4), PromptTuning(length=3),
      *(pytest.param(each, marks=pytest.mark.slow)
-       for each in (DoRA(rank=2, targets=FEW), AdaLoRA(rank=2, target_rank=1, targets=FEW), KronA(targets=FEW), IA3(), SSF()))],
+       for each in (DoRA(rank=2, targets=FEW), AdaLoRA(rank=2, target_rank=1, targets=FEW), KronA(targets=FEW),
+                    IA3(), SSF()))],
     ids=lambda method: type(method).__name__,
 )  # fmt: skip
 def test_adapters_routes_and_strengths_change_without_a_recompilation(method):
@@ -106,7 +107,8 @@ def test_torchs_transformer_layer_compiles_whole(training):
 @pytest.mark.parametrize(
     "method",
     [LoRA(rank=2, targets=("v", "patch_embed.proj"), dropout=0.5),
-     pytest.param(DoRA(rank=2, targets=FEW, dropout=0.5), marks=pytest.mark.slow), pytest.param(DyLoRA(rank=4, targets=FEW), marks=pytest.mark.slow)],
+     pytest.param(DoRA(rank=2, targets=FEW, dropout=0.5), marks=pytest.mark.slow),
+     pytest.param(DyLoRA(rank=4, targets=FEW), marks=pytest.mark.slow)],
     ids=["lora", "dora", "dylora"],
 )  # fmt: skip
 def test_what_is_drawn_in_training_is_drawn_anew_in_each_call(method):
