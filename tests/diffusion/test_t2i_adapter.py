@@ -203,7 +203,7 @@ def test_through_the_loop_with_samples(folder: Path, mapped: Path, tmp_path: Pat
         "sample": {"every": 2, "steps": 1, "seeds": [0]}
     }  # fmt: skip
     run = graft.train(settings, run_dir=tmp_path / "run")
-    assert Image.open(run.folder / "samples" / "step-000002.png").size[0] == 3 * 8 + 2 * 128
+    assert Image.open(run.folder / "samples" / "step-000002.png").size[0] == 4 * 8 + 3 * 128
     assert run.adapter().card.details["t2i_adapter"]["channels"] == [16, 32]
     files = preview(load_base(str(folder), "cpu"), run.adapter(), ["a cat"], [0], tmp_path / "out",
                     PreviewConfig(steps=1, condition=str(mapped / "0.png")))  # fmt: skip
