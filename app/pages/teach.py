@@ -84,6 +84,7 @@ def build(place: Place) -> None:
     # What the page knows stands in the page: a server that was started again knows no sessions.
     data_set, clone = gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")
     version, settings = gr.Number(0, visible="hidden"), gr.Textbox("{}", visible="hidden")
+    opened = gr.Number(0, visible="hidden")  # not each upload: what is being typed would be drawn over
     kept = gr.BrowserState("", storage_key="graft-data-set", secret="the name of a data set is no secret")
     goals = [name for name, goal in GOALS.items() if goal.domains]
     with gr.Row():
@@ -112,7 +113,7 @@ def build(place: Place) -> None:
 
                 @gr.render(
                     inputs=[base, goal, method, settings],
-                    triggers=[each.change for each in (base, goal, method, version)],
+                    triggers=[each.change for each in (base, goal, method, opened)],
                 )
                 def advanced(base: str, goal: str, method: str, values: str) -> None:
                     setting_fields(domain_of(goal, base), method, json.loads(values), settings)
@@ -147,10 +148,11 @@ def build(place: Place) -> None:
         wanted = request.query_params.get("clone") or ""
         found = cloned(place, wanted) if wanted else None
         if found is None:
-            return [kept or gr.skip(), "", time.time(), *[gr.skip()] * 5]
+            return [kept or gr.skip(), "", time.time(), time.time(), *[gr.skip()] * 5]
         return [
             "",
             wanted,
+            time.time(),
             time.time(),
             found["name"],
             found["goal"],
@@ -170,7 +172,8 @@ def build(place: Place) -> None:
     )
     changes = [each.change for each in (name, goal, base, quality, method, settings, version)]
     gr.on(changes, told(refresh), form, [job, listing, estimate], **QUIET, trigger_mode="always_last")
-    current_page().load(told(open_page), kept, [data_set, clone, version, name, goal, base, method, settings], **QUIET)
+    current_page().load(told(open_page), kept, [data_set, clone, version, opened, name, goal, base, method, settings],
+                        **QUIET)  # fmt: skip
 
 
 def domain_of(goal: str, base: str) -> str:
