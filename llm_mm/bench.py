@@ -147,6 +147,8 @@ def _checks(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         check("lora on the new question, from", lora["new"], 0.60, lora["new"] >= 0.60)
         check("lora with other pictures, below", lora["rotated"], 0.20, lora["rotated"] < 0.20)
         check("lora in CPU seconds, below", lora["seconds"], 90, lora["seconds"] < 90)
+    if gated := of.get("llama_adapter"):
+        check("llama_adapter on the new question, from", gated["new"], 0.45, gated["new"] >= 0.45)
     if replay := of.get("lora, replay 1:1"):
         lost = start["old"] - replay["old"]
         check("old questions lost with replay, below", lost, 0.05, lost < 0.05)
