@@ -171,6 +171,9 @@ class Scheduler:
                 continue
             if not _complete(row, now):
                 continue
+            if (facts := lock_facts(_run(row).folder)) is not None:  # a worker of another scheduler has it already
+                use.update(_used(facts))
+                continue
             self._launch(_run(row), queue, wanted)
             taken.add(unit)
             use.update(wanted)
@@ -193,8 +196,7 @@ class Scheduler:
             if not facts or not launch or launch in seen:
                 continue
             seen.add(launch)  # one lock for each run that shares the batch
-            names = [name for name in str(facts.get("use", "")).split(",") if name]
-            use.update({name: float(facts.get("share") or 1.0) for name in names})
+            use.update(_used(facts))
             batches[row["queue"].get("batch", "")] += 1
         return use, batches
 
@@ -310,6 +312,12 @@ def worker_variables(use: Mapping[str, float]) -> dict[str, str]:
     if share < 1.0 and "OMP_NUM_THREADS" not in os.environ:
         told["OMP_NUM_THREADS"] = str(max(1, int(len(os.sched_getaffinity(0)) * share)))
     return told
+
+
+def _used(facts: Mapping[str, Any]) -> dict[str, float]:
+    """What a worker takes of each device, as its lock tells."""
+    names = [name for name in str(facts.get("use", "")).split(",") if name]
+    return {name: float(facts.get("share") or 1.0) for name in names}
 
 
 def _ours(row: Mapping[str, Any]) -> bool:

@@ -88,9 +88,11 @@ def test_from_five_pictures_to_a_preview(studio, new_page, photos) -> None:
 
 
 @pytest.fixture
-def training(studio, photos) -> Run:
+def training(studio, photos, monkeypatch) -> Run:
     """A run of many steps in the studio, begun as its first page begins one."""
     from graft.app.models import Models
+
+    monkeypatch.setenv("GRAFT_STATE", str(studio.state))
 
     job = {
         "base": "pocket-sd", "domain": "diffusion", "name": "long",

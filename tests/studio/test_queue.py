@@ -172,6 +172,22 @@ def test_a_scheduler_that_comes_later_sees_who_works(runs: Path, scheduler: Sche
     assert next_one.status == "queued"
 
 
+def test_a_run_that_another_worker_prepares_is_left_alone(runs: Path, scheduler: Scheduler) -> None:
+    """It says queued until its first step; its lock tells who has it, and which device is taken."""
+    taken, next_one = errand(runs, order=1), errand(runs, order=2)
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom graft.studio.runs.lock import RunLock\n"
+        "with RunLock(Path(sys.argv[1]), launch='other', use='cpu', share='1.0'): print(flush=True), time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(taken.folder)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        scheduler.tick()
+        assert not scheduler.children and taken.status == next_one.status == "queued"
+        other.kill()
+    work(scheduler, lambda: next_one.status == "finished")
+    assert taken.status == "finished"
+
+
 def test_of_two_workers_one_goes_away(runs: Path) -> None:
     run = errand(runs)
     code = "import sys, time; from graft.studio.runs.worker import claimed; from graft.studio.runs import Run\n"
