@@ -60,7 +60,9 @@ class MultimodalBase:
     @property
     def is_llava(self) -> bool:
         """Whether it is LLaVA's plain form: what its tower says goes through the projector into the text's place."""
-        return type(self.model).__name__ == "LlavaForConditionalGeneration"
+        from transformers import LlavaForConditionalGeneration
+
+        return isinstance(self.model, LlavaForConditionalGeneration)
 
     def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 100) -> list[str]:
         """Return the greedy answers, 16 tokens at most, to questions about pictures, one question for each."""
@@ -91,7 +93,10 @@ def load_base(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from graft.llm_mm.resampler import register
+
     refuse_xformers(attention, "transformers")
+    register()
     source = name
     if name.startswith("pocket-"):
         from graft.studio.pocket import resolve

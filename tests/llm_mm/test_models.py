@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration
 
 import graft
 from graft.llm_mm.assembly import assemble
@@ -20,13 +24,17 @@ from graft.llm_mm.data import DataConfig
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA, sample_logits, save_base
 from graft.llm_mm.parts import part_of
+from graft.llm_mm.pictures import PictureStore
+from graft.llm_mm.resampler import ResamplerSettings
 from graft.llm_mm.task import Reader
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError
 from graft.studio.pocket import models
+from graft.studio.registry import domain_of_base
 
 SLOW = pytest.mark.slow
+WHITE = np.full((40, 40, 3), 255, np.uint8)
 SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -207,7 +215,58 @@ def test_parts_become_a_llava_that_transformers_loads(
     torch.testing.assert_close(reader.logits(batch, frozen_tower=True)[0], whole, rtol=1e-3, atol=1e-4)
 
 
-def test_other_towers_are_refused(parts: Path):
+SHAPE = ResamplerSettings(queries=3, blocks=2, width=128)
+
+
+@pytest.mark.parametrize("tower", [pytest.param("clip", marks=SLOW), pytest.param("siglip", marks=SLOW), "timm"])
+@torch.no_grad()
+def test_a_resampler_says_so_many_tokens_of_a_picture_and_comes_back_from_its_folder(
+    tower: str, parts: Path, tmp_path: Path, photos: Callable[[str], Path]
+):
+    base = assemble(str(parts / tower), str(parts / "llama"), SHAPE)
+    save_base(base, tmp_path / "llava")
+    assert domain_of_base(str(tmp_path / "llava")) == "llm_mm"
+    again = graft.load_base(str(tmp_path / "llava"), "cpu")
+    assert isinstance(again, MultimodalBase) and again.is_llava and again.hash == base.hash
+    torch.testing.assert_close(sample_logits(again), sample_logits(base), rtol=1e-4, atol=1e-5)
+    reader = Reader.of(again, DataConfig(path="-"))
+    batch, _ = reader.batch(rows(photos))
+    assert int((batch.ids == reader.writer.image_id).sum()) == 3 * 3
+    # the formula, with torch's own attention
+    net, x = again.model.model.multi_modal_projector, torch.randn(2, 16, 32)
+    inside, q = net.into(x), net.queries.expand(2, -1, -1)
+    for block in net.blocks:
+        own = block.norm_q(q)
+        seen = torch.cat([block.norm_x(inside), own], 1)
+        theirs, three = (
+            torch.nn.MultiheadAttention(128, 2, batch_first=True),
+            (block.q_proj, block.k_proj, block.v_proj),
+        )
+        theirs.in_proj_weight.copy_(torch.cat([each.weight for each in three]))
+        theirs.in_proj_bias.copy_(torch.cat([each.bias for each in three]))
+        theirs.out_proj.load_state_dict(block.o_proj.state_dict())
+        q = q + theirs(own, seen, seen)[0]
+        q = q + block.down(torch.nn.functional.gelu(block.up(block.norm(q))))
+    torch.testing.assert_close(net(x), net.out(net.norm(q)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_transformers_alone_does_not_take_a_resampler_for_llavas_projector(parts: Path, tmp_path: Path):
+    """In another process, which has not been told of the model, its folder is refused by its type."""
+    base = assemble(str(parts / "timm"), str(parts / "llama"), SHAPE)
+    save_base(base, tmp_path / "llava")
+    forced = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    store = PictureStore(base)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 3, features"):
+        forced(input_ids=torch.tensor([store.expand(WHITE)]), **store.inputs([WHITE]))
+    code = "import sys, transformers as t; t.AutoModelForImageTextToText.from_pretrained(sys.argv[1])"
+    told = subprocess.run([sys.executable, "-c", code, tmp_path / "llava"], capture_output=True, text=True, check=False)
+    assert told.returncode and "graft_llava" in told.stderr and "does not recognize this architecture" in told.stderr
+
+
+def test_other_towers_and_projectors_are_refused(parts: Path):
+    with pytest.raises(InputError, match="projector = 'q-former': .*ResamplerSettings"):
+        assemble(str(parts / "timm"), str(parts / "llama"), "q-former")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="its kind is llama"):
         assemble(str(parts / "llama"), str(parts / "llama"))
     with pytest.raises(InputError, match="the language model cannot be loaded"):
@@ -231,10 +290,14 @@ def trained(base: MultimodalBase, method: Any, name: str) -> Adapter:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "llava"])
-def test_peft_and_transformers_say_what_the_attached_adapter_says(name: str, tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", ["lora", "llava", "llava on a resampler"])
+def test_peft_and_transformers_say_what_the_attached_adapter_says(
+    name: str, tiny: Path, resampled: Path, tmp_path: Path
+):
     from peft import PeftModel
 
+    name, _, other = name.partition(" ")
+    tiny = resampled if other else tiny
     base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
     method = LanguageLoRA(rank=2, towers=("language", "vision")) if name == "lora" else LlavaTuning(rank=2)
     adapter = trained(base, method, name)
