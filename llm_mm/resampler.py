@@ -3,12 +3,12 @@
 Jean-Baptiste Alayrac et al.: Flamingo: a Visual Language Model for Few-Shot Learning, 2022, arXiv:2204.14198, its
 Perceiver resampler; queries that read a frozen tower are also the bridge of BLIP-2 (Q-Former), arXiv:2301.12597.
 
-    x = W_in V(picture),    q <- q + attention(LN q, [LN x; LN q]),    q <- q + F(LN q)    in each block,    y = W_out LN q
+    x = W_in V(picture),    y = W_out LN q,    q <- q + attention(LN q, [LN x; LN q]) and q <- q + F(LN q) in each block
 
 q starts as the learnt queries (``queries``, width), F is a network of one hidden layer, four times as wide, with
 GELU. The language model gets ``queries`` tokens for a picture whatever the tower's resolution, where LLaVA's own
-projector gives one for each patch. Differs from the authors' code: no positions of frames, since a picture has one; the tower's
-own positions are in its features. With "linear" or "mlp" in its place a model stays plain LLaVA.
+projector gives one for each patch. Differs from the authors' code: no positions of frames, since a picture has one; the
+tower's own positions are in its features. With "linear" or "mlp" in its place a model stays plain LLaVA.
 
 transformers' LLaVA has no place for such a projector. So the model is one class below its own, with ``model_type``
 "graft_llava": `load_base` reads its folder, which is otherwise one of transformers, and transformers alone refuses the
