@@ -35,6 +35,9 @@ class DataConfig:
     """Draws these shares."""
     length: int = 2048
     """Most tokens of a row, its pictures' included; whole turns are dropped from its end until it fits."""
+    packing: int = 0
+    """Tokens of a row that several conversations share without seeing each other, so that little is padding; 0 gives
+    each a row of its own. What is learnt is the same."""
     fit: Literal["crop", "pad"] = "crop"
     """How a picture that is not square gets into the model: as its processor does, or padded to a square with the mean
     colour."""
@@ -59,6 +62,7 @@ class DataConfig:
         require("data.validation", self.validation, 0 <= self.validation < 1, "0 up to but not 1")
         require("data.test", self.test, 0 <= self.test < 1, "0 up to but not 1")
         require("data.length", self.length, self.length >= 1, "1 or more")
+        require("data.packing", self.packing, self.packing >= 0, "0 or more")
         require("data.replay", self.replay, 0 <= self.replay < 1, "0 up to but not 1")
         require("data.limit", self.limit, self.limit >= 0, "0 or more")
         require("data.checked", self.checked, self.checked >= 1, "1 or more")

@@ -17,6 +17,7 @@ from graft.llm_mm.base import MultimodalBase, load_base
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, Rows, read_rows
 from graft.llm_mm.method import whole_logits
+from graft.llm_mm.packing import check_packing
 from graft.llm_mm.parts import table
 from graft.llm_mm.pictures import PictureStore
 from graft.llm_mm.task import LanguageTask, Reader, ways
@@ -49,10 +50,12 @@ def prepare(job: Job, run_folder: Path | None = None) -> LanguageTask:
     reader = Reader.of(base, data, cache)
     check_sight(base, reader.store)
     longest = max(checked(reader, rows), checked(reader, old) if old is not None else 0)
-    if base.device.type == "cpu" and job.train.attention == "auto" and longest <= PLAIN_TOKENS:
+    if base.device.type == "cpu" and job.train.attention == "auto" and max(longest, data.packing) <= PLAIN_TOKENS:
         base.model.set_attn_implementation("eager")
     handle = method.attach(base.model)
     try:
+        if data.packing:
+            check_packing(reader, rows.train[:DRY], handle.plan, data.packing)
         handle.reset(0, job.train.seed)
         task = LanguageTask(job, reader, handle, method, data, rows, old)
         began = time.perf_counter()
@@ -89,7 +92,7 @@ DRY = 4
 def _first_loss(task: LanguageTask) -> Tensor:
     """The loss of a few rows."""
     few = list(task.rows.train[:DRY])
-    return task(task.reader.batch((few * DRY)[:DRY])[0])[0]
+    return task(task.reader.batch((few * DRY)[:DRY], task.data.packing)[0])[0]
 
 
 def checked(reader: Reader, rows: Rows) -> int:

@@ -60,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "llava": {"rank": 2, "vision": "full"},
     "llava, stage 1": {"stage": 1, "fresh": True},
     "llava, full": {"language": "full"},
+    "lora, packed": {"rank": 2, "data": {"packing": 200}},
     "llava, stage 1 of a resampler": {"stage": 1, "fresh": True},
     "llava, with a resampler": {"rank": 2, "start": "stage 1"},
 }
@@ -89,6 +90,10 @@ def test_every_method_resumes_with_the_same_bits(case: str, job: Make, resampled
     one, two = (Adapter.load(tmp_path / name / "result").tensors for name in ("whole", "cut"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     parts = {part_of(name) for name in one}
+    if case == "lora, packed":
+        made["data"]["packing"] = 0
+        other = train(made, tmp_path / "apart").adapter().tensors
+        assert all(torch.allclose(other[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
     assert ("projector" in parts) == (case.startswith("llava") or case == "lora")
     assert ("language" in parts) == ("stage 1" not in case)
     start = graft.load_base(made["base"], "cpu", domain="llm_mm")
@@ -147,13 +152,26 @@ def test_old_rows_have_their_share_of_a_batch(job: Make, tmp_path: Path):
     old.write_text("\n".join(json.dumps({"question": f"old {k}", "answer": "old"}) for k in range(8)))
     task = prepare(Job.load(job(data={"replay_path": str(old), "replay": 0.5})))
     drawn: list[Conversation] = []
-    real, Reader.batch = Reader.batch, lambda self, rows: (drawn.extend(rows), real(self, rows))[1]  # type: ignore[method-assign,assignment,func-returns-value]
+    real, Reader.batch = Reader.batch, lambda self, rows, most=0: (drawn.extend(rows), real(self, rows))[1]  # type: ignore[method-assign,assignment,func-returns-value,misc]
     try:
         task.batch(0, torch.Generator().manual_seed(0))
     finally:
         Reader.batch = real  # type: ignore[method-assign]
     assert sum(row.answers == ("old",) for row in drawn) == 2 == len(drawn) - 2
     assert {"val_exact", "old_exact"} <= set(task.validate())
+
+
+def test_a_packed_batch_is_the_same_rows_with_less_padding(job: Make):
+    batches = []
+    for packing in (0, 200):
+        task = prepare(Job.load(job(rank=2, data={"packing": packing})))
+        batch = task.batch(0, torch.Generator().manual_seed(0))
+        batches.append((batch, task(batch)[0]))
+    (apart, loss), (packed, same) = batches
+    assert len(apart.ids) == 4 and len(packed.ids) == 2 and packed.ids.shape[1] <= 200
+    assert sorted(map(str, apart.pictures)) == sorted(map(str, packed.pictures))
+    assert int(apart.mask.sum()) == int(packed.mask.sum())
+    torch.testing.assert_close(same, loss, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_does_not_see_is_refused(tiny: Path):

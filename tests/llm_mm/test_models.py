@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -21,13 +23,16 @@ from graft.llm_mm.assembly import assemble
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig
+from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
 from graft.llm_mm.llava import LlavaTuning
-from graft.llm_mm.method import LanguageLoRA, sample_logits, save_base
+from graft.llm_mm.method import LanguageLoRA, LanguagePrefix, LanguagePrompt, sample_logits, save_base
+from graft.llm_mm.packing import check_packing, together
 from graft.llm_mm.parts import part_of
 from graft.llm_mm.pictures import PictureStore
 from graft.llm_mm.resampler import ResamplerSettings
 from graft.llm_mm.task import Reader
 from graft.studio.adapter import Adapter, Card
+from graft.studio.caches import Cache
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError
 from graft.studio.pocket import models
@@ -83,34 +88,34 @@ def llava_next() -> MultimodalBase:
     return MultimodalBase("next", LlavaNextForConditionalGeneration(config), processor)
 
 
-def qwen() -> MultimodalBase:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+SEES: dict[str, dict[str, Any]] = {
+    "Qwen2VL": {"embed_dim": 32, "mlp_ratio": 2},
+    "Qwen2_5_VL": {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]},
+    "Qwen3VL": {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0]},
+}  # fmt: skip
+"""What the towers of Qwen's families are told beside what they have in common."""
 
+
+def qwen(family: str) -> MultimodalBase:
     marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     words = tokenizer(*marks)
     words.image_token = marks[0]
     ids = [words.convert_tokens_to_ids(mark) for mark in marks]
-    config = Qwen2_5_VLConfig(
+    head = {"head_dim": 16} if family == "Qwen3VL" else {}
+    config = getattr(transformers, f"{family}Config")(
         text_config={
-            **SIZE, "num_key_value_heads": 1, "vocab_size": len(words), "pad_token_id": words.pad_token_id,
+            **SIZE, **head, "num_key_value_heads": 1, "vocab_size": len(words), "pad_token_id": words.pad_token_id,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
         },
-        vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
-            "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1],
-        },
+        vision_config={"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 8, **SEES[family]},
         image_token_id=ids[0], video_token_id=ids[1], vision_start_token_id=ids[2], vision_end_token_id=ids[3],
     )  # fmt: skip
     template = models.llava_processor().chat_template.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
-    images = Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
-    processor = Qwen2_5_VLProcessor(images, words, Qwen2VLVideoProcessor(), chat_template=template)
-    return MultimodalBase("qwen", Qwen2_5_VLForConditionalGeneration(config), processor)
+    images = transformers.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
+    videos = (transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor)()
+    processor = getattr(transformers, f"{family}Processor")(images, words, videos, chat_template=template)
+    return MultimodalBase(family, getattr(transformers, f"{family}ForConditionalGeneration")(config), processor)
 
 
 def smolvlm() -> MultimodalBase:
@@ -131,10 +136,17 @@ def smolvlm() -> MultimodalBase:
     return MultimodalBase("smolvlm", SmolVLMForConditionalGeneration(config), processor)
 
 
-@pytest.mark.parametrize("build", [llava_next, *(pytest.param(each, marks=SLOW) for each in (qwen, smolvlm))])
-def test_lora_learns_on_models_of_the_true_classes(build: Callable[[], MultimodalBase], photos: Callable[[str], Path]):
+FAMILIES: dict[str, Callable[[], MultimodalBase]] = {
+    "LlavaNext": llava_next, "SmolVLM": smolvlm, **{family: partial(qwen, family) for family in SEES},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", [each if each == "LlavaNext" else pytest.param(each, marks=SLOW) for each in FAMILIES]
+)
+def test_lora_learns_on_models_of_the_true_classes(family: str, photos: Callable[[str], Path]):
     torch.manual_seed(0)
-    base = build()
+    base = FAMILIES[family]()
     reader = Reader.of(base, DataConfig(path="-"))
     batch, tokens = reader.batch(rows(photos))
     handle = LanguageLoRA(rank=2, towers=("language", "projector")).attach(base.model)
@@ -161,6 +173,62 @@ def test_lora_learns_on_models_of_the_true_classes(build: Callable[[], Multimoda
     )  # fmt: skip
     assert theirs["input_ids"][0].tolist() == reader.writer.prompt(row.asking(), reader.store.expand)
     assert tokens[0].answers[0][0] == theirs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "family", ["Llava", *(each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in FAMILIES)]
+)
+def test_packed_conversations_are_those_that_stand_alone(family: str, tiny: Path, photos: Callable[[str], Path]):
+    """Loss of each and the gradients of all, in one row and in a row for each; pictures whole and in their places."""
+    torch.manual_seed(0)
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm") if family == "Llava" else FAMILIES[family]()
+    reader, given = Reader.of(base, DataConfig(path="-"), Cache()), rows(photos)
+    with torch.no_grad():  # a model as drawn hardly minds where a token stands
+        for weight in base.model.parameters():
+            weight.mul_(4 if weight.dim() > 1 and family != "Llava" else 1)
+    handle = LanguageLoRA(rank=2, towers=("language", "projector")).attach(base.model)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    check_packing(reader, given, handle.plan, 100)
+
+    def told(rows: list[Conversation], most: int, frozen: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The losses of the conversations, and the gradients of their sum."""
+        batches = [reader.batch(rows, most)[0]] if most else [reader.batch([row])[0] for row in rows]
+        told = [reader.logits(batch, frozen) for batch in batches]
+        logits, labels = (torch.cat(each) for each in zip(*told, strict=True))
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").view(len(rows), -1).sum(1)
+        return losses.detach(), list(torch.autograd.grad(losses.sum(), list(handle.bank.parameters())))
+
+    lengths = [len(reader.tokens(row).ids) for row in given]
+    assert lengths == sorted(lengths, reverse=True)  # as they are packed
+    for frozen in (True, False):
+        alone, want = told(given, 0, frozen)
+        for most, count in ((sum(lengths), 1), (lengths[0], 2)):
+            batch = reader.batch(given, most)[0]
+            assert batch.ids.shape == (count, most)
+            assert batch.pictures == (given[0].pictures + given[1].pictures)
+            packed, found = told(given, most, frozen)
+            torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+            for one, other in zip(found, want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Path]):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader, given = Reader.of(base, DataConfig(path="-")), rows(photos)
+    for method, why in (
+        (LanguagePrefix(length=2), "begins every row with what it trains"),
+        (LanguagePrompt(length=2), "begins every row with what it trains"),
+        (MultimodalLlamaAdapter(num_tokens=2), "shows a row's pictures to all"),
+    ):
+        with pytest.raises(InputError, match=f"data.packing = 90: this method {why}.*data.packing = 0"):
+            check_packing(reader, given, method.plan(base.model), 90)
+    forward = base.model.forward
+    base.model.forward = lambda position_ids=None, **rest: forward(**rest)
+    with pytest.raises(InputError, match="LlavaForConditionalGeneration lets conversations of one row see each other"):
+        check_packing(reader, given, (), 90)
+    assert together([5, 3, 9, 4, 20], 10) == [[4], [2], [0, 3], [1]]
 
 
 @pytest.fixture(scope="module")
