@@ -16,6 +16,7 @@ from torch import Tensor
 from graft.llm_mm.base import MultimodalBase, load_base
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, Rows, read_rows
+from graft.llm_mm.joint import check_joint, kinds
 from graft.llm_mm.method import whole_logits
 from graft.llm_mm.packing import check_packing
 from graft.llm_mm.parts import table
@@ -45,6 +46,7 @@ def prepare(job: Job, run_folder: Path | None = None) -> LanguageTask:
     method: Any = from_dict(method_class("llm_mm", name), section, "method")
     data = from_dict(DataConfig, dict(job.data), "data")
     rows, old = read_rows(data), read_rows(data.old) if data.old is not None else None
+    check_joint(method, rows.train, job)
     base, cache = load_base(job.base, job.train.device, attention=job.train.attention), Cache()
     _ = base.hash  # before anything is attached
     reader = Reader.of(base, data, cache)
@@ -91,7 +93,8 @@ DRY = 4
 
 def _first_loss(task: LanguageTask) -> Tensor:
     """The loss of a few rows."""
-    few = list(task.rows.train[:DRY])
+    shown, bare = kinds(task.rows.train)
+    few = [*shown[: DRY // 2 if bare else DRY], *bare[:DRY]]
     return task(task.reader.batch((few * DRY)[:DRY], task.data.packing)[0])[0]
 
 

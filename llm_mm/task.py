@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy, pad
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import IGNORED, Conversation, Tokens, Writer
 from graft.llm_mm.data import DataConfig, Rows
+from graft.llm_mm.joint import kinds, parted, shares
 from graft.llm_mm.method import model_inputs
 from graft.llm_mm.packing import position_ids, together
 from graft.llm_mm.parts import PARTS, part_of
@@ -148,6 +149,7 @@ class LanguageTask(nn.Module):
         self.reader, self.handle, self.method = reader, handle, method
         self.data, self.rows, self.old = data, rows, old
         self.bank = handle.bank
+        self.disjoint = bool(getattr(method, "disjoint", False))
         self.frozen_tower = all(part_of(site.name) in ("projector", "language") for site in handle.plan)
         self.measured: dict[str, Tensor] = {}
         self.facts = ""
@@ -199,18 +201,35 @@ class LanguageTask(nn.Module):
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Rows of one step, old ones among them by their share."""
         count = round(self.data.replay * self.batch_size) if self.old is not None else 0
-        rows = _drawn(self.rows.train, self.batch_size - count, generator)
+        if self.disjoint:
+            each = zip(kinds(self.rows.train), shares(self.batch_size - count, self.rows.train), strict=True)
+            rows = [row for some, share in each for row in _drawn(some, share, generator)]
+        else:
+            rows = _drawn(self.rows.train, self.batch_size - count, generator)
         if self.old is not None and count:
             rows += _drawn(self.old.train, count, generator)
         return self.reader.batch(rows, self.data.packing)[0]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross entropy of the answers' tokens, and the share of them that are the likeliest ones."""
-        logits, labels = self.reader.logits(batch, self.frozen_tower)
-        loss = cross_entropy(logits, labels)
+        """Mean cross entropy of the answers' tokens, and the share of them that are the likeliest ones.
+
+        Where the method's parts are taught by kinds of rows, it is the sum over both, each a figure of its own.
+        """
+        told: dict[str, Tensor] = {}
+        if self.disjoint:
+            found = []
+            for part, some in parted(batch, self.reader.writer.image_id).items():
+                with self.method.learning(self.handle, part):
+                    found.append(self.reader.logits(some, self.frozen_tower))
+                    told[part] = cross_entropy(*found[-1])
+            loss, (logits, labels) = torch.stack(list(told.values())).sum(), map(torch.cat, zip(*found, strict=True))
+            told = {part: value.detach() for part, value in told.items()}
+        else:
+            logits, labels = self.reader.logits(batch, self.frozen_tower)
+            loss = cross_entropy(logits, labels)
         penalty = self.handle.penalty() if hasattr(self.handle, "penalty") else None
         hit = (logits.argmax(-1) == labels).float().mean()
-        return loss if penalty is None else loss + penalty, {"token_accuracy": hit, **self.measured}
+        return loss if penalty is None else loss + penalty, {"token_accuracy": hit, **told, **self.measured}
 
     def before_step(self, step: int, steps: int) -> None:
         """Lets the method prepare the step; measures what is kept aside when that is due."""

@@ -21,7 +21,7 @@ from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA
 from graft.llm_mm.parts import is_dead, part_of
 from graft.llm_mm.previews import answered, chat
-from graft.llm_mm.task import LanguageTask, Reader
+from graft.llm_mm.task import Batch, LanguageTask, Reader
 from graft.studio.adapter import Adapter
 from graft.studio.caches import Cache
 from graft.studio.cli import main
@@ -60,6 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "llava": {"rank": 2, "vision": "full"},
     "llava, stage 1": {"stage": 1, "fresh": True},
     "llava, full": {"language": "full"},
+    "llama_adapter_v2, disjoint": {"num_tokens": 2, "visual_tokens": 2, "visual_blocks": 1, "disjoint": True},
     "lora, packed": {"rank": 2, "data": {"packing": 200}},
     "llava, stage 1 of a resampler": {"stage": 1, "fresh": True},
     "llava, with a resampler": {"rank": 2, "start": "stage 1"},
@@ -172,6 +173,57 @@ def test_a_packed_batch_is_the_same_rows_with_less_padding(job: Make):
     assert sorted(map(str, apart.pictures)) == sorted(map(str, packed.pictures))
     assert int(apart.mask.sum()) == int(packed.mask.sum())
     torch.testing.assert_close(same, loss, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_with_pictures_and_rows_of_text_teach_separate_parts_of_one_batch(job: Make):
+    """The gradients are those of two batches, each with one kind of rows and one part of the parameters."""
+    settings = METHODS["llama_adapter_v2, disjoint"]
+    task = prepare(Job.load(job("llama_adapter_v2", **settings)))
+    with torch.no_grad():
+        for name, parameter in task.bank.named_parameters():
+            parameter.add_(torch.randn_like(parameter) if name.endswith(".g") else 0)
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    shown = (batch.ids == task.reader.writer.image_id).any(1)
+    assert shown.tolist() == [True, True, True, False]  # two of ten rows are of text: one of four, at the least
+    loss, told = task(batch)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in task.bank.named_parameters()}
+    task.bank.zero_grad()
+    parts = task.method.parts(task.handle)
+    names = {id(parameter): name for name, parameter in task.bank.named_parameters()}
+    total = 0.0
+    for part, rows in (("captions", shown), ("instructions", ~shown)):
+        some = Batch(
+            batch.ids[rows], batch.labels[rows], batch.mask[rows], batch.pictures if part == "captions" else ()
+        )
+        alone = torch.nn.functional.cross_entropy(*task.reader.logits(some, False))
+        total += alone.item()
+        torch.testing.assert_close(told[part], alone.detach())
+        want = torch.autograd.grad(alone, parts[part])
+        assert all(gradient.any() for gradient in want)
+        for parameter, gradient in zip(parts[part], want, strict=True):
+            torch.testing.assert_close(found.pop(names[id(parameter)]), gradient)
+    assert not found and loss.item() == pytest.approx(total)
+
+
+def test_parts_that_nothing_would_teach_are_refused(job: Make, tmp_path: Path, questions: Path):
+    settings = METHODS["llama_adapter_v2, disjoint"]
+    lines = questions.read_text().splitlines()
+    for name, some, why in (
+        ("shown", lines[:10], "every row to train on has a picture, so nothing would teach all but the picture's part"),
+        ("bare", lines[10:], "no row to train on has a picture, so nothing would teach the picture's part"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+        data = {"path": str(tmp_path / f"{name}.jsonl"), "validation": 0, "test": 0}
+        with pytest.raises(InputError, match=f"{why}.*method.disjoint = false"):
+            prepare(Job.load(job("llama_adapter_v2", data=data, **settings)))
+    for key, value in (("batch_size", 1), ("optimiser", "mezo")):
+        made = job("llama_adapter_v2", **settings)
+        made["train"][key] = value
+        with pytest.raises(InputError, match=f"train.{key}.*method.disjoint = false"):
+            prepare(Job.load(made))
+    with pytest.raises(InputError, match="method.fusion = 'none'"):
+        prepare(Job.load(job("llama_adapter_v2", **settings, fusion="none")))
 
 
 def test_a_model_that_does_not_see_is_refused(tiny: Path):
