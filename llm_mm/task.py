@@ -289,6 +289,7 @@ class LanguageTask(nn.Module):
         """What has been learnt so far."""
         base = self.reader.base
         details: dict[str, Any] = {key: getattr(self.data, key) for key in ("fit", "background", "system")}
+        details["processor"] = base.picture_settings
         card = Card(
             method=self.name,
             config=to_dict(self.method),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,15 @@ from graft.llm_mm.jobs import check_sight, prepare
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA
 from graft.llm_mm.parts import is_dead, part_of
+from graft.llm_mm.pictures import PictureStore
 from graft.llm_mm.previews import answered, chat
 from graft.llm_mm.task import Batch, LanguageTask, Reader
 from graft.studio.adapter import Adapter
+from graft.studio.bench.measure import saved_bytes
 from graft.studio.caches import Cache
 from graft.studio.cli import main
 from graft.studio.config import write_toml
-from graft.studio.errors import InputError
+from graft.studio.errors import BaseMismatchError, InputError
 from graft.studio.job import Job
 from graft.studio.runs import open_run
 from graft.studio.training import resume, train
@@ -224,6 +227,83 @@ def test_parts_that_nothing_would_teach_are_refused(job: Make, tmp_path: Path, q
             prepare(Job.load(made))
     with pytest.raises(InputError, match="method.fusion = 'none'"):
         prepare(Job.load(job("llama_adapter_v2", **settings, fusion="none")))
+
+
+def test_memory_is_told_before_the_first_step(job: Make):
+    """What is kept for the backward pass, told from four rows, against a whole batch of twelve."""
+    made = job(rank=2)
+    made["train"]["batch_size"] = 12
+    task = prepare(Job.load(made))
+    found = re.search(r"memory: about (.*) MiB: (.*) MiB of weights, (.*) MiB of .*moments, (.*) MiB kept", task.facts)
+    assert found is not None
+    total, weights, learnt, kept = map(float, found.groups())
+    model, own = list(task.reader.base.model.parameters()), list(task.bank.parameters())
+    assert weights == pytest.approx(sum(p.numel() for p in model) * 4 / 2**20, abs=0.05)
+    assert learnt == pytest.approx(sum(p.numel() for p in own) * 4 * 4 / 2**20, abs=0.05)
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    assert kept == pytest.approx(saved_bytes(lambda: task(batch), [*model, *own]) / 2**20, rel=0.2)
+    assert total == pytest.approx(weights + learnt + kept, abs=0.2)
+    made["train"]["optimiser"] = "mezo"
+    assert "0.0 MiB kept for the backward pass" in prepare(Job.load(made)).facts
+
+
+def test_pictures_are_opened_when_they_are_needed(job: Make, monkeypatch: pytest.MonkeyPatch):
+    """Before the first step: for the dry step alone, not for the table. In training: once each, with a frozen tower."""
+    opened: list[str] = []
+    real = PictureStore.open
+
+    def open_it(self: PictureStore, picture: Any) -> Any:
+        opened.append(str(picture))
+        return real(self, picture)
+
+    monkeypatch.setattr(PictureStore, "open", open_it)
+    task = prepare(Job.load(job(rank=2)))
+    assert sum(name.endswith(".png") for name in opened) == 2  # of four rows, two have none
+    for step in range(8):
+        task.batch(step, torch.Generator().manual_seed(step))
+        task(task.batch(step, torch.Generator().manual_seed(step)))
+    files = [name for name in opened if name.endswith(".png")]
+    assert len(files) == len(set(files)) and len(files) > 2
+
+
+def test_rows_that_lose_turns_are_counted_before_the_first_step(
+    job: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    turns = [{"role": role, "content": "is it ?"} for _ in range(9) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, *({"messages": turns[:2]} for _ in range(3))]
+    (tmp_path / "talks.json").write_text(json.dumps(rows))
+    prepare(
+        Job.load(job(rank=2, data={"path": str(tmp_path / "talks.json"), "length": 30, "validation": 0, "test": 0}))
+    )
+    assert "1 of 4 rows lose their last turns to data.length = 30" in caplog.text
+
+
+def test_an_adapter_is_refused_where_pictures_are_shown_otherwise(job: Make, tiny: Path, tmp_path: Path):
+    """Weights are the same, so the base's hash is; the processor's crop is not."""
+    adapter = prepare(Job.load(job(rank=2))).adapter({})
+    adapter.save(tmp_path / "adapter")
+    shutil.copytree(tiny, tmp_path / "base")
+    told = json.loads((tmp_path / "base" / "processor_config.json").read_text())
+    told["image_processor"] |= {"size": {"shortest_edge": 80}}
+    (tmp_path / "base" / "processor_config.json").write_text(json.dumps(told))
+    saved = Adapter.load(tmp_path / "adapter")
+    with saved.attached(graft.load_base(str(tiny), "cpu", domain="llm_mm")):
+        pass
+    other, message = graft.load_base(str(tmp_path / "base"), "cpu"), r"in its training: size was .*64.* and is .*80"
+    with pytest.raises(BaseMismatchError, match=message), saved.attached(other):
+        pass
+
+
+def test_learning_rates_are_those_of_llavas_scripts():
+    """arXiv:2310.03744, and its scripts for LoRA: 1e-3, then 2e-5; with LoRA 2e-4 and 2e-5 for the projector."""
+    want: dict[float, LlavaTuning] = {
+        1e-3: LlavaTuning(stage=1),
+        2e-4: LlavaTuning(),
+        2e-5: LlavaTuning(language="full"),
+    }
+    for rate, method in want.items():
+        assert method.default_learning_rate == rate
+    assert LlavaTuning().rates()["projector"] == LlavaTuning(language="full").rates()["projector"] == 2e-5
 
 
 def test_a_model_that_does_not_see_is_refused(tiny: Path):

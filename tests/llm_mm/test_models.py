@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration
 
@@ -25,7 +26,7 @@ from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
 from graft.llm_mm.llava import LlavaTuning
-from graft.llm_mm.method import LanguageLoRA, LanguagePrefix, LanguagePrompt, sample_logits, save_base
+from graft.llm_mm.method import LanguageLoRA, LanguagePrefix, LanguagePrompt, sample_logits, save_base, save_merged
 from graft.llm_mm.packing import check_packing, together
 from graft.llm_mm.parts import part_of
 from graft.llm_mm.pictures import PictureStore
@@ -34,9 +35,10 @@ from graft.llm_mm.task import Reader
 from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache
 from graft.studio.config import to_dict
-from graft.studio.errors import InputError
+from graft.studio.errors import GraftError, InputError
 from graft.studio.pocket import models
 from graft.studio.registry import domain_of_base
+from graft.studio.training import train
 
 SLOW = pytest.mark.slow
 WHITE = np.full((40, 40, 3), 255, np.uint8)
@@ -164,6 +166,8 @@ def test_lora_learns_on_models_of_the_true_classes(family: str, photos: Callable
         loss().backward()
         optimizer.step()
     assert loss().item() < start.item() - 0.1
+    words, _ = reader.batch([rows(photos)[2]] * 2)  # a batch without a picture
+    assert torch.isfinite(reader.logits(words, frozen_tower=True)[0]).all()
     # the same tokens as the processor's own
     row = rows(photos)[0]
     shown = [{"type": "image", "image": reader.store.open(picture)} for picture in row.pictures]
@@ -283,6 +287,54 @@ def test_parts_become_a_llava_that_transformers_loads(
     torch.testing.assert_close(reader.logits(batch, frozen_tower=True)[0], whole, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_of_each_family_is_trained_and_merged_by_a_job(family: str, tmp_path: Path, questions: Path):
+    """From the folder that transformers saved to the one that it loads: rows with pictures and without, packed too."""
+    torch.manual_seed(0)
+    save_base(FAMILIES[family](), tmp_path / "base")
+    assert domain_of_base(str(tmp_path / "base")) == "llm_mm"
+    job = {
+        "base": str(tmp_path / "base"),
+        "domain": "llm_mm",
+        "method": {"name": "lora", "rank": 2, "towers": ["language", "projector", "vision"]},
+        "data": {"path": str(questions), "validation": 0.2, "test": 0.2, "packing": 200},
+        "train": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    run = train(job, tmp_path / "run")
+    parts = {part_of(name) for name in run.adapter().tensors}
+    assert parts == {"language", "projector", "vision"}
+    base = graft.load_base(job["base"], "cpu")  # type: ignore[arg-type]
+    assert isinstance(base, MultimodalBase)
+    plain = sample_logits(base)
+    with run.adapter().attached(base):
+        told = sample_logits(base)
+    assert (told - plain).abs().max() > 1e-3 * plain.abs().max()
+    run.adapter().export(tmp_path / "merged", "transformers")
+    torch.testing.assert_close(
+        sample_logits(graft.load_base(str(tmp_path / "merged"), "cpu")), told, rtol=1e-3, atol=1e-3
+    )
+
+
+@torch.no_grad()
+def test_a_picture_is_cropped_or_padded_as_transformers_does_it(tiny: Path):
+    """A wide picture with red ends: cropped, they are gone; padded, all of it is there, on the mean colour."""
+    wide = np.full((40, 120, 3), 90, np.uint8)
+    wide[:, :20] = wide[:, -20:] = (250, 0, 0)
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    assert isinstance(base, MultimodalBase)
+    same = {key: value for key, value in base.picture_settings.items() if key != "do_convert_rgb"}
+    for fit, pads in (("crop", False), ("pad", True)):
+        found = PictureStore(base, fit).inputs([wide])["pixel_values"]
+        theirs = transformers.LlavaImageProcessor(**same, do_pad=pads)(
+            images=[Image.fromarray(wide)], return_tensors="pt"
+        )
+        torch.testing.assert_close(found, theirs["pixel_values"], rtol=0, atol=0.02)  # the mean is a whole number
+        red = (found[0, 0] > 0.5) & (found[0, 1] < -0.5)
+        assert bool(red.any()) == pads
+    assert bool((found[0, :, 0].abs() < 0.02).all())  # above the picture
+
+
 SHAPE = ResamplerSettings(queries=3, blocks=2, width=128)
 
 
@@ -330,6 +382,27 @@ def test_transformers_alone_does_not_take_a_resampler_for_llavas_projector(parts
     code = "import sys, transformers as t; t.AutoModelForImageTextToText.from_pretrained(sys.argv[1])"
     told = subprocess.run([sys.executable, "-c", code, tmp_path / "llava"], capture_output=True, text=True, check=False)
     assert told.returncode and "graft_llava" in told.stderr and "does not recognize this architecture" in told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "SmolLM3"])
+@torch.no_grad()
+def test_the_language_model_of_parts_says_what_it_said(family: str, parts: Path, tmp_path: Path):
+    """On words alone, with shared keys, and with the token table as its head or not."""
+    words = models.load_llava_tokenizer()
+    head = {"head_dim": 16, "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id}
+    config = getattr(transformers, f"{family}Config")(
+        **SIZE, **head, eos_token_id=words.eos_token_id, num_key_value_heads=1, vocab_size=len(words),
+        tie_word_embeddings=family != "Mistral",
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path / "words")
+    words.save_pretrained(tmp_path / "words")
+    base = assemble(str(parts / "clip"), str(tmp_path / "words"), SHAPE)
+    save_base(base, tmp_path / "llava")
+    ids = torch.tensor([words("what is this ? red apple").input_ids])
+    for each in (base, graft.load_base(str(tmp_path / "llava"), "cpu")):
+        torch.testing.assert_close(each.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
 def test_other_towers_and_projectors_are_refused(parts: Path):
@@ -381,6 +454,16 @@ def test_peft_and_transformers_say_what_the_attached_adapter_says(
     adapter.export(tmp_path / "merged", "transformers")
     merged = graft.load_base(str(tmp_path / "merged"), "cpu")
     torch.testing.assert_close(sample_logits(merged), told, rtol=1e-3, atol=1e-3)
+
+
+def test_a_merge_that_answers_differently_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    assert isinstance(base, MultimodalBase)
+    adapter = trained(base, LanguageLoRA(rank=2), "lora")
+    with adapter.attached(base) as handle:
+        monkeypatch.setattr(handle, "merge", lambda: None)
+        with pytest.raises(GraftError, match="the merged model's logits differ by .* of the largest one"):
+            save_merged(base, handle, tmp_path / "merged")
 
 
 def test_what_peft_cannot_hold_is_refused(tiny: Path, tmp_path: Path):
