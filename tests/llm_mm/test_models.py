@@ -24,6 +24,7 @@ from graft.llm_mm.assembly import assemble
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig
+from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA, LanguagePrefix, LanguagePrompt, sample_logits, save_base, save_merged
@@ -216,6 +217,19 @@ def test_packed_conversations_are_those_that_stand_alone(family: str, tiny: Path
             torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
             for one, other in zip(found, want, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_prompts_behind_gates_are_seen_by_every_packed_conversation(tiny: Path, photos: Callable[[str], Path]):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader, given = Reader.of(base, DataConfig(path="-"), Cache()), rows(photos)
+    handle = LlamaAdapter(num_tokens=3, layers=2).attach(base.model)
+    for parameter in handle.bank.parameters():
+        parameter.normal_()
+    check_packing(reader, given, handle.plan, 300)
+    apart, packed = (reader.logits(reader.batch(given, most)[0], True)[0] for most in (0, 300))
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
 
 
 def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Path]):
