@@ -21,6 +21,7 @@ _PUBLIC = {
     "MultimodalBase": "base",
     "MultimodalLlamaAdapter": "llama_adapter_multimodal",
     "PreviewConfig": "previews",
+    "ResamplerSettings": "resampler",
     "assemble": "assembly",
     "chat": "previews",
     "evaluate": "evaluation",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         save_merged,
     )
     from graft.llm_mm.previews import PreviewConfig, chat, preview
+    from graft.llm_mm.resampler import ResamplerSettings
     from graft.llm_mm.shown import show_rows
 
 __all__ = [
@@ -71,6 +73,7 @@ __all__ = [
     "MultimodalBase",
     "MultimodalLlamaAdapter",
     "PreviewConfig",
+    "ResamplerSettings",
     "assemble",
     "chat",
     "evaluate",

@@ -3,12 +3,14 @@
 The result is transformers' own `LlavaForConditionalGeneration`, which it loads without any code of ours: towers of CLIP
 and SigLIP as they are, a plain ViT of timm as transformers' `ViTModel` with the same weights. The projector is LLaVA's:
 two layers with GELU, or without it, which is a linear map. Train it alone first (`method = "llava"`, `stage = 1`).
+
+With a resampler in the projector's place (`graft.llm_mm.resampler`) the folder is for `load_base` alone.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch import Tensor
 from graft.llm_mm.base import MultimodalBase
 from graft.studio.config import require
 from graft.studio.errors import InputError
+
+if TYPE_CHECKING:
+    from graft.llm_mm.resampler import ResamplerSettings
 
 IMAGE = "<image>"
 TEMPLATE = (
@@ -32,7 +37,7 @@ REMEDY = "Give a folder or hub id of CLIP or SigLIP (transformers), or a plain V
 def assemble(
     vision: str,
     language: str,
-    projector: Literal["mlp", "linear"] = "mlp",
+    projector: Literal["mlp", "linear", "resampler"] | ResamplerSettings = "mlp",
     layer: int = -2,
     seed: int = 0,
 ) -> MultimodalBase:
@@ -41,39 +46,55 @@ def assemble(
     Args:
         vision: folder, hub id or embedded name of a CLIP or SigLIP of transformers, or of a ViT of timm.
         language: folder or hub id of a causal language model of transformers.
-        projector: "mlp" is LLaVA 1.5's; "linear" is LLaVA 1.0's one map, as a product of two.
+        projector: "mlp" is LLaVA 1.5's; "linear" is LLaVA 1.0's one map, as a product of two; "resampler" is one of
+            64 queries, or of the shape that the settings say.
         layer: of the tower whose output is read; -2 is LLaVA's, the last but one.
         seed: of the projector.
 
     Raises:
         InputError: a part that cannot be loaded, or of another kind.
     """
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
-    require("projector", projector, projector in ("mlp", "linear"), "mlp or linear")
     tower, images, classed = _tower(vision)
     words, tokenizer = _language(language)
     settings = tower.config
-    count = (settings.image_size // settings.patch_size) ** 2
+    patches = (settings.image_size // settings.patch_size) ** 2
+    kind, config_kind, shape = _projector(projector)
+    count = shape.get("resampler_queries", patches)
+    config = config_kind(
+        vision_config=settings,
+        text_config=words.config,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        projector_hidden_act="linear" if projector == "linear" else "gelu",
+        vision_feature_layer=layer,
+        vision_feature_select_strategy="default" if classed else "full",
+        image_seq_length=count,
+        tie_word_embeddings=bool(words.config.tie_word_embeddings),
+        **shape,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(
-            LlavaConfig(
-                vision_config=settings,
-                text_config=words.config,
-                image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-                projector_hidden_act="gelu" if projector == "mlp" else "linear",
-                vision_feature_layer=layer,
-                vision_feature_select_strategy="default" if classed else "full",
-                image_seq_length=count,
-                tie_word_embeddings=bool(words.config.tie_word_embeddings),
-            )
-        )
+        model = kind(config)
     model.model.vision_tower.load_state_dict(tower.state_dict(), strict=False)
     model.model.language_model.load_state_dict(words.model.state_dict())
     with torch.no_grad():
         model.lm_head.weight.copy_(words.get_output_embeddings().weight)
-    return MultimodalBase(f"{vision} + {language}", model, _processor(images, tokenizer, settings.patch_size, classed))
+    processor = _processor(images, tokenizer, settings.patch_size, classed)
+    processor.num_additional_image_tokens += count - patches  # it counts patches, and these beside them
+    return MultimodalBase(f"{vision} + {language}", model, processor)
+
+
+def _projector(projector: Any) -> tuple[Any, Any, dict[str, int]]:
+    """Classes of the model and its config, and what the config is told of the projector beside LLaVA's own."""
+    if projector in ("mlp", "linear"):
+        from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+        return LlavaForConditionalGeneration, LlavaConfig, {}
+    from graft.llm_mm.resampler import ResamplerLlava, ResamplerLlavaConfig, ResamplerSettings
+
+    shape = ResamplerSettings() if projector == "resampler" else projector
+    known = isinstance(shape, ResamplerSettings)
+    require("projector", projector, known, "mlp, linear, resampler, or ResamplerSettings")
+    return ResamplerLlava, ResamplerLlavaConfig, {f"resampler_{name}": value for name, value in vars(shape).items()}
 
 
 def _processor(images: Any, tokenizer: Any, patch: int, classed: bool) -> Any:

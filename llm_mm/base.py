@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -14,8 +15,11 @@ from torch import nn
 
 from graft.studio.adapter import base_hash
 from graft.studio.attention import refuse_xformers
-from graft.studio.errors import InputError
+from graft.studio.errors import BaseMismatchError, InputError
 from graft.studio.pocket.qa import answer
+
+if TYPE_CHECKING:
+    from graft.studio.adapter import Card
 
 REMEDY = "Give pocket-llava, a folder saved by transformers, or a hub id owner/name"
 
@@ -60,7 +64,30 @@ class MultimodalBase:
     @property
     def is_llava(self) -> bool:
         """Whether it is LLaVA's plain form: what its tower says goes through the projector into the text's place."""
-        return type(self.model).__name__ == "LlavaForConditionalGeneration"
+        from transformers import LlavaForConditionalGeneration
+
+        return isinstance(self.model, LlavaForConditionalGeneration)
+
+    @property
+    def picture_settings(self) -> dict[str, Any]:
+        """What its processor does to a picture before the model gets it (sizes, crop, colours); adapters carry it."""
+        images = getattr(self.processor, "image_processor", None)
+        told = {} if images is None else {k: v for k, v in images.to_dict().items() if k != "image_processor_type"}
+        found: dict[str, Any] = json.loads(json.dumps(told, default=str))
+        return found
+
+    def check_card(self, card: Card) -> None:
+        """Refuses an adapter that learnt from pictures of another size or crop.
+
+        Raises:
+            BaseMismatchError: naming what differs.
+        """
+        learnt, now = card.details.get("processor", {}), self.picture_settings
+        off = [f"{key} was {learnt[key]} and is {now[key]}" for key in learnt if key in now and learnt[key] != now[key]]
+        if off:
+            given = f"adapter for {card.base or 'a base'}"
+            reason = f"{self.name} shows pictures otherwise than in its training: {', '.join(off)}"
+            raise BaseMismatchError(given, reason, "Set these in the base's processor as they were, or train anew")
 
     def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 100) -> list[str]:
         """Return the greedy answers, 16 tokens at most, to questions about pictures, one question for each."""
@@ -91,7 +118,10 @@ def load_base(
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
+    from graft.llm_mm.resampler import register
+
     refuse_xformers(attention, "transformers")
+    register()
     source = name
     if name.startswith("pocket-"):
         from graft.studio.pocket import resolve

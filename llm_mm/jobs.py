@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,13 @@ from torch import Tensor
 from graft.llm_mm.base import MultimodalBase, load_base
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, Rows, read_rows
+from graft.llm_mm.joint import check_joint, kinds
 from graft.llm_mm.method import whole_logits
+from graft.llm_mm.packing import check_packing
 from graft.llm_mm.parts import table
 from graft.llm_mm.pictures import PictureStore
 from graft.llm_mm.task import LanguageTask, Reader, ways
+from graft.studio.bench.measure import saved_bytes
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict
 from graft.studio.errors import DataError, InputError
@@ -44,40 +48,50 @@ def prepare(job: Job, run_folder: Path | None = None) -> LanguageTask:
     method: Any = from_dict(method_class("llm_mm", name), section, "method")
     data = from_dict(DataConfig, dict(job.data), "data")
     rows, old = read_rows(data), read_rows(data.old) if data.old is not None else None
+    check_joint(method, rows.train, job)
     base, cache = load_base(job.base, job.train.device, attention=job.train.attention), Cache()
     _ = base.hash  # before anything is attached
     reader = Reader.of(base, data, cache)
     check_sight(base, reader.store)
     longest = max(checked(reader, rows), checked(reader, old) if old is not None else 0)
-    if base.device.type == "cpu" and job.train.attention == "auto" and longest <= PLAIN_TOKENS:
+    if base.device.type == "cpu" and job.train.attention == "auto" and max(longest, data.packing) <= PLAIN_TOKENS:
         base.model.set_attn_implementation("eager")
     handle = method.attach(base.model)
     try:
+        if data.packing:
+            check_packing(reader, rows.train[:DRY], handle.plan, data.packing)
         handle.reset(0, job.train.seed)
         task = LanguageTask(job, reader, handle, method, data, rows, old)
-        began = time.perf_counter()
-        handle.probe(lambda: _first_loss(task))
-        seconds = time.perf_counter() - began
+        dry = DryStep(task)
+        handle.probe(dry)
     except BaseException:
         handle.detach()
         raise
-    task.facts = _facts(job, task, longest, seconds)
+    task.facts = _facts(job, task, longest, dry)
     print(task.facts, file=sys.stderr, flush=True)
     return task
 
 
-def _facts(job: Job, task: LanguageTask, longest: int, seconds: float) -> str:
-    """What is trained on what, and about how long it takes, from the dry step."""
+def _facts(job: Job, task: LanguageTask, longest: int, dry: DryStep) -> str:
+    """What is trained on what, and about how long it takes in how much memory, from the dry step."""
     peak = (job.train.learning_rate or task.default_learning_rate) / task.default_learning_rate
     rates = {part: rate * peak for part, rate in task.rates.items()}
     rows = ", ".join(f"{len(task.rows.part(part)):,} {part}" for part in ("train", "val", "test"))
     old = "none" if task.old is None else f"{len(task.old.train):,}, {task.data.replay:.0%} of a batch"
-    total = seconds * job.train.batch_size / DRY * job.train.steps * job.train.gradient_accumulation
+    share = job.train.batch_size / DRY
+    steps = job.train.steps
+    minutes = dry.seconds * share * steps * job.train.gradient_accumulation / 60
+    slopes = job.train.optimiser != "mezo"  # which keeps neither gradients nor moments nor anything for them
+    weights = sum(parameter.nbytes for parameter in task.reader.base.model.parameters())
+    learnt = sum(parameter.nbytes for parameter in task.bank.parameters()) * (4 if slopes else 1)
+    sizes = {"of weights": weights, "of what is trained, with gradients and moments": learnt}
+    sizes["kept for the backward pass"] = round(dry.kept * share) if slopes else 0
     return "\n".join(
         (
             table(task.reader.base.model, task.trained, ways(task.handle, task.trained), rates),
             f"rows: {rows}; old rows: {old}; longest: {longest} tokens",
-            f"dry step of {DRY} rows: {seconds:.2f} s; about {total / 60:.1f} min for {job.train.steps} steps, at most",
+            f"dry step of {DRY} rows: {dry.seconds:.2f} s; about {minutes:.1f} min for {steps} steps, at most",
+            f"memory: about {_mib(sum(sizes.values()))}: {', '.join(f'{_mib(n)} {what}' for what, n in sizes.items())}",
         )
     )
 
@@ -86,10 +100,38 @@ DRY = 4
 """Rows of the dry step."""
 
 
-def _first_loss(task: LanguageTask) -> Tensor:
-    """The loss of a few rows."""
-    few = list(task.rows.train[:DRY])
-    return task(task.reader.batch((few * DRY)[:DRY])[0])[0]
+class DryStep:
+    """The loss of a few rows, with and without pictures where there are both; remembers what it took.
+
+    Args:
+        task: whose first rows are taken.
+    """
+
+    kept = 0
+    """Bytes that the forward pass keeps for the backward pass, beside weights."""
+
+    def __init__(self, task: LanguageTask):
+        self.task, self.calls, self.began = task, 0, time.perf_counter()
+
+    def __call__(self) -> Tensor:
+        """Returns the loss."""
+        shown, bare = kinds(self.task.rows.train)
+        few = [*shown[: DRY // 2 if bare else DRY], *bare[:DRY]]
+        batch = self.task.reader.batch((few * DRY)[:DRY], self.task.data.packing)[0]
+        losses: list[Tensor] = []
+        own = [*self.task.reader.base.model.parameters(), *self.task.bank.parameters()]
+        self.kept = saved_bytes(lambda: losses.append(self.task(batch)[0]), own)
+        self.calls += 1
+        return losses[0]
+
+    @cached_property
+    def seconds(self) -> float:
+        """Of one pass forward and backward, asked for when all are done."""
+        return (time.perf_counter() - self.began) / self.calls
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def checked(reader: Reader, rows: Rows) -> int:

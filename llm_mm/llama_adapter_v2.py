@@ -12,9 +12,9 @@ s starts at 1, b at 0 and the gates at 0: the model starts as it was. What the p
   ``early_layers`` layers only, and prompts by the last ``layers`` only, so that they never meet.
   ``fusion = "late"``, the code: there are as many tokens as prompt rows, and they are added to all of these.
 - ``scale_at = "output"``, the paper: the equation above. ``"input"``, the code: y = W (s * x) + b.
-- In training, the paper's captions teach the pictures' part and the early gates, and its instructions all else, in
-  turns (`learning` with "captions" or "instructions"). The code trains visual part, prompts and gates first, then
-  biases, scales and norms: with late fusion these are the two parts.
+- In training, the paper's captions teach the pictures' part and the early gates, and its instructions all else, joined
+  in one training (``disjoint``). The code trains visual part, prompts and gates first, then biases, scales and norms:
+  with late fusion these are the two parts. In a loop of your own, `learning` lets one part learn.
 
 A picture's tokens come from learnt queries that pass ``visual_blocks`` transformer blocks together with the tower's
 features. Here these are the features that the base's own projector gets; the code takes CLIP's last layer, after its
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from graft.llm_mm.llama_adapter import GatedPrompt, decoders
 from graft.llm_mm.sight import AddedPrompt, Ear, PictureSlot, SeenPrompt, connect, plan_eyes
+from graft.studio.config import require
 from graft.studio.errors import InputError
 from graft.studio.method import SiteMethod, check
 from graft.studio.sites import Model, Plan, Site, plan_sites
@@ -70,12 +71,17 @@ class LlamaAdapterV2(SiteMethod):
     """Width of these; none takes the image tower's."""
     scale_at: Literal["output", "input"] = "output"
     """Whether a layer's output is scaled, as in the paper, or its input, as in the code."""
+    disjoint: bool = False
+    """Whether rows with pictures teach the picture's part alone and rows without all else, both in every batch, as in
+    the paper; otherwise every row teaches all."""
     targets: str | tuple[str, ...] = ()
     """Paths of decoders; found by themselves when not given."""
     towers: tuple[str, ...] | None = None
     """Not used: a path says it."""
 
     def __post_init__(self) -> None:
+        seeing = "early or late where method.disjoint is true"
+        require("method.fusion", self.fusion, not (self.disjoint and self.fusion == "none"), seeing)
         names = ("num_tokens", "layers", "early_layers", "visual_tokens", "visual_blocks")
         check(self, **{name: (getattr(self, name) >= 1, "at least 1") for name in names})
         check(self, visual_width=(self.visual_width is None or self.visual_width >= 1, "at least 1"))

@@ -146,7 +146,9 @@ def whole_logits(base: MultimodalBase, store: Any, ids: Sequence[int], pictures:
     return found.float().cpu()
 
 
-def model_inputs(base: MultimodalBase, ids: Tensor, mask: Tensor, pictures: Mapping[str, Tensor]) -> dict[str, Any]:
+def model_inputs(
+    base: MultimodalBase, ids: Tensor, mask: Tensor | None, pictures: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """What a whole model is called with, beside `use_cache`: some want to know which tokens are a picture's."""
     import inspect
 

@@ -14,7 +14,9 @@ from torch.nn.functional import cross_entropy, pad
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import IGNORED, Conversation, Tokens, Writer
 from graft.llm_mm.data import DataConfig, Rows
+from graft.llm_mm.joint import kinds, parted, shares
 from graft.llm_mm.method import model_inputs
+from graft.llm_mm.packing import position_ids, together
 from graft.llm_mm.parts import PARTS, part_of
 from graft.llm_mm.pictures import PictureStore
 from graft.studio.adapter import Adapter, Card
@@ -26,12 +28,16 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """Token ids, labels and padding mask (b, n), and the pictures in the order of their places."""
+    """Token ids, labels and padding mask (b, n), and the pictures in the order of their places.
+
+    Packed rows have positions (b, n), too, which begin anew with each conversation and with the padding.
+    """
 
     ids: Tensor
     labels: Tensor
     mask: Tensor
     pictures: tuple[Any, ...]
+    positions: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -54,30 +60,38 @@ class Reader:
         """Ids and labels of a conversation."""
         return self.writer.tokens(row, self.store.expand, self.length)
 
-    def batch(self, rows: Sequence[Conversation]) -> tuple[Batch, list[Tokens]]:
-        """Rows side by side, padded at their ends; and the tokens of each."""
+    def batch(self, rows: Sequence[Conversation], most: int = 0) -> tuple[Batch, list[Tokens]]:
+        """Rows side by side, padded at their ends; and the tokens of each.
+
+        Args:
+            rows: one or more.
+            most: tokens of a packed row, which holds several of them in another order; 0 packs none.
+        """
         found = [self.tokens(row) for row in rows]
-        most = max(len(each.ids) for each in found)
+        lengths = [len(each.ids) for each in found]
+        groups = together(lengths, most) if most else [[k] for k in range(len(rows))]
+        longest = max(sum(lengths[k] for k in group) for group in groups)
         tokenizer = self.writer.tokenizer
         filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
         def column(values: Sequence[Sequence[int]], fill: int) -> Tensor:
-            return torch.stack([pad(torch.tensor(each), (0, most - len(each)), value=fill) for each in values])
+            told = [[value for k in group for value in values[k]] for group in groups]
+            return torch.stack([pad(torch.tensor(each), (0, longest - len(each)), value=fill) for each in told])
 
         pictures = tuple(
-            row.pictures[part]
-            for row, each in zip(rows, found, strict=True)
-            for turn in _kept(row, each)
+            rows[k].pictures[part]
+            for group in groups
+            for k in group
+            for turn in _kept(rows[k], found[k])
             for part in turn.parts
             if isinstance(part, int)
         )
-        batch = Batch(
-            column([each.ids for each in found], filler),
-            column([each.labels for each in found], IGNORED),
-            column([[1] * len(each.ids) for each in found], 0),
-            pictures,
-        )
-        return batch, found
+        mask, positions = column([[1] * n for n in lengths], 0), None
+        if most:
+            positions = column([range(n) for n in lengths], 0)
+            positions = torch.where(mask == 1, positions, (1 - mask).cumsum(1) - 1)
+        labels = column([[IGNORED, *each.labels[1:]] for each in found], IGNORED)  # nothing tells a first token
+        return Batch(column([each.ids for each in found], filler), labels, mask, pictures, positions), found
 
     def logits(self, batch: Batch, frozen_tower: bool) -> tuple[Tensor, Tensor]:
         """Logits before each learnt token and these tokens, (m, vocabulary) and (m,), row by row.
@@ -87,10 +101,15 @@ class Reader:
             frozen_tower: whether the image tower is the base's own, so that what it says may come from the cache.
         """
         base = self.base
-        ids, labels, mask = (each.to(base.device) for each in batch[:3])
+        ids, labels = batch.ids.to(base.device), batch.labels.to(base.device)
         places = labels[:, 1:] != IGNORED
+        positions = None if batch.positions is None else batch.positions.to(base.device)
+        mask = batch.mask.to(base.device) if positions is None else None
         if not (frozen_tower and self.store.features_kept):
             given = model_inputs(base, ids, mask, self.store.inputs(batch.pictures))
+            if positions is not None:
+                shown = ids == self.writer.image_id
+                given["position_ids"] = position_ids(base.model, ids, positions, shown, given)
             logits = base.model(**given, use_cache=False).logits[:, :-1][places]
             return logits.float(), labels[:, 1:][places]
         model = base.model.model
@@ -98,7 +117,8 @@ class Reader:
         if batch.pictures:
             seen = model.multi_modal_projector(self.store.features(batch.pictures)).to(embeds.dtype)
             embeds = embeds.masked_scatter((ids == self.writer.image_id)[..., None], seen)
-        hidden = model.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        given = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+        hidden = model.language_model(**given, use_cache=False).last_hidden_state
         return base.model.lm_head(hidden[:, :-1][places]).float(), labels[:, 1:][places]
 
 
@@ -129,6 +149,7 @@ class LanguageTask(nn.Module):
         self.reader, self.handle, self.method = reader, handle, method
         self.data, self.rows, self.old = data, rows, old
         self.bank = handle.bank
+        self.disjoint = bool(getattr(method, "disjoint", False))
         self.frozen_tower = all(part_of(site.name) in ("projector", "language") for site in handle.plan)
         self.measured: dict[str, Tensor] = {}
         self.facts = ""
@@ -180,18 +201,35 @@ class LanguageTask(nn.Module):
     def batch(self, step: int, generator: torch.Generator) -> Batch:
         """Rows of one step, old ones among them by their share."""
         count = round(self.data.replay * self.batch_size) if self.old is not None else 0
-        rows = _drawn(self.rows.train, self.batch_size - count, generator)
+        if self.disjoint:
+            each = zip(kinds(self.rows.train), shares(self.batch_size - count, self.rows.train), strict=True)
+            rows = [row for some, share in each for row in _drawn(some, share, generator)]
+        else:
+            rows = _drawn(self.rows.train, self.batch_size - count, generator)
         if self.old is not None and count:
             rows += _drawn(self.old.train, count, generator)
-        return self.reader.batch(rows)[0]
+        return self.reader.batch(rows, self.data.packing)[0]
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross entropy of the answers' tokens, and the share of them that are the likeliest ones."""
-        logits, labels = self.reader.logits(batch, self.frozen_tower)
-        loss = cross_entropy(logits, labels)
+        """Mean cross entropy of the answers' tokens, and the share of them that are the likeliest ones.
+
+        Where the method's parts are taught by kinds of rows, it is the sum over both, each a figure of its own.
+        """
+        told: dict[str, Tensor] = {}
+        if self.disjoint:
+            found = []
+            for part, some in parted(batch, self.reader.writer.image_id).items():
+                with self.method.learning(self.handle, part):
+                    found.append(self.reader.logits(some, self.frozen_tower))
+                    told[part] = cross_entropy(*found[-1])
+            loss, (logits, labels) = torch.stack(list(told.values())).sum(), map(torch.cat, zip(*found, strict=True))
+            told = {part: value.detach() for part, value in told.items()}
+        else:
+            logits, labels = self.reader.logits(batch, self.frozen_tower)
+            loss = cross_entropy(logits, labels)
         penalty = self.handle.penalty() if hasattr(self.handle, "penalty") else None
         hit = (logits.argmax(-1) == labels).float().mean()
-        return loss if penalty is None else loss + penalty, {"token_accuracy": hit, **self.measured}
+        return loss if penalty is None else loss + penalty, {"token_accuracy": hit, **told, **self.measured}
 
     def before_step(self, step: int, steps: int) -> None:
         """Lets the method prepare the step; measures what is kept aside when that is due."""
@@ -251,6 +289,7 @@ class LanguageTask(nn.Module):
         """What has been learnt so far."""
         base = self.reader.base
         details: dict[str, Any] = {key: getattr(self.data, key) for key in ("fit", "background", "system")}
+        details["processor"] = base.picture_settings
         card = Card(
             method=self.name,
             config=to_dict(self.method),

@@ -141,7 +141,7 @@ class Adapter:
         """Attaches to a base (or, for adapters of plain models, to the model) and detaches at the end, bit for bit.
 
         Raises:
-            BaseMismatchError: the adapter was trained on another base.
+            BaseMismatchError: the adapter was trained on another base, or what the base checks itself is not the same.
             SiteError: the base lacks its sites or, for an adapter that names no base, bypasses them.
         """
         if self.card.base_hash:
@@ -150,6 +150,8 @@ class Adapter:
                 given = f"adapter for {self.card.base or 'a base'} with hash {self.card.base_hash}"
                 name = getattr(base, "name", type(base).__name__)
                 raise BaseMismatchError(given, f"{name} has hash {found}", "load the base it was trained on")
+        if hasattr(base, "check_card"):
+            base.check_card(self.card)
         handle = _method(self.card).attach_to(base, self.tensors, self.card)
         try:
             yield handle

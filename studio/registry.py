@@ -117,7 +117,7 @@ BENCHMARKS: dict[str, str] = {
 }
 """Benchmark -> "module:function"."""
 
-_TALKING = ("llava", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+_TALKING = ("llava", "graft_llava", "llava_next", "smolvlm", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # A file that marks a local folder, a key in it, and the values that the key may have (none: any) -> its domain.
 _MARKS: tuple[tuple[str, str, tuple[str, ...], str], ...] = (
     ("model_index.json", "_class_name", (), "diffusion"),

@@ -7,14 +7,17 @@ Yi-Lin Sung, Jaemin Cho, Mohit Bansal: LST: Ladder Side-Tuning for Parameter and
 
 h_l is the output of layer l, h the model's last hidden state, s starts as D_0 of the embedded words. The blocks are of
 the model's own kind, ``reduction`` times thinner: width, feed-forward part and number of heads, each head as wide as
-the model's. a starts at zero, the rest as torch draws it, U at zero, so that the model starts as it was.
+the model's. They are cut out of the model's (``start``): rows of a weight that have a large sum of magnitudes stay, and
+the columns that read what stays. a starts at zero, the rest as torch draws it, U at zero, so that the model starts as
+it was.
 
 Memory: the model runs without autograd. Kept for the backward pass is what the thin blocks compute, and the hidden
 states themselves, which the D_l have as input. Generation keeps keys and values of the blocks in the model's own cache.
 
-Differs from the authors' code: the side's output is added to the model's instead of replacing it; blocks are drawn
-instead of cut out of the model's by Fisher information; ``every`` leaves out layers evenly instead of by hand. Sites
-are decoders of transformers with a list of ``layers``.
+Differs from the authors' code: the side's output is added to the model's instead of replacing it; importance is always
+magnitude, which needs no data, where theirs may be Fisher information; heads stay or go whole, and all blocks keep the
+same part of the stream between them, where theirs choose rows of each weight in turn; ``every`` leaves out layers
+evenly instead of by hand. Sites are decoders of transformers with a list of ``layers``.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +38,7 @@ from graft.studio.methods.prompt_tuning import by_name, cached, plan_sequences
 from graft.studio.network_slot import NetworkSlot
 from graft.studio.sites import Model, Plan, Site, named_modules
 from graft.studio.slot import Slot
-from graft.studio.slotted import Slotted
+from graft.studio.slotted import Slotted, dense_weight
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class LadderSideTuning(SiteMethod):
     """Takes every so manyth layer's hidden state, the last one among them."""
     temperature: float = 0.1
     """Of the gates between the side and the hidden states; small ones switch sharply."""
+    start: Literal["pruned", "drawn"] = "pruned"
+    """Blocks of the side: cut out of the model's, or drawn by torch."""
     targets: str | tuple[str, ...] = ()
     """Paths of decoders; found by themselves when not given."""
     towers: tuple[str, ...] | None = None
@@ -76,6 +81,12 @@ class LadderSideTuning(SiteMethod):
             if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
                 reason = "it has no list of layers and a norm behind them"
                 raise SiteError(site.name, reason, "use a model of the kind of Llama, Mistral, Qwen or SmolLM")
+            known = {owner for owners in _CUT.values() for owner in owners}
+            inside = [name for name, part in decoder.layers[0].named_modules() if isinstance(part, nn.Linear)]
+            strange = [name for name in inside if name.rpartition(".")[2] not in known]
+            if self.start == "pruned" and strange:
+                reason = f"its layers have {', '.join(strange)}, of which it is not known what to cut out"
+                raise SiteError(site.name, reason, "set start = 'drawn'")
             with torch.device("meta"):
                 side = self.side(decoder)
             count = sum(parameter.numel() for parameter in side.parameters())
@@ -85,7 +96,10 @@ class LadderSideTuning(SiteMethod):
 
     def side(self, decoder: Any) -> Side:
         """Returns a new side of a decoder."""
-        return Side(decoder, self.reduction, self.every, self.temperature)
+        side = Side(decoder, self.reduction, self.every, self.temperature)
+        if self.start == "pruned" and not side.up.weight.is_meta:
+            cut_out(side, decoder)
+        return side
 
     def count(self, site: Site) -> int:
         """Returns what was counted when the site was planned."""
@@ -138,6 +152,84 @@ def _thinner(config: Any, reduction: int) -> Any:
     keys = getattr(config, "num_key_value_heads", None) or heads
     thin.num_key_value_heads = gcd(thin.num_attention_heads, max(1, keys // reduction))
     return thin
+
+
+_CUT = {
+    "queries": ("q_proj",),
+    "keys": ("k_proj", "v_proj"),
+    "inside": ("gate_proj", "up_proj"),
+    "stream": ("o_proj", "down_proj"),
+}
+"""What the rows of a layer's weights make; those of o_proj and down_proj are added to the stream between blocks."""
+_READ = {"o_proj": "queries", "down_proj": "inside"}
+"""What their columns read, where it is not the stream."""
+
+
+@torch.no_grad()
+def cut_out(side: Any, decoder: Any) -> None:
+    """Fills a side's blocks, and the norm behind them, with the parts of a decoder's that have the largest weights."""
+    layers = [decoder.layers[i] for i in side.taken]
+    weights = [
+        {
+            name.rpartition(".")[2]: dense_weight(part)
+            for name, part in layer.named_modules()
+            if isinstance(part, nn.Linear)
+        }
+        for layer in layers
+    ]
+    stream = _largest(sum(_rows(each[name]) for each in weights for name in _CUT["stream"]), side.up.in_features)
+    for block, layer, own in zip(side.blocks, layers, weights, strict=True):
+        kept = {"stream": stream, **_heads(block, layer, own, stream)}
+        inside = sum(_rows(own[name][:, stream]) for name in _CUT["inside"])
+        kept["inside"] = _largest(inside, block.mlp.down_proj.in_features)
+        for name, parameter in block.named_parameters():
+            path, _, end = name.rpartition(".")
+            module, owner = layer.get_submodule(path), path.rpartition(".")[2]
+            whole = own[owner] if owner in own and end == "weight" else _whole(module._parameters[end])
+            made = next((what for what, owners in _CUT.items() if owner in owners), None)
+            if made is None:  # of a norm: that of the stream, of one head, or of all heads side by side
+                norm = {"q_norm": "queries", "k_norm": "keys"}.get(owner, "stream")
+                part = whole if len(whole) == len(parameter) else whole[kept[norm]]
+            else:
+                part = whole[kept[made]]
+                part = part[:, kept[_READ.get(owner, "stream")]] if part.dim() == 2 else part
+            parameter.copy_(part)
+    for name, parameter in side.norm.named_parameters():
+        parameter.copy_(_whole(decoder.norm._parameters[name])[stream])
+
+
+def _heads(block: Any, layer: Any, own: dict[str, Tensor], stream: Tensor) -> dict[str, Tensor]:
+    """Rows of the heads that stay: the largest of keys and values, and with each the largest of its queries."""
+    wide, thin, width = layer.self_attn, block.self_attn, block.self_attn.head_dim
+    size = {name: _rows(own[name][:, stream]).view(-1, width).sum(1) for name in ("q_proj", "k_proj", "v_proj")}
+    group = wide.num_key_value_groups
+    both = size["q_proj"].view(-1, group).sum(1) + size["k_proj"] + size["v_proj"]
+    keys = _largest(both, thin.k_proj.out_features // width)
+    queries: list[int] = []
+    for key in keys.tolist():
+        order = size["q_proj"].argsort(descending=True).tolist()
+        order.sort(key=lambda head: head // group != key)  # its own first; others where it has too few
+        queries += sorted([head for head in order if head not in queries][: thin.num_key_value_groups])
+    inside = torch.arange(width, device=stream.device)
+    places = torch.tensor(queries, device=stream.device)
+    return {"queries": (places[:, None] * width + inside).flatten(), "keys": (keys[:, None] * width + inside).flatten()}
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """Sum of magnitudes of each row."""
+    return weight.float().abs().sum(1)
+
+
+def _largest(sizes: Any, count: int) -> Tensor:
+    """Places of the largest, in their own order."""
+    found: Tensor = sizes.topk(count).indices.sort().values
+    return found
+
+
+def _whole(parameter: Any) -> Tensor:
+    """A parameter, all of it where it is shared out over processes."""
+    found: Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return found
 
 
 class SideSlot(NetworkSlot):

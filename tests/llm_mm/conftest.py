@@ -120,6 +120,29 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def resampled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a resampler of three queries."""
+    import torch
+    from transformers import AutoProcessor, LlavaConfig
+
+    from graft.llm_mm.resampler import ResamplerLlava, ResamplerLlavaConfig
+
+    told = LlavaConfig.from_pretrained(tiny).to_dict()
+    told = {key: value for key, value in told.items() if key not in ("model_type", "architectures")}
+    torch.manual_seed(0)
+    model = ResamplerLlava(ResamplerLlavaConfig(**told, resampler_queries=3, resampler_blocks=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    processor = AutoProcessor.from_pretrained(tiny)
+    processor.num_additional_image_tokens += 3 - 64
+    folder = tmp_path_factory.mktemp("resampled") / "llava"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def questions(photos: Callable[[str], Path], tmp_path: Path) -> Path:
     """Ten questions about ten pictures and two without a picture."""

@@ -25,6 +25,8 @@ SHAPES: dict[str, list[tuple[int, str, str]]] = {
     "turns": [(1, "what is this ?", "red apple"), (0, "how many ?", "two")],
     "pictures": [(2, "which is red ?", "this one"), (1, "and here ?", "none")],
     "text": [(0, "is it blue ?", "no"), (0, "is it red ?", "yes")],
+    "two": [(2, "which is red ?", "this one")],
+    "bare": [(0, "is it blue ?", "no")],
 }
 
 # What stands around questions and answers, by hand: (start, before question, behind it, before answer, learnt end,
@@ -83,7 +85,7 @@ def written(format: str, shape: str, photos: Callable[[str], Path]) -> Any:
         names += [photos(f"{len(names) + k}.png").name for k in range(shown)]
     if format == "questions":
         (_, question, answer) = sides[0]
-        return {"image": names[0], "question": question, "answer": answer}
+        return {"image": "|".join(names), "question": question, "answer": answer}
     if format == "alpaca":
         row: dict[str, Any] = {"instruction": sides[-1][1], "input": "", "output": sides[-1][2], "images": names}
         if len(sides) > 1:
@@ -107,8 +109,8 @@ FITTING = {
     "llava": tuple(SHAPES),
     "sharegpt": tuple(SHAPES),
     "messages": tuple(SHAPES),
-    "alpaca": ("one", "text"),
-    "questions": ("one",),
+    "alpaca": ("one", "two", "bare", "text"),
+    "questions": ("one", "two", "bare"),
 }
 """The shapes that a format has a place for."""
 
@@ -133,6 +135,17 @@ def test_masks_are_those_written_by_hand(
         [*writer.tokenizer(answer).input_ids, writer.tokenizer.convert_tokens_to_ids(AROUND[template]["end"][0])]
         for _, _, answer in SHAPES[shape]
     ]
+
+
+@pytest.mark.parametrize("template", AROUND)
+def test_what_the_system_says_is_read_and_never_learnt(template: str, processors: dict[str, Any]):
+    writer, row = Writer(processors[template]), talk("what is this ?", "red apple", "how many ?", "two")
+    told = Conversation(7, (Turn("system", ("none is blue",)), *row.turns))
+    plain, found = writer.tokens(row, expand), writer.tokens(told, expand)
+    assert len(found.ids) > len(plain.ids)
+    for one, other in zip(found.answers, plain.answers, strict=True):
+        assert found.ids[slice(*one)] == plain.ids[slice(*other)]
+    assert [label for label in found.labels if label != IGNORED] == [x for x in plain.labels if x != IGNORED]
 
 
 def talk(*sides: str, pictures: int = 0) -> Conversation:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from graft.llm_mm.data import EXAMPLES, DataConfig, detected, read_rows
+from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.formats import EXAMPLES, detected
 from graft.studio.errors import DataError, InputError
 
 

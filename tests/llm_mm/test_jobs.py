@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +21,15 @@ from graft.llm_mm.jobs import check_sight, prepare
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA
 from graft.llm_mm.parts import is_dead, part_of
+from graft.llm_mm.pictures import PictureStore
 from graft.llm_mm.previews import answered, chat
-from graft.llm_mm.task import LanguageTask, Reader
+from graft.llm_mm.task import Batch, LanguageTask, Reader
 from graft.studio.adapter import Adapter
+from graft.studio.bench.measure import saved_bytes
 from graft.studio.caches import Cache
 from graft.studio.cli import main
 from graft.studio.config import write_toml
-from graft.studio.errors import InputError
+from graft.studio.errors import BaseMismatchError, InputError
 from graft.studio.job import Job
 from graft.studio.runs import open_run
 from graft.studio.training import resume, train
@@ -60,15 +63,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "llava": {"rank": 2, "vision": "full"},
     "llava, stage 1": {"stage": 1, "fresh": True},
     "llava, full": {"language": "full"},
+    "llama_adapter_v2, disjoint": {"num_tokens": 2, "visual_tokens": 2, "visual_blocks": 1, "disjoint": True},
+    "lora, packed": {"rank": 2, "data": {"packing": 200}},
+    "llava, stage 1 of a resampler": {"stage": 1, "fresh": True},
+    "llava, with a resampler": {"rank": 2, "start": "stage 1"},
 }
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if "stage 1" in case else pytest.mark.slow) for case in METHODS]
 )
-def test_every_method_resumes_with_the_same_bits(case: str, job: Make, tmp_path: Path):
+def test_every_method_resumes_with_the_same_bits(case: str, job: Make, resampled: Path, tmp_path: Path):
     """Cut behind its second step, projector included, a run ends as one that was not."""
     made = job(case.partition(",")[0], **METHODS[case])
+    if "resampler" in case:
+        made["base"] = str(resampled)
+    if "start" in METHODS[case]:
+        first = {**made, "method": {"name": "llava", "stage": 1, "fresh": True, "projector_rate": 1e-2}}
+        made["method"]["start"] = str(train(first, tmp_path / "first").folder)
     made["train"] |= {"checkpoint_every": 2}
     whole = train(made, tmp_path / "whole")
     shutil.copytree(whole.folder, tmp_path / "cut")
@@ -82,8 +94,12 @@ def test_every_method_resumes_with_the_same_bits(case: str, job: Make, tmp_path:
     one, two = (Adapter.load(tmp_path / name / "result").tensors for name in ("whole", "cut"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     parts = {part_of(name) for name in one}
-    assert ("projector" in parts) == (case in ("lora", "llava", "llava, stage 1", "llava, full"))
-    assert ("language" in parts) == (case != "llava, stage 1")
+    if case == "lora, packed":
+        made["data"]["packing"] = 0
+        other = train(made, tmp_path / "apart").adapter().tensors
+        assert all(torch.allclose(other[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
+    assert ("projector" in parts) == (case.startswith("llava") or case == "lora")
+    assert ("language" in parts) == ("stage 1" not in case)
     start = graft.load_base(made["base"], "cpu", domain="llm_mm")
     before = start.hash
     with Adapter.load(tmp_path / "whole" / "result").attached(start):
@@ -140,13 +156,154 @@ def test_old_rows_have_their_share_of_a_batch(job: Make, tmp_path: Path):
     old.write_text("\n".join(json.dumps({"question": f"old {k}", "answer": "old"}) for k in range(8)))
     task = prepare(Job.load(job(data={"replay_path": str(old), "replay": 0.5})))
     drawn: list[Conversation] = []
-    real, Reader.batch = Reader.batch, lambda self, rows: (drawn.extend(rows), real(self, rows))[1]  # type: ignore[method-assign,assignment,func-returns-value]
+    real, Reader.batch = Reader.batch, lambda self, rows, most=0: (drawn.extend(rows), real(self, rows))[1]  # type: ignore[method-assign,assignment,func-returns-value,misc]
     try:
         task.batch(0, torch.Generator().manual_seed(0))
     finally:
         Reader.batch = real  # type: ignore[method-assign]
     assert sum(row.answers == ("old",) for row in drawn) == 2 == len(drawn) - 2
     assert {"val_exact", "old_exact"} <= set(task.validate())
+
+
+def test_a_packed_batch_is_the_same_rows_with_less_padding(job: Make):
+    batches = []
+    for packing in (0, 200):
+        task = prepare(Job.load(job(rank=2, data={"packing": packing})))
+        batch = task.batch(0, torch.Generator().manual_seed(0))
+        batches.append((batch, task(batch)[0]))
+    (apart, loss), (packed, same) = batches
+    assert len(apart.ids) == 4 and len(packed.ids) == 2 and packed.ids.shape[1] <= 200
+    assert sorted(map(str, apart.pictures)) == sorted(map(str, packed.pictures))
+    assert int(apart.mask.sum()) == int(packed.mask.sum())
+    torch.testing.assert_close(same, loss, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_with_pictures_and_rows_of_text_teach_separate_parts_of_one_batch(job: Make):
+    """The gradients are those of two batches, each with one kind of rows and one part of the parameters."""
+    settings = METHODS["llama_adapter_v2, disjoint"]
+    task = prepare(Job.load(job("llama_adapter_v2", **settings)))
+    with torch.no_grad():
+        for name, parameter in task.bank.named_parameters():
+            parameter.add_(torch.randn_like(parameter) if name.endswith(".g") else 0)
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    shown = (batch.ids == task.reader.writer.image_id).any(1)
+    assert shown.tolist() == [True, True, True, False]  # two of ten rows are of text: one of four, at the least
+    loss, told = task(batch)
+    loss.backward()
+    found = {name: parameter.grad for name, parameter in task.bank.named_parameters()}
+    task.bank.zero_grad()
+    parts = task.method.parts(task.handle)
+    names = {id(parameter): name for name, parameter in task.bank.named_parameters()}
+    total = 0.0
+    for part, rows in (("captions", shown), ("instructions", ~shown)):
+        some = Batch(
+            batch.ids[rows], batch.labels[rows], batch.mask[rows], batch.pictures if part == "captions" else ()
+        )
+        alone = torch.nn.functional.cross_entropy(*task.reader.logits(some, False))
+        total += alone.item()
+        torch.testing.assert_close(told[part], alone.detach())
+        want = torch.autograd.grad(alone, parts[part])
+        assert all(gradient.any() for gradient in want)
+        for parameter, gradient in zip(parts[part], want, strict=True):
+            torch.testing.assert_close(found.pop(names[id(parameter)]), gradient)
+    assert not found and loss.item() == pytest.approx(total)
+
+
+def test_parts_that_nothing_would_teach_are_refused(job: Make, tmp_path: Path, questions: Path):
+    settings = METHODS["llama_adapter_v2, disjoint"]
+    lines = questions.read_text().splitlines()
+    for name, some, why in (
+        ("shown", lines[:10], "every row to train on has a picture, so nothing would teach all but the picture's part"),
+        ("bare", lines[10:], "no row to train on has a picture, so nothing would teach the picture's part"),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(some))
+        data = {"path": str(tmp_path / f"{name}.jsonl"), "validation": 0, "test": 0}
+        with pytest.raises(InputError, match=f"{why}.*method.disjoint = false"):
+            prepare(Job.load(job("llama_adapter_v2", data=data, **settings)))
+    for key, value in (("batch_size", 1), ("optimiser", "mezo")):
+        made = job("llama_adapter_v2", **settings)
+        made["train"][key] = value
+        with pytest.raises(InputError, match=f"train.{key}.*method.disjoint = false"):
+            prepare(Job.load(made))
+    with pytest.raises(InputError, match="method.fusion = 'none'"):
+        prepare(Job.load(job("llama_adapter_v2", **settings, fusion="none")))
+
+
+def test_memory_is_told_before_the_first_step(job: Make):
+    """What is kept for the backward pass, told from four rows, against a whole batch of twelve."""
+    made = job(rank=2)
+    made["train"]["batch_size"] = 12
+    task = prepare(Job.load(made))
+    found = re.search(r"memory: about (.*) MiB: (.*) MiB of weights, (.*) MiB of .*moments, (.*) MiB kept", task.facts)
+    assert found is not None
+    total, weights, learnt, kept = map(float, found.groups())
+    model, own = list(task.reader.base.model.parameters()), list(task.bank.parameters())
+    assert weights == pytest.approx(sum(p.numel() for p in model) * 4 / 2**20, abs=0.05)
+    assert learnt == pytest.approx(sum(p.numel() for p in own) * 4 * 4 / 2**20, abs=0.05)
+    batch = task.batch(0, torch.Generator().manual_seed(0))
+    assert kept == pytest.approx(saved_bytes(lambda: task(batch), [*model, *own]) / 2**20, rel=0.2)
+    assert total == pytest.approx(weights + learnt + kept, abs=0.2)
+    made["train"]["optimiser"] = "mezo"
+    assert "0.0 MiB kept for the backward pass" in prepare(Job.load(made)).facts
+
+
+def test_pictures_are_opened_when_they_are_needed(job: Make, monkeypatch: pytest.MonkeyPatch):
+    """Before the first step: for the dry step alone, not for the table. In training: once each, with a frozen tower."""
+    opened: list[str] = []
+    real = PictureStore.open
+
+    def open_it(self: PictureStore, picture: Any) -> Any:
+        opened.append(str(picture))
+        return real(self, picture)
+
+    monkeypatch.setattr(PictureStore, "open", open_it)
+    task = prepare(Job.load(job(rank=2)))
+    assert sum(name.endswith(".png") for name in opened) == 2  # of four rows, two have none
+    for step in range(8):
+        task.batch(step, torch.Generator().manual_seed(step))
+        task(task.batch(step, torch.Generator().manual_seed(step)))
+    files = [name for name in opened if name.endswith(".png")]
+    assert len(files) == len(set(files)) and len(files) > 2
+
+
+def test_rows_that_lose_turns_are_counted_before_the_first_step(
+    job: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    turns = [{"role": role, "content": "is it ?"} for _ in range(9) for role in ("user", "assistant")]
+    rows = [{"messages": turns}, *({"messages": turns[:2]} for _ in range(3))]
+    (tmp_path / "talks.json").write_text(json.dumps(rows))
+    prepare(
+        Job.load(job(rank=2, data={"path": str(tmp_path / "talks.json"), "length": 30, "validation": 0, "test": 0}))
+    )
+    assert "1 of 4 rows lose their last turns to data.length = 30" in caplog.text
+
+
+def test_an_adapter_is_refused_where_pictures_are_shown_otherwise(job: Make, tiny: Path, tmp_path: Path):
+    """Weights are the same, so the base's hash is; the processor's crop is not."""
+    adapter = prepare(Job.load(job(rank=2))).adapter({})
+    adapter.save(tmp_path / "adapter")
+    shutil.copytree(tiny, tmp_path / "base")
+    told = json.loads((tmp_path / "base" / "processor_config.json").read_text())
+    told["image_processor"] |= {"size": {"shortest_edge": 80}}
+    (tmp_path / "base" / "processor_config.json").write_text(json.dumps(told))
+    saved = Adapter.load(tmp_path / "adapter")
+    with saved.attached(graft.load_base(str(tiny), "cpu", domain="llm_mm")):
+        pass
+    other, message = graft.load_base(str(tmp_path / "base"), "cpu"), r"in its training: size was .*64.* and is .*80"
+    with pytest.raises(BaseMismatchError, match=message), saved.attached(other):
+        pass
+
+
+def test_learning_rates_are_those_of_llavas_scripts():
+    """arXiv:2310.03744, and its scripts for LoRA: 1e-3, then 2e-5; with LoRA 2e-4 and 2e-5 for the projector."""
+    want: dict[float, LlavaTuning] = {
+        1e-3: LlavaTuning(stage=1),
+        2e-4: LlavaTuning(),
+        2e-5: LlavaTuning(language="full"),
+    }
+    for rate, method in want.items():
+        assert method.default_learning_rate == rate
+    assert LlavaTuning().rates()["projector"] == LlavaTuning(language="full").rates()["projector"] == 2e-5
 
 
 def test_a_model_that_does_not_see_is_refused(tiny: Path):

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from graft.llm_mm.llama_adapter import LlamaAdapter
+from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import SiteError
@@ -161,6 +162,27 @@ def test_rows_choose_and_generate_with_their_own(family):
     for row, slot in ((0, 1), (2, 0)):
         handle.route(torch.tensor([slot]))
         assert torch.equal(text[row : row + 1], model.generate(IDS[row : row + 1], **settings))
+
+
+@every_family
+@torch.no_grad()
+def test_the_second_version_starts_at_the_base_and_generates_with_its_cache(family):
+    model = make(family)
+    before, settings = model(IDS, attention_mask=MASK).logits, {"max_new_tokens": 3, "do_sample": False}
+    handle = LlamaAdapterV2(num_tokens=2, layers=2, fusion="none").attach(model, 2)
+    assert torch.equal(model(IDS, attention_mask=MASK).logits, before)
+    linear = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    found = {site.name.removeprefix("model.") for site in handle.plan if site.kind == "linear"}
+    assert found == set(linear)  # bias and scale are everywhere, prompts in the last layers
+    assert [site.name for site in handle.plan if site.kind == "kv"] == [f"model.layers.{i}.self_attn" for i in (1, 2)]
+    for parameter in handle.bank.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    handle.route(torch.tensor([1, -1, 0]))
+    text = model.generate(IDS, attention_mask=MASK, **settings)
+    assert torch.equal(text, model.generate(IDS, attention_mask=MASK, **settings, use_cache=False))
+    logits = model(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(logits[1], before[1])
+    assert not torch.allclose(logits[0], before[0]) and not torch.allclose(logits[2], before[2])
 
 
 @torch.no_grad()

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+import transformers
+from PIL import Image
 from safetensors.torch import save_file
+from transformers import LlavaForConditionalGeneration
 
 import graft
 from graft.llm_mm.assembly import assemble
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig
+from graft.llm_mm.llama_adapter import LlamaAdapter
+from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
 from graft.llm_mm.llava import LlavaTuning
-from graft.llm_mm.method import LanguageLoRA, sample_logits, save_base
+from graft.llm_mm.method import LanguageLoRA, LanguagePrefix, LanguagePrompt, sample_logits, save_base, save_merged
+from graft.llm_mm.packing import check_packing, together
 from graft.llm_mm.parts import part_of
+from graft.llm_mm.pictures import PictureStore
+from graft.llm_mm.resampler import ResamplerSettings
 from graft.llm_mm.task import Reader
 from graft.studio.adapter import Adapter, Card
+from graft.studio.caches import Cache
 from graft.studio.config import to_dict
-from graft.studio.errors import InputError
+from graft.studio.errors import GraftError, InputError
 from graft.studio.pocket import models
+from graft.studio.registry import domain_of_base
+from graft.studio.training import train
 
 SLOW = pytest.mark.slow
+WHITE = np.full((40, 40, 3), 255, np.uint8)
 SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -75,34 +91,34 @@ def llava_next() -> MultimodalBase:
     return MultimodalBase("next", LlavaNextForConditionalGeneration(config), processor)
 
 
-def qwen() -> MultimodalBase:
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+SEES: dict[str, dict[str, Any]] = {
+    "Qwen2VL": {"embed_dim": 32, "mlp_ratio": 2},
+    "Qwen2_5_VL": {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]},
+    "Qwen3VL": {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0]},
+}  # fmt: skip
+"""What the towers of Qwen's families are told beside what they have in common."""
 
+
+def qwen(family: str) -> MultimodalBase:
     marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     words = tokenizer(*marks)
     words.image_token = marks[0]
     ids = [words.convert_tokens_to_ids(mark) for mark in marks]
-    config = Qwen2_5_VLConfig(
+    head = {"head_dim": 16} if family == "Qwen3VL" else {}
+    config = getattr(transformers, f"{family}Config")(
         text_config={
-            **SIZE, "num_key_value_heads": 1, "vocab_size": len(words), "pad_token_id": words.pad_token_id,
+            **SIZE, **head, "num_key_value_heads": 1, "vocab_size": len(words), "pad_token_id": words.pad_token_id,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
         },
-        vision_config={
-            "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32,
-            "patch_size": 8, "window_size": 32, "fullatt_block_indexes": [1],
-        },
+        vision_config={"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 8, **SEES[family]},
         image_token_id=ids[0], video_token_id=ids[1], vision_start_token_id=ids[2], vision_end_token_id=ids[3],
     )  # fmt: skip
     template = models.llava_processor().chat_template.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
-    images = Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
-    processor = Qwen2_5_VLProcessor(images, words, Qwen2VLVideoProcessor(), chat_template=template)
-    return MultimodalBase("qwen", Qwen2_5_VLForConditionalGeneration(config), processor)
+    images = transformers.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
+    videos = (transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor)()
+    processor = getattr(transformers, f"{family}Processor")(images, words, videos, chat_template=template)
+    return MultimodalBase(family, getattr(transformers, f"{family}ForConditionalGeneration")(config), processor)
 
 
 def smolvlm() -> MultimodalBase:
@@ -123,10 +139,17 @@ def smolvlm() -> MultimodalBase:
     return MultimodalBase("smolvlm", SmolVLMForConditionalGeneration(config), processor)
 
 
-@pytest.mark.parametrize("build", [llava_next, *(pytest.param(each, marks=SLOW) for each in (qwen, smolvlm))])
-def test_lora_learns_on_models_of_the_true_classes(build: Callable[[], MultimodalBase], photos: Callable[[str], Path]):
+FAMILIES: dict[str, Callable[[], MultimodalBase]] = {
+    "LlavaNext": llava_next, "SmolVLM": smolvlm, **{family: partial(qwen, family) for family in SEES},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "family", [each if each == "LlavaNext" else pytest.param(each, marks=SLOW) for each in FAMILIES]
+)
+def test_lora_learns_on_models_of_the_true_classes(family: str, photos: Callable[[str], Path]):
     torch.manual_seed(0)
-    base = build()
+    base = FAMILIES[family]()
     reader = Reader.of(base, DataConfig(path="-"))
     batch, tokens = reader.batch(rows(photos))
     handle = LanguageLoRA(rank=2, towers=("language", "projector")).attach(base.model)
@@ -144,6 +167,8 @@ def test_lora_learns_on_models_of_the_true_classes(build: Callable[[], Multimoda
         loss().backward()
         optimizer.step()
     assert loss().item() < start.item() - 0.1
+    words, _ = reader.batch([rows(photos)[2]] * 2)  # a batch without a picture
+    assert torch.isfinite(reader.logits(words, frozen_tower=True)[0]).all()
     # the same tokens as the processor's own
     row = rows(photos)[0]
     shown = [{"type": "image", "image": reader.store.open(picture)} for picture in row.pictures]
@@ -153,6 +178,75 @@ def test_lora_learns_on_models_of_the_true_classes(build: Callable[[], Multimoda
     )  # fmt: skip
     assert theirs["input_ids"][0].tolist() == reader.writer.prompt(row.asking(), reader.store.expand)
     assert tokens[0].answers[0][0] == theirs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "family", ["Llava", *(each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in FAMILIES)]
+)
+def test_packed_conversations_are_those_that_stand_alone(family: str, tiny: Path, photos: Callable[[str], Path]):
+    """Loss of each and the gradients of all, in one row and in a row for each; pictures whole and in their places."""
+    torch.manual_seed(0)
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm") if family == "Llava" else FAMILIES[family]()
+    reader, given = Reader.of(base, DataConfig(path="-"), Cache()), rows(photos)
+    with torch.no_grad():  # a model as drawn hardly minds where a token stands
+        for weight in base.model.parameters():
+            weight.mul_(4 if weight.dim() > 1 and family != "Llava" else 1)
+    handle = LanguageLoRA(rank=2, towers=("language", "projector")).attach(base.model)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    check_packing(reader, given, handle.plan, 100)
+
+    def told(rows: list[Conversation], most: int, frozen: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The losses of the conversations, and the gradients of their sum."""
+        batches = [reader.batch(rows, most)[0]] if most else [reader.batch([row])[0] for row in rows]
+        told = [reader.logits(batch, frozen) for batch in batches]
+        logits, labels = (torch.cat(each) for each in zip(*told, strict=True))
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none").view(len(rows), -1).sum(1)
+        return losses.detach(), list(torch.autograd.grad(losses.sum(), list(handle.bank.parameters())))
+
+    lengths = [len(reader.tokens(row).ids) for row in given]
+    assert lengths == sorted(lengths, reverse=True)  # as they are packed
+    for frozen in (True, False):
+        alone, want = told(given, 0, frozen)
+        for most, count in ((sum(lengths), 1), (lengths[0], 2)):
+            batch = reader.batch(given, most)[0]
+            assert batch.ids.shape == (count, most)
+            assert batch.pictures == (given[0].pictures + given[1].pictures)
+            packed, found = told(given, most, frozen)
+            torch.testing.assert_close(packed, alone, rtol=1e-5, atol=1e-5)
+            for one, other in zip(found, want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_prompts_behind_gates_are_seen_by_every_packed_conversation(tiny: Path, photos: Callable[[str], Path]):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader, given = Reader.of(base, DataConfig(path="-"), Cache()), rows(photos)
+    handle = LlamaAdapter(num_tokens=3, layers=2).attach(base.model)
+    for parameter in handle.bank.parameters():
+        parameter.normal_()
+    check_packing(reader, given, handle.plan, 300)
+    apart, packed = (reader.logits(reader.batch(given, most)[0], True)[0] for most in (0, 300))
+    torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Path]):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    reader, given = Reader.of(base, DataConfig(path="-")), rows(photos)
+    for method, why in (
+        (LanguagePrefix(length=2), "begins every row with what it trains"),
+        (LanguagePrompt(length=2), "begins every row with what it trains"),
+        (MultimodalLlamaAdapter(num_tokens=2), "shows a row's pictures to all"),
+    ):
+        with pytest.raises(InputError, match=f"data.packing = 90: this method {why}.*data.packing = 0"):
+            check_packing(reader, given, method.plan(base.model), 90)
+    forward = base.model.forward
+    base.model.forward = lambda position_ids=None, **rest: forward(**rest)
+    with pytest.raises(InputError, match="LlavaForConditionalGeneration lets conversations of one row see each other"):
+        check_packing(reader, given, (), 90)
+    assert together([5, 3, 9, 4, 20], 10) == [[4], [2], [0, 3], [1]]
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +301,127 @@ def test_parts_become_a_llava_that_transformers_loads(
     torch.testing.assert_close(reader.logits(batch, frozen_tower=True)[0], whole, rtol=1e-3, atol=1e-4)
 
 
-def test_other_towers_are_refused(parts: Path):
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_of_each_family_is_trained_and_merged_by_a_job(family: str, tmp_path: Path, questions: Path):
+    """From the folder that transformers saved to the one that it loads: rows with pictures and without, packed too."""
+    torch.manual_seed(0)
+    save_base(FAMILIES[family](), tmp_path / "base")
+    assert domain_of_base(str(tmp_path / "base")) == "llm_mm"
+    job = {
+        "base": str(tmp_path / "base"),
+        "domain": "llm_mm",
+        "method": {"name": "lora", "rank": 2, "towers": ["language", "projector", "vision"]},
+        "data": {"path": str(questions), "validation": 0.2, "test": 0.2, "packing": 200},
+        "train": {"steps": 3, "batch_size": 4, "learning_rate": 0.02, "device": "cpu", "threads": 1, "log_every": 1},
+    }
+    run = train(job, tmp_path / "run")
+    parts = {part_of(name) for name in run.adapter().tensors}
+    assert parts == {"language", "projector", "vision"}
+    base = graft.load_base(job["base"], "cpu")  # type: ignore[arg-type]
+    assert isinstance(base, MultimodalBase)
+    plain = sample_logits(base)
+    with run.adapter().attached(base):
+        told = sample_logits(base)
+    assert (told - plain).abs().max() > 1e-3 * plain.abs().max()
+    run.adapter().export(tmp_path / "merged", "transformers")
+    torch.testing.assert_close(
+        sample_logits(graft.load_base(str(tmp_path / "merged"), "cpu")), told, rtol=1e-3, atol=1e-3
+    )
+
+
+@torch.no_grad()
+def test_a_picture_is_cropped_or_padded_as_transformers_does_it(tiny: Path):
+    """A wide picture with red ends: cropped, they are gone; padded, all of it is there, on the mean colour."""
+    wide = np.full((40, 120, 3), 90, np.uint8)
+    wide[:, :20] = wide[:, -20:] = (250, 0, 0)
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    assert isinstance(base, MultimodalBase)
+    same = {key: value for key, value in base.picture_settings.items() if key != "do_convert_rgb"}
+    for fit, pads in (("crop", False), ("pad", True)):
+        found = PictureStore(base, fit).inputs([wide])["pixel_values"]
+        theirs = transformers.LlavaImageProcessor(**same, do_pad=pads)(
+            images=[Image.fromarray(wide)], return_tensors="pt"
+        )
+        torch.testing.assert_close(found, theirs["pixel_values"], rtol=0, atol=0.02)  # the mean is a whole number
+        red = (found[0, 0] > 0.5) & (found[0, 1] < -0.5)
+        assert bool(red.any()) == pads
+    assert bool((found[0, :, 0].abs() < 0.02).all())  # above the picture
+
+
+SHAPE = ResamplerSettings(queries=3, blocks=2, width=128)
+
+
+@pytest.mark.parametrize("tower", [pytest.param("clip", marks=SLOW), pytest.param("siglip", marks=SLOW), "timm"])
+@torch.no_grad()
+def test_a_resampler_says_so_many_tokens_of_a_picture_and_comes_back_from_its_folder(
+    tower: str, parts: Path, tmp_path: Path, photos: Callable[[str], Path]
+):
+    base = assemble(str(parts / tower), str(parts / "llama"), SHAPE)
+    save_base(base, tmp_path / "llava")
+    assert domain_of_base(str(tmp_path / "llava")) == "llm_mm"
+    again = graft.load_base(str(tmp_path / "llava"), "cpu")
+    assert isinstance(again, MultimodalBase) and again.is_llava and again.hash == base.hash
+    torch.testing.assert_close(sample_logits(again), sample_logits(base), rtol=1e-4, atol=1e-5)
+    reader = Reader.of(again, DataConfig(path="-"))
+    batch, _ = reader.batch(rows(photos))
+    assert int((batch.ids == reader.writer.image_id).sum()) == 3 * 3
+    # the formula, with torch's own attention
+    net, x = again.model.model.multi_modal_projector, torch.randn(2, 16, 32)
+    inside, q = net.into(x), net.queries.expand(2, -1, -1)
+    for block in net.blocks:
+        own = block.norm_q(q)
+        seen = torch.cat([block.norm_x(inside), own], 1)
+        theirs, three = (
+            torch.nn.MultiheadAttention(128, 2, batch_first=True),
+            (block.q_proj, block.k_proj, block.v_proj),
+        )
+        theirs.in_proj_weight.copy_(torch.cat([each.weight for each in three]))
+        theirs.in_proj_bias.copy_(torch.cat([each.bias for each in three]))
+        theirs.out_proj.load_state_dict(block.o_proj.state_dict())
+        q = q + theirs(own, seen, seen)[0]
+        q = q + block.down(torch.nn.functional.gelu(block.up(block.norm(q))))
+    torch.testing.assert_close(net(x), net.out(net.norm(q)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_transformers_alone_does_not_take_a_resampler_for_llavas_projector(parts: Path, tmp_path: Path):
+    """In another process, which has not been told of the model, its folder is refused by its type."""
+    base = assemble(str(parts / "timm"), str(parts / "llama"), SHAPE)
+    save_base(base, tmp_path / "llava")
+    forced = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
+    store = PictureStore(base)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 3, features"):
+        forced(input_ids=torch.tensor([store.expand(WHITE)]), **store.inputs([WHITE]))
+    code = "import sys, transformers as t; t.AutoModelForImageTextToText.from_pretrained(sys.argv[1])"
+    told = subprocess.run([sys.executable, "-c", code, tmp_path / "llava"], capture_output=True, text=True, check=False)
+    assert told.returncode and "graft_llava" in told.stderr and "does not recognize this architecture" in told.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "SmolLM3"])
+@torch.no_grad()
+def test_the_language_model_of_parts_says_what_it_said(family: str, parts: Path, tmp_path: Path):
+    """On words alone, with shared keys, and with the token table as its head or not."""
+    words = models.load_llava_tokenizer()
+    head = {"head_dim": 16, "pad_token_id": words.pad_token_id, "bos_token_id": words.bos_token_id}
+    config = getattr(transformers, f"{family}Config")(
+        **SIZE, **head, eos_token_id=words.eos_token_id, num_key_value_heads=1, vocab_size=len(words),
+        tie_word_embeddings=family != "Mistral",
+    )  # fmt: skip
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model.save_pretrained(tmp_path / "words")
+    words.save_pretrained(tmp_path / "words")
+    base = assemble(str(parts / "clip"), str(tmp_path / "words"), SHAPE)
+    save_base(base, tmp_path / "llava")
+    ids = torch.tensor([words("what is this ? red apple").input_ids])
+    for each in (base, graft.load_base(str(tmp_path / "llava"), "cpu")):
+        torch.testing.assert_close(each.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
+
+
+def test_other_towers_and_projectors_are_refused(parts: Path):
+    with pytest.raises(InputError, match="projector = 'q-former': .*ResamplerSettings"):
+        assemble(str(parts / "timm"), str(parts / "llama"), "q-former")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="its kind is llama"):
         assemble(str(parts / "llama"), str(parts / "llama"))
     with pytest.raises(InputError, match="the language model cannot be loaded"):
@@ -231,10 +445,14 @@ def trained(base: MultimodalBase, method: Any, name: str) -> Adapter:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "llava"])
-def test_peft_and_transformers_say_what_the_attached_adapter_says(name: str, tiny: Path, tmp_path: Path):
+@pytest.mark.parametrize("name", ["lora", "llava", "llava on a resampler"])
+def test_peft_and_transformers_say_what_the_attached_adapter_says(
+    name: str, tiny: Path, resampled: Path, tmp_path: Path
+):
     from peft import PeftModel
 
+    name, _, other = name.partition(" ")
+    tiny = resampled if other else tiny
     base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
     method = LanguageLoRA(rank=2, towers=("language", "vision")) if name == "lora" else LlavaTuning(rank=2)
     adapter = trained(base, method, name)
@@ -250,6 +468,16 @@ def test_peft_and_transformers_say_what_the_attached_adapter_says(name: str, tin
     adapter.export(tmp_path / "merged", "transformers")
     merged = graft.load_base(str(tmp_path / "merged"), "cpu")
     torch.testing.assert_close(sample_logits(merged), told, rtol=1e-3, atol=1e-3)
+
+
+def test_a_merge_that_answers_differently_is_told(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    assert isinstance(base, MultimodalBase)
+    adapter = trained(base, LanguageLoRA(rank=2), "lora")
+    with adapter.attached(base) as handle:
+        monkeypatch.setattr(handle, "merge", lambda: None)
+        with pytest.raises(GraftError, match="the merged model's logits differ by .* of the largest one"):
+            save_merged(base, handle, tmp_path / "merged")
 
 
 def test_what_peft_cannot_hold_is_refused(tiny: Path, tmp_path: Path):

@@ -90,6 +90,70 @@ def test_generation_with_a_cache_is_that_without_and_rows_choose(family, more):
     assert torch.equal(mixed, model.generate(**settings, use_cache=False))
 
 
+@torch.no_grad()
+def test_a_side_as_wide_as_the_model_is_the_model_itself():
+    """Nothing is cut away then, so each block gives the next hidden state for the one before it."""
+    for model in (make(), make("Qwen3", head_dim=12), make("SmolLM3")):
+        side: Any = LadderSideTuning(reduction=1).side(model.model)
+        for block, layer in zip(side.blocks, model.model.layers, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(block.parameters(), layer.parameters(), strict=True))
+        assert torch.equal(side.norm.weight, model.model.norm.weight)
+
+
+@torch.no_grad()
+def test_blocks_are_cut_out_where_the_weights_are_large():
+    """Weights with loud places: those, and nothing else, must be what stays, wherever they are read."""
+    model = make()
+    stream, inside = torch.tensor([0, 3, 4, 9, 10, 11, 17, 18, 20, 21, 25, 26, 27, 29, 30, 31]), torch.arange(24) * 2
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[stream] *= 3
+        layer.mlp.up_proj.weight[inside] *= 3
+        layer.self_attn.v_proj.weight[8:] *= 3  # the second head of keys and values, which heads 2 and 3 share
+        layer.self_attn.q_proj.weight[8:16] *= 2.5  # the loudest, but of the other one
+        layer.self_attn.q_proj.weight[24:] *= 2
+    for norm in (model.model.norm, *(layer.input_layernorm for layer in model.model.layers)):
+        norm.weight.normal_()
+    side: Any = LadderSideTuning(reduction=4, every=3).side(model.model)
+    assert side.taken == [0, 3] and side.blocks[0].self_attn.q_proj.weight.shape == (8, 8)
+    loud = sum(
+        layer.self_attn.o_proj.weight.abs().sum(1) + layer.mlp.down_proj.weight.abs().sum(1)
+        for layer in (model.model.layers[0], model.model.layers[3])
+    )
+    kept = loud.topk(8).indices.sort().values
+    assert set(kept.tolist()) <= set(stream.tolist())
+    for block, layer in zip(side.blocks, (model.model.layers[0], model.model.layers[3]), strict=True):
+        a, b = layer.self_attn, block.self_attn
+        gate, up = layer.mlp.gate_proj.weight[:, kept], layer.mlp.up_proj.weight[:, kept]
+        rows = (gate.abs().sum(1) + up.abs().sum(1)).topk(12).indices.sort().values
+        assert set(rows.tolist()) <= set(inside.tolist())
+        assert torch.equal(b.k_proj.weight, a.k_proj.weight[8:][:, kept])
+        assert torch.equal(b.v_proj.weight, a.v_proj.weight[8:][:, kept])
+        assert torch.equal(b.q_proj.weight, a.q_proj.weight[24:][:, kept])
+        assert torch.equal(b.o_proj.weight, a.o_proj.weight[kept][:, 24:])
+        assert torch.equal(block.mlp.up_proj.weight, up[rows])
+        assert torch.equal(block.mlp.down_proj.weight, layer.mlp.down_proj.weight[kept][:, rows])
+        assert torch.equal(block.input_layernorm.weight, layer.input_layernorm.weight[kept])
+    assert torch.equal(side.norm.weight, model.model.norm.weight[kept])
+
+
+@torch.no_grad()
+def test_a_start_may_be_drawn_and_neither_changes_the_model():
+    for start in ("pruned", "drawn"):
+        model = make()
+        before = model(IDS).logits
+        handle = LadderSideTuning(reduction=2, start=start).attach(model)  # type: ignore[arg-type]
+        assert torch.equal(model(IDS).logits, before)
+        own = handle.tensors()["model.blocks_0_self_attn_q_proj_weight"]
+        pieces = [row[:, None] == model.model.layers[0].self_attn.q_proj.weight.flatten() for row in own]
+        assert all(bool(piece.any(1).all()) == (start == "pruned") for piece in pieces)
+        handle.reset(0, 5)
+        assert torch.equal(handle.tensors()["model.blocks_0_self_attn_q_proj_weight"], own) == (start == "pruned")
+    packed = make("Phi3", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0})
+    with pytest.raises(SiteError, match="qkv_proj.*not known what to cut out; set start = 'drawn'|start = 'drawn'"):
+        LadderSideTuning(reduction=2).attach(packed)
+    assert len(LadderSideTuning(reduction=2, start="drawn").plan(packed)) == 1
+
+
 class Kept:
     """Bytes of activations that autograd keeps while it is open; a tensor that is kept twice counts once."""
 
