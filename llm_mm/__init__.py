@@ -21,9 +21,12 @@ _PUBLIC = {
     "MultimodalBase": "base",
     "MultimodalLlamaAdapter": "llama_adapter_multimodal",
     "PreviewConfig": "previews",
+    "answer_by_perplexity": "perplexity",
     "assemble": "assembly",
     "chat": "previews",
+    "chat_by_perplexity": "perplexity",
     "evaluate": "evaluation",
+    "file_by_perplexity": "perplexity",
     "load_base": "base",
     "prepare": "jobs",
     "preview": "previews",
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
         save_base,
         save_merged,
     )
+    from graft.llm_mm.perplexity import answer_by_perplexity, chat_by_perplexity, file_by_perplexity
     from graft.llm_mm.previews import PreviewConfig, chat, preview
     from graft.llm_mm.shown import show_rows
 
@@ -71,9 +75,12 @@ __all__ = [
     "MultimodalBase",
     "MultimodalLlamaAdapter",
     "PreviewConfig",
+    "answer_by_perplexity",
     "assemble",
     "chat",
+    "chat_by_perplexity",
     "evaluate",
+    "file_by_perplexity",
     "load_base",
     "prepare",
     "preview",

@@ -69,6 +69,8 @@ class DataConfig:
     """What transparent pictures are laid on."""
     system: str = ""
     """What the system says in rows that do not tell it."""
+    learn: Literal["answers", "all"] = "answers"
+    """What is learnt of a row: its answers, or its questions too, which choosing an adapter by perplexity needs."""
     replay: float = 0.0
     """Share of the rows of a batch that come from old data, so that what they teach is kept; 0.5 is one to one."""
     replay_path: str = ""
