@@ -128,8 +128,8 @@ def test_each_question_is_answered_by_the_adapter_that_was_taught_it(
     asked = {"first": ("what is the first word ?", "red"), "last": ("what colour is left of nothing ?", "two")}
     rows = {
         name: [
-            {**({"image": photos(f"{k}.png").name} if k % 2 else {}), "question": text, "answer": answer}
-            for k in range(12)
+            {"image": photos(f"{k}.png").name if k % 2 else "", "question": text, "answer": answer, "split": part}
+            for k, part in enumerate(["train"] * 10 + ["val"] * 2)
         ]
         for name, (text, answer) in asked.items()
     }
