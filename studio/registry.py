@@ -109,6 +109,7 @@ BENCHMARKS: dict[str, str] = {
     "kill": "graft.studio.bench.kill:run",
     "lora-speed": "graft.diffusion.bench:lora_speed",
     "many": "graft.diffusion.bench:many",
+    "memory": "graft.llm_mm.bench_memory:run",
     "personalization": "graft.diffusion.bench:personalization",
     "slots": "graft.studio.bench.slots:run",
     "textual-inversion": "graft.diffusion.bench:textual_inversion",

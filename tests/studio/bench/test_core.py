@@ -62,3 +62,12 @@ def test_a_peak_is_the_rise_while_working():
         pytest.skip("not on Linux")
     assert 0.9 * 2**26 < rise < 1.3 * 2**26
     assert (measure.peak_rise(lambda: None) or 0) < 2**23
+
+
+def test_what_tensors_take_at_most_is_counted_to_the_byte():
+    def work():
+        kept = torch.empty(1000)
+        torch.empty(3000)
+        return kept + torch.empty(1000)
+
+    assert measure.peak_allocated(work) == 4 * (1000 + 3000)
