@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
@@ -74,6 +75,28 @@ def route_by_perplexity(model: Any, handle: Handle, inputs: dict[str, Any]) -> T
     return route
 
 
+def perplexity_by_adapter(
+    base: MultimodalBase, adapters: Mapping[str, Adapter], rows: Sequence[Conversation], batch_size: int = 16
+) -> list[dict[str, float]]:
+    """Returns the perplexity of each conversation that ends with a question, by the names of the adapters.
+
+    Raises:
+        BaseMismatchError: an adapter of another base.
+    """
+    found = [dict[str, float]() for _ in rows]
+    for name, adapter in adapters.items():
+        if len(adapters) > 1 and adapter.card.details.get("learn") != "all":
+            log.warning("%s has learnt answers alone, so its perplexity tells little: data.learn = 'all'", name)
+        reader = _reader(base, adapter)
+        with adapter.attached(base):
+            for start in range(0, len(rows), batch_size):
+                part = slice(start, start + batch_size)
+                inputs = _prompts(reader, [_spoken_to(adapter, row) for row in rows[part]])
+                for each, value in zip(found[part], perplexity(base.model, inputs).tolist(), strict=True):
+                    each[name] = value
+    return found
+
+
 def answer_by_perplexity(
     base: MultimodalBase, adapters: Mapping[str, Adapter], rows: Sequence[Conversation], tokens: int = 32
 ) -> list[dict[str, Any]]:
@@ -91,18 +114,7 @@ def answer_by_perplexity(
     Raises:
         BaseMismatchError: an adapter of another base.
     """
-    found = [dict[str, float]() for _ in rows]
-    for name, adapter in adapters.items():
-        if len(adapters) > 1 and adapter.card.details.get("learn") != "all":
-            log.warning("%s has learnt answers alone, so its perplexity tells little: data.learn = 'all'", name)
-        reader = _reader(base, adapter)
-        with adapter.attached(base):
-            for row, told in zip(rows, found, strict=True):
-                read = _spoken_to(adapter, row)
-                ids = torch.tensor([reader.writer.prompt(read, reader.store.expand)], device=base.device)
-                shown = [row.pictures[part] for turn in row.turns for part in turn.parts if isinstance(part, int)]
-                given = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(shown))
-                told[name] = float(perplexity(base.model, given))
+    found = perplexity_by_adapter(base, adapters, rows)
     chosen, answers = [min(each, key=each.__getitem__) for each in found], [""] * len(rows)
     for name, adapter in adapters.items():
         own = [k for k, each in enumerate(chosen) if each == name]
@@ -173,3 +185,13 @@ def _reader(base: MultimodalBase, adapter: Adapter) -> Reader:
     details = adapter.card.details
     known = {key: str(details[key]) for key in ("fit", "background") if details.get(key)}
     return Reader.of(base, DataConfig(path="-", **known))  # type: ignore[arg-type]
+
+
+def _prompts(reader: Reader, rows: Sequence[Conversation]) -> dict[str, Any]:
+    """What the model is called with for conversations up to where an answer begins, padded at their ends."""
+    ids = [torch.tensor(reader.writer.prompt(row, reader.store.expand)) for row in rows]
+    mask = pad_sequence([torch.ones_like(each) for each in ids], batch_first=True)
+    shown = [row.pictures[part] for row in rows for turn in row.turns for part in turn.parts if isinstance(part, int)]
+    device = reader.base.device
+    padded = pad_sequence(ids, batch_first=True, padding_value=reader.writer.tokenizer.pad_token_id or 0)
+    return model_inputs(reader.base, padded.to(device), mask.to(device), reader.store.inputs(shown))

@@ -211,8 +211,8 @@ class LanguageTask(nn.Module):
             self.handle.after_step(step, steps)
 
     def validate(self) -> dict[str, float]:
-        """Exact match on rows kept aside, with their pictures, other pictures and none; and on the old data."""
-        from graft.llm_mm.evaluation import exact_match
+        """All figures of rows kept aside, also with other pictures and with none; and exact match on old data."""
+        from graft.llm_mm.evaluation import exact_match, measured
 
         figures: dict[str, float] = {}
         reader = replace(self.reader, learn="answers")
@@ -220,9 +220,9 @@ class LanguageTask(nn.Module):
         self.bank.eval()
         try:
             asked = self.rows.val[: self.data.checked]
-            for control in ("", "rotated", "blank") if asked else ():
-                name = f"val_exact{'_' * bool(control)}{control}"
-                figures[name] = exact_match(reader, asked, control, self.frozen_tower)
+            for name, value in measured(reader, asked, self.frozen_tower).items() if asked else ():
+                control = "exact_" * (name in ("rotated", "blank"))
+                figures |= {f"val_{control}{name.replace(' ', '_')}": value} if name != "questions" else {}
             if self.old is not None and self.old.val:
                 figures["old_exact"] = exact_match(reader, self.old.val[: self.data.checked], "", self.frozen_tower)
         finally:

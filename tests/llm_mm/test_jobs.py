@@ -257,3 +257,24 @@ def test_what_is_measured_is_what_the_run_put_aside(job: Make, tiny: Path):
     assert tested["questions"] == 2
     assert evaluate(base, None, EvaluationConfig(path=path, part="all"))["questions"] == 12
     assert issubclass(LanguageTask, torch.nn.Module)
+
+
+def test_what_is_measured_in_training_is_what_graft_eval_measures(
+    job: Make, tiny: Path, photos: Callable[[str], Path], tmp_path: Path
+):
+    rows = [
+        {"image": photos(f"{k}.png").name, "question": "is it ?", "answer": answer, "kind": kind, "choices": choices}
+        for k, (answer, kind, choices) in enumerate([("yes", "is it", ""), ("red", "the colour", "red|blue")] * 10)
+    ]
+    path = tmp_path / "kinds.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = prepare(Job.load(job(data={"path": str(path), "validation": 0.6, "replay": 0.5, "replay_path": str(path)})))
+    found = task.validate()
+    task.handle.detach()
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    told = evaluate(base, None, EvaluationConfig(path=str(path), part="val", validation=0.6, test=0.2))
+    names = {"exact", "choice", "yes_no", "yes_rate", "recall", "exact is it", "exact the colour"}
+    assert names <= set(told) and {"val_exact_rotated", "val_exact_blank", "old_exact"} <= set(found)
+    for name in names:
+        assert found[f"val_{name.replace(' ', '_')}"] == pytest.approx(told[name], abs=1e-4)
+    assert found["val_exact_blank"] == pytest.approx(told["blank"], abs=1e-4)

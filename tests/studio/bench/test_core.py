@@ -32,6 +32,7 @@ def test_the_table_compares_equal_work(tmp_path, short):
     assert saved["lora, dropout"] < 1.001 * saved["lora"]
     assert saved["peft lora, dropout"] > 1.2 * saved["peft lora"]
     for name in (
+        "LoRA saved bytes over peft's",
         "DoRA saved bytes over peft's",
         "dropout saved bytes over peft's",
         "bf16 base saved bytes over peft's",
