@@ -40,6 +40,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("llm_mm", "llava"): "graft.llm_mm.llava:LlavaTuning",
     ("llm_mm", "lora"): "graft.llm_mm.method:LanguageLoRA",
     ("llm_mm", "lora_fa"): "graft.llm_mm.method:LanguageLoRAFA",
+    ("llm_mm", "o_lora"): "graft.llm_mm.method:LanguageOLoRA",
     ("llm_mm", "prefix_tuning"): "graft.llm_mm.method:LanguagePrefix",
     ("llm_mm", "prompt_tuning"): "graft.llm_mm.method:LanguagePrompt",
     ("pocket", "autoencoder"): "graft.studio.pocket.pretrain.autoencoder:Autoencoder",

@@ -17,9 +17,8 @@ from graft.studio.registry import BENCHMARKS, find
 @pytest.mark.slow
 def test_rows_and_checks_of_a_short_run(tmp_path: Path):
     assert find(BENCHMARKS["vqa"]) is run
-    result = run(
-        tmp_path, methods=("lora, replay 1:1", "llama_adapter"), steps=1, batch_size=4, restore_steps=1, rows=8
-    )
+    methods = ("lora, replay 1:1", "lora for each", "llama_adapter")
+    result = run(tmp_path, methods=methods, steps=1, batch_size=4, restore_steps=1, rows=8)
     told = {row["method"]: row for row in result["rows"]}
     assert set(told) >= {"base", "lora, replay 1:1", "fresh projector, stage 1"} and set(METHODS) >= set(told) - {
         "base",
@@ -27,6 +26,8 @@ def test_rows_and_checks_of_a_short_run(tmp_path: Path):
     }
     assert told["base"]["new"] == 0 and told["base"]["old"] > 0.5
     assert told["lora, replay 1:1"]["parameters"] == 8 * 3 * (8 * 192 + 3 * (192 + 320))
+    assert told["lora for each"]["parameters"] == 2 * told["lora, replay 1:1"]["parameters"]
+    assert told["lora for each"]["old"] > 0.5  # after one step either of them is all but the base
     assert told["fresh projector, stage 1"]["old"] < 0.5 and not result["passed"]
     assert "old questions lost with replay" in result["table"]
     assert json.loads((tmp_path / "vqa.json").read_text())["rows"]

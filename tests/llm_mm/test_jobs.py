@@ -54,6 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "towers": ["language", "projector", "vision"], "dropout": 0.1},
     "dora": {"rank": 2},
     "lora_fa": {"rank": 2},
+    "o_lora": {"rank": 2},
     "ia3": {},
     "prefix_tuning": {"length": 2},
     "prompt_tuning": {"length": 2},
@@ -118,6 +119,30 @@ def test_stage_two_starts_from_the_projector_of_stage_one(job: Make, tmp_path: P
     assert first and all(torch.equal(own[name], first[name]) for name in first)
     with pytest.raises(InputError, match="does not train the projector in full"):
         prepare(Job.load(job("llava", projector="frozen", start=str(tmp_path / "first"))))
+
+
+@pytest.mark.slow
+def test_o_lora_keeps_the_factors_of_the_task_before_and_stays_out_of_their_way(job: Make, tmp_path: Path):
+    first = train(job("lora", rank=2), tmp_path / "first").adapter()
+    second = {}
+    for weight in (0.0, 100.0):
+        made = job("o_lora", rank=2, earlier=[str(tmp_path / "first")], orthogonality=weight)
+        second[weight] = train(made, tmp_path / f"second{weight}").adapter()
+    overlap = dict.fromkeys(second, 0.0)
+    for weight, adapter in second.items():
+        for name in (name for name in adapter.tensors if name.endswith(".A")):
+            assert torch.equal(adapter.tensors[f"{name}_past"], first.tensors[name])
+            overlap[weight] += float((first.tensors[name] @ adapter.tensors[name].T).abs().sum())
+    assert overlap[100.0] < overlap[0.0]
+    base = graft.load_base(job()["base"], "cpu", domain="llm_mm")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        with first.attached(base):
+            expected = base.model(input_ids=ids).logits
+        empty = {name: t.zero_() if name.endswith(".B") else t for name, t in second[0.0].tensors.items()}
+        with Adapter(empty, second[0.0].card).attached(base):
+            found = base.model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)  # without the new factors it is the first task's adapter
 
 
 def test_the_towers_words_are_kept_by_content(job: Make):
