@@ -11,6 +11,7 @@ _PUBLIC = {
     "EvaluationConfig": "evaluation",
     "LanguageDoRA": "method",
     "LanguageIA3": "method",
+    "LanguageLadder": "method",
     "LanguageLoRA": "method",
     "LanguageLoRAFA": "method",
     "LanguageOLoRA": "method",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from graft.llm_mm.method import (
         LanguageDoRA,
         LanguageIA3,
+        LanguageLadder,
         LanguageLoRA,
         LanguageLoRAFA,
         LanguageOLoRA,
@@ -67,6 +69,7 @@ __all__ = [
     "EvaluationConfig",
     "LanguageDoRA",
     "LanguageIA3",
+    "LanguageLadder",
     "LanguageLoRA",
     "LanguageLoRAFA",
     "LanguageOLoRA",

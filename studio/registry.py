@@ -37,6 +37,7 @@ METHODS: dict[tuple[str, str], str] = {
     ("llm_mm", "llama_adapter_v2"): "graft.llm_mm.llama_adapter_v2:LlamaAdapterV2",
     ("llm_mm", "dora"): "graft.llm_mm.method:LanguageDoRA",
     ("llm_mm", "ia3"): "graft.llm_mm.method:LanguageIA3",
+    ("llm_mm", "ladder_side_tuning"): "graft.llm_mm.method:LanguageLadder",
     ("llm_mm", "llava"): "graft.llm_mm.llava:LlavaTuning",
     ("llm_mm", "lora"): "graft.llm_mm.method:LanguageLoRA",
     ("llm_mm", "lora_fa"): "graft.llm_mm.method:LanguageLoRAFA",

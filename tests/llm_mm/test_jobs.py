@@ -56,6 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora_fa": {"rank": 2},
     "o_lora": {"rank": 2},
     "ia3": {},
+    "ladder_side_tuning": {"reduction": 2},
     "prefix_tuning": {"length": 2},
     "prompt_tuning": {"length": 2},
     "llava": {"rank": 2, "vision": "full"},
