@@ -45,6 +45,8 @@ class DataConfig:
     """What transparent pictures are laid on."""
     system: str = ""
     """What the system says in rows that do not tell it."""
+    learn: Literal["answers", "all"] = "answers"
+    """What is learnt of a row: its answers, or its questions too, which choosing an adapter by perplexity needs."""
     replay: float = 0.0
     """Share of the rows of a batch that come from old data, so that what they teach is kept; 0.5 is one to one."""
     replay_path: str = ""
@@ -135,19 +137,23 @@ def read_rows(config: DataConfig) -> Rows:
 
 
 def _shared(rows: Sequence[Conversation], config: DataConfig) -> dict[str, list[Conversation]]:
-    """Rows by part; those of one picture stay together. Nothing is drawn where the data declare parts."""
+    """Rows by part; those of one picture stay together. Nothing is drawn where the data declare parts.
+
+    Pictures go by their names in the data's folder, so that the parts are the same wherever it stands.
+    """
+    where = Path(config.images or config.path or ".").expanduser().resolve()
+    root = f"{where if where.is_dir() else where.parent}/"
+    names = [_names(row).replace(root, "") for row in rows]
     parts: dict[str, list[Conversation]] = {"train": [], "val": [], "test": []}
-    groups = sorted(
-        {_names(row) for row in rows}, key=lambda name: hashlib.sha256(f"{config.seed}{name}".encode()).hexdigest()
-    )
+    groups = sorted(set(names), key=lambda name: hashlib.sha256(f"{config.seed}{name}".encode()).hexdigest())
     declared = any(row.part in ("val", "test") for row in rows)
     count = {"test": round(config.test * len(groups)), "val": round(config.validation * len(groups))}
     for part, share in (("test", config.test), ("val", config.validation)):
         count[part] = max(count[part], int(share > 0 and len(groups) > 2))
     drawn = dict.fromkeys(groups[: count["test"]], "test")
     drawn |= dict.fromkeys(groups[count["test"] : count["test"] + count["val"]], "val")
-    for row in rows:
-        parts[(row.part or "train") if declared else drawn.get(_names(row), "train")].append(row)
+    for row, name in zip(rows, names, strict=True):
+        parts[(row.part or "train") if declared else drawn.get(name, "train")].append(row)
     return parts
 
 

@@ -163,13 +163,16 @@ def exact_match(
     reader: Reader, rows: Sequence[Conversation], control: Control = "", frozen_tower: bool = True, batch_size: int = 32
 ) -> float:
     """Share of answers that are right to the letter; under a control, of rows with pictures. NaN without any."""
-    if control:
-        rows = [row for row in rows if row.pictures]
-    if control == "blank":
-        rows = [replace(row, pictures=(GREY,) * len(row.pictures)) for row in rows]
-    elif control == "rotated":
-        rows = rotated(reader, rows)
+    rows = controlled(reader, rows, control)
     return _mean([hit for row in _hits(reader, rows, frozen_tower, batch_size) for hit in row])
+
+
+def controlled(reader: Reader, rows: Sequence[Conversation], control: Control) -> Sequence[Conversation]:
+    """Rows as they are asked under a control, which leaves out those without pictures."""
+    shown = [row for row in rows if row.pictures]
+    if control == "blank":
+        return [replace(row, pictures=(GREY,) * len(row.pictures)) for row in shown]
+    return rotated(reader, shown) if control == "rotated" else rows
 
 
 def rotated(reader: Reader, rows: Sequence[Conversation]) -> list[Conversation]:

@@ -1,7 +1,8 @@
 """What the methods of this domain share: sites and learning rates by part, and a merged model as a folder.
 
-LoRA, DoRA, LoRA-FA, (IA)3, prefix and prompt tuning are those of `graft.studio.methods`; here they are told which part
-of the model to stay in, by the whole path of a layer, and leave out layers whose output nobody reads.
+LoRA, DoRA, LoRA-FA, O-LoRA, (IA)3, ladder side-tuning, prefix and prompt tuning are those of `graft.studio.methods`;
+here they are told which part of the model to stay in, by the whole path of a layer, and leave out layers whose output
+nobody reads.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from graft.studio.disk import require_empty
 from graft.studio.errors import GraftError, SiteError
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.ia3 import IA3
+from graft.studio.methods.ladder_side_tuning import LadderSideTuning
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
+from graft.studio.methods.o_lora import OrthogonalLoRA
 from graft.studio.methods.prefix_tuning import PrefixTuning
 from graft.studio.methods.prompt_tuning import PromptTuning
 from graft.studio.sites import Model, Plan
@@ -197,12 +200,30 @@ class LanguageLoRAFA(MultimodalMethod, LoRAFA):
 
 
 @dataclass(frozen=True)
+class LanguageOLoRA(MultimodalMethod, OrthogonalLoRA):
+    """O-LoRA on a multimodal language model."""
+
+    default_learning_rate: ClassVar[float] = 2e-3
+    targets: str | tuple[str, ...] = "all-linear"
+    """Layers: roles (q k v o up gate down), attention, mlp, all-linear, or patterns of whole paths."""
+    towers: tuple[str, ...] | None = ("language",)
+    """Parts to stay in: language, projector, vision."""
+
+
+@dataclass(frozen=True)
 class LanguageIA3(MultimodalMethod, IA3):
     """(IA)3 on a multimodal language model."""
 
     default_learning_rate: ClassVar[float] = 2e-2
     towers: tuple[str, ...] | None = ("language",)
     """Parts to stay in: language, projector, vision."""
+
+
+@dataclass(frozen=True)
+class LanguageLadder(MultimodalMethod, LadderSideTuning):
+    """Ladder side-tuning of a multimodal language model."""
+
+    default_learning_rate: ClassVar[float] = 3e-3
 
 
 @dataclass(frozen=True)

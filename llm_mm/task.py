@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,16 +49,22 @@ class Reader:
     writer: Writer
     length: int = 0
     """Most tokens of a row; 0 takes all."""
+    learn: str = "answers"
+    """Or "all": every token but those of pictures."""
 
     @classmethod
     def of(cls, base: MultimodalBase, data: DataConfig, cache: Any = None) -> Reader:
         """Returns one for a data section."""
         store = PictureStore(base, data.fit, data.background, cache if data.cache else None)
-        return cls(base, store, Writer(base.processor), data.length)
+        return cls(base, store, Writer(base.processor), data.length, data.learn)
 
     def tokens(self, row: Conversation) -> Tokens:
         """Ids and labels of a conversation."""
-        return self.writer.tokens(row, self.store.expand, self.length)
+        found = self.writer.tokens(row, self.store.expand, self.length)
+        if self.learn == "answers":
+            return found
+        labels = [IGNORED if token == self.writer.image_id else token for token in found.ids]
+        return replace(found, labels=[IGNORED, *labels[1:]])  # in a packed row another conversation comes before
 
     def batch(self, rows: Sequence[Conversation], most: int = 0) -> tuple[Batch, list[Tokens]]:
         """Rows side by side, padded at their ends; and the tokens of each.
@@ -244,21 +250,20 @@ class LanguageTask(nn.Module):
             self.handle.after_step(step, steps)
 
     def validate(self) -> dict[str, float]:
-        """Exact match on rows kept aside, with their pictures, other pictures and none; and on the old data."""
-        from graft.llm_mm.evaluation import exact_match
+        """All figures of rows kept aside, also with other pictures and with none; and exact match on old data."""
+        from graft.llm_mm.evaluation import exact_match, measured
 
         figures: dict[str, float] = {}
+        reader = replace(self.reader, learn="answers")
         mode = self.bank.training
         self.bank.eval()
         try:
             asked = self.rows.val[: self.data.checked]
-            for control in ("", "rotated", "blank") if asked else ():
-                name = f"val_exact{'_' * bool(control)}{control}"
-                figures[name] = exact_match(self.reader, asked, control, self.frozen_tower)
+            for name, value in measured(reader, asked, self.frozen_tower).items() if asked else ():
+                control = "exact_" * (name in ("rotated", "blank"))
+                figures |= {f"val_{control}{name.replace(' ', '_')}": value} if name != "questions" else {}
             if self.old is not None and self.old.val:
-                figures["old_exact"] = exact_match(
-                    self.reader, self.old.val[: self.data.checked], "", self.frozen_tower
-                )
+                figures["old_exact"] = exact_match(reader, self.old.val[: self.data.checked], "", self.frozen_tower)
         finally:
             self.bank.train(mode)
         return {name: value for name, value in figures.items() if value == value}
@@ -288,7 +293,7 @@ class LanguageTask(nn.Module):
     def adapter(self, metrics: dict[str, Any], slot: int = 0) -> Adapter:
         """What has been learnt so far."""
         base = self.reader.base
-        details: dict[str, Any] = {key: getattr(self.data, key) for key in ("fit", "background", "system")}
+        details: dict[str, Any] = {key: getattr(self.data, key) for key in ("fit", "background", "system", "learn")}
         details["processor"] = base.picture_settings
         card = Card(
             method=self.name,

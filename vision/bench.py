@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from graft.studio.bench import measure
 from graft.studio.config import from_dict
 from graft.studio.disk import write_json
 from graft.studio.job import Job
@@ -131,20 +132,9 @@ def _saved(job: dict[str, Any]) -> int:
 
 
 def saved_bytes(run: Callable[[], Any], task: VisionTask) -> int:
-    """Bytes of the distinct storages that a forward pass keeps for backward, without parameters and buffers."""
-    own = [*task.base.model.parameters(), *task.base.model.buffers(), *task.parameters(), *task.buffers()]
-    known = {tensor.untyped_storage().data_ptr() for tensor in own}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _ = run()
-    return sum(kept.values())
+    """Bytes that a forward pass keeps for its backward pass, without parameters and buffers."""
+    model = task.base.model
+    return measure.saved_bytes(run, [*model.parameters(), *model.buffers(), *task.parameters(), *task.buffers()])
 
 
 def _checks(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,3 +107,14 @@ def test_rows_of_one_picture_stay_in_one_part(photos: Callable[[str], Path], tmp
     rows = [{**row, "split": "test" if k > 20 else "train"} for k, row in enumerate(rows)]
     declared = read_rows(DataConfig(path=saved(rows, tmp_path).path, validation=0.2))
     assert len(declared.train) == 21 and len(declared.test) == 9 and not declared.val
+
+
+def test_a_folder_that_moves_keeps_its_parts(questions: Path):
+    folders = [questions.parent, *(questions.parent.with_name(f"{questions.parent.name}-{k}") for k in range(4))]
+    numbers = []
+    for folder in folders:
+        if folder != questions.parent:
+            shutil.copytree(questions.parent, folder)
+        rows = read_rows(DataConfig(path=str(folder / questions.name), validation=0.3, test=0.3))
+        numbers.append([[row.number for row in rows.part(part)] for part in ("train", "val", "test")])
+    assert all(each == numbers[0] for each in numbers) and all(numbers[0])

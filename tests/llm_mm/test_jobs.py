@@ -57,7 +57,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 2, "towers": ["language", "projector", "vision"], "dropout": 0.1},
     "dora": {"rank": 2},
     "lora_fa": {"rank": 2},
+    "o_lora": {"rank": 2},
     "ia3": {},
+    "ladder_side_tuning": {"reduction": 2},
     "prefix_tuning": {"length": 2},
     "prompt_tuning": {"length": 2},
     "llava": {"rank": 2, "vision": "full"},
@@ -134,6 +136,30 @@ def test_stage_two_starts_from_the_projector_of_stage_one(job: Make, tmp_path: P
     assert first and all(torch.equal(own[name], first[name]) for name in first)
     with pytest.raises(InputError, match="does not train the projector in full"):
         prepare(Job.load(job("llava", projector="frozen", start=str(tmp_path / "first"))))
+
+
+@pytest.mark.slow
+def test_o_lora_keeps_the_factors_of_the_task_before_and_stays_out_of_their_way(job: Make, tmp_path: Path):
+    first = train(job("lora", rank=2), tmp_path / "first").adapter()
+    second = {}
+    for weight in (0.0, 100.0):
+        made = job("o_lora", rank=2, earlier=[str(tmp_path / "first")], orthogonality=weight)
+        second[weight] = train(made, tmp_path / f"second{weight}").adapter()
+    overlap = dict.fromkeys(second, 0.0)
+    for weight, adapter in second.items():
+        for name in (name for name in adapter.tensors if name.endswith(".A")):
+            assert torch.equal(adapter.tensors[f"{name}_past"], first.tensors[name])
+            overlap[weight] += float((first.tensors[name] @ adapter.tensors[name].T).abs().sum())
+    assert overlap[100.0] < overlap[0.0]
+    base = graft.load_base(job()["base"], "cpu", domain="llm_mm")
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        with first.attached(base):
+            expected = base.model(input_ids=ids).logits
+        empty = {name: t.zero_() if name.endswith(".B") else t for name, t in second[0.0].tensors.items()}
+        with Adapter(empty, second[0.0].card).attached(base):
+            found = base.model(input_ids=ids).logits
+    torch.testing.assert_close(found, expected)  # without the new factors it is the first task's adapter
 
 
 def test_the_towers_words_are_kept_by_content(job: Make):
@@ -414,3 +440,24 @@ def test_what_is_measured_is_what_the_run_put_aside(job: Make, tiny: Path):
     assert tested["questions"] == 2
     assert evaluate(base, None, EvaluationConfig(path=path, part="all"))["questions"] == 12
     assert issubclass(LanguageTask, torch.nn.Module)
+
+
+def test_what_is_measured_in_training_is_what_graft_eval_measures(
+    job: Make, tiny: Path, photos: Callable[[str], Path], tmp_path: Path
+):
+    rows = [
+        {"image": photos(f"{k}.png").name, "question": "is it ?", "answer": answer, "kind": kind, "choices": choices}
+        for k, (answer, kind, choices) in enumerate([("yes", "is it", ""), ("red", "the colour", "red|blue")] * 10)
+    ]
+    path = tmp_path / "kinds.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    task = prepare(Job.load(job(data={"path": str(path), "validation": 0.6, "replay": 0.5, "replay_path": str(path)})))
+    found = task.validate()
+    task.handle.detach()
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    told = evaluate(base, None, EvaluationConfig(path=str(path), part="val", validation=0.6, test=0.2))
+    names = {"exact", "choice", "yes_no", "yes_rate", "recall", "exact is it", "exact the colour"}
+    assert names <= set(told) and {"val_exact_rotated", "val_exact_blank", "old_exact"} <= set(found)
+    for name in names:
+        assert found[f"val_{name.replace(' ', '_')}"] == pytest.approx(told[name], abs=1e-4)
+    assert found["val_exact_blank"] == pytest.approx(told["blank"], abs=1e-4)

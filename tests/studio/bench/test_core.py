@@ -32,6 +32,7 @@ def test_the_table_compares_equal_work(tmp_path, short):
     assert saved["lora, dropout"] < 1.001 * saved["lora"]
     assert saved["peft lora, dropout"] > 1.2 * saved["peft lora"]
     for name in (
+        "LoRA saved bytes over peft's",
         "DoRA saved bytes over peft's",
         "dropout saved bytes over peft's",
         "bf16 base saved bytes over peft's",
@@ -62,3 +63,12 @@ def test_a_peak_is_the_rise_while_working():
         pytest.skip("not on Linux")
     assert 0.9 * 2**26 < rise < 1.3 * 2**26
     assert (measure.peak_rise(lambda: None) or 0) < 2**23
+
+
+def test_what_tensors_take_at_most_is_counted_to_the_byte():
+    def work():
+        kept = torch.empty(1000)
+        torch.empty(3000)
+        return kept + torch.empty(1000)
+
+    assert measure.peak_allocated(work) == 4 * (1000 + 3000)
