@@ -57,6 +57,23 @@ def command(runs: Path, argv: list[str]) -> Any:
         return args.run(args).document
 
 
+def rows(runs: Path, job: Mapping[str, Any], count: int) -> str:
+    """Return the first rows of a job's data as `graft data preview` shows them, as HTML.
+
+    Raises:
+        InputError: anything wrong with job, base or data, or a domain without rows of tokens.
+    """
+    from graft.studio import registry
+    from graft.studio.job import Job
+
+    loaded = Job.load(job)
+    domain = registry.domain(loaded.domain)
+    if not hasattr(domain, "show_rows"):
+        raise InputError(f"domain {loaded.domain!r}", "it has no rows of tokens", "Start the training")
+    body: str = domain.show_rows(loaded, count).body
+    return body
+
+
 class Shower:
     """Shows what adapters do; keeps the last base loaded."""
 
@@ -102,6 +119,7 @@ def main() -> None:
         "start": start,
         "demo": demo,
         "command": command,
+        "rows": rows,
         "show": Shower(),
     }
     for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):

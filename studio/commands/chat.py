@@ -19,6 +19,10 @@ def add(commands: Any) -> None:
         "--ask", action="append", metavar="TEXT", help="a question; repeatable, as one conversation (default: asks you)"
     )
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="most tokens of an answer (default: 32)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="draw answers; 0 takes the likeliest (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
     parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: the accelerator if there is one)")
     add_runs(parser)
@@ -37,12 +41,14 @@ def chat(args: argparse.Namespace) -> Answer:
         )
     base = load_base_of(adapter, args.base, args.device)
     asked, rows = list(args.ask or ()), list[dict[str, str]]()
+    config = domain.PreviewConfig(tokens=args.tokens, temperature=args.temperature)  # type: ignore[union-attr]
+    how = (config.tokens, config.drawing(args.seed))
     if asked:
-        rows = domain.chat(base, adapter, args.pictures, asked, args.tokens)  # type: ignore[union-attr]
+        rows = domain.chat(base, adapter, args.pictures, asked, *how)  # type: ignore[union-attr]
         return Answer(rows, table(rows, ("question", "base", "adapter")))
     print("Ask; an empty line ends.", file=sys.stderr)
     while question := sys.stdin.readline().strip():
         asked.append(question)
-        rows = domain.chat(base, adapter, args.pictures, asked, args.tokens)  # type: ignore[union-attr]
+        rows = domain.chat(base, adapter, args.pictures, asked, *how)  # type: ignore[union-attr]
         print(f"without: {rows[-1]['base']}\nwith:    {rows[-1]['adapter']}", file=sys.stderr)
     return Answer(rows, table(rows, ("question", "base", "adapter")))
