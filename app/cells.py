@@ -69,7 +69,7 @@ def content(place: Place, cell: dict[str, Any]) -> str:
         return page.bars(cell["shares"])
     if cell["picture"]:
         return drawn(place, cell["picture"], "")
-    return f'<p class="said">{escape(cell["text"]) or "(nothing)"}</p>'
+    return f'<p class="said">{escape(cell["text"])}</p>'
 
 
 def drawn(place: Place, file: str, caption: str) -> str:

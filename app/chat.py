@@ -6,6 +6,8 @@ Each question asks the whole conversation anew, as `graft chat` does: equal pict
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -83,4 +85,20 @@ def conversation(
     }  # fmt: skip
     found = place.models.ask("show", adapters=names, asked=asked, out=str(cells.new_folder(place)))
     tiles = "".join(cells.drawn(place, str(path), "") for path in pictures)
-    return f'<div class="graft"><div class="grid">{tiles}</div></div>{cells.table(place, found)}'
+    return f'<div class="graft" id="talk"><div class="grid">{tiles}</div>{turns(found)}</div>'
+
+
+def turns(found: Sequence[Mapping[str, Any]]) -> str:
+    """Each question, and below it what every side answers, side by side."""
+    rows = dict.fromkeys(cell["row"] for cell in found)
+    return "".join(
+        f'<p class="asked">{escape(row)}</p><div class="answers">{"".join(answered(found, row))}</div>' for row in rows
+    )
+
+
+def answered(found: Sequence[Mapping[str, Any]], row: str) -> Iterator[str]:
+    """The answers to a question."""
+    for cell in found:
+        if cell["row"] == row:
+            words = escape(cell["text"]) or '<span class="soft">(nothing)</span>'
+            yield f'<div><small>{escape(cell["column"])}</small><p class="said">{words}</p></div>'

@@ -29,7 +29,7 @@ def build(place: Place) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             chosen = gr.Dropdown([], multiselect=True, max_choices=MOST, allow_custom_value=True, label="Adapters",
-                                 info="Several of one base are mixed.", elem_id="adapters")  # fmt: skip
+                                 info="Of one base; several are mixed or compared.", elem_id="adapters")  # fmt: skip
             mix = [gr.Slider(0, 2, value=1, step=0.05, visible=False, label=f"Strength {k + 1}") for k in range(MOST)]
             with gr.Column() as drawing:
                 prompts = gr.Textbox("a photo of {token}", lines=3, label="Prompts, one a line",
@@ -76,7 +76,7 @@ def build(place: Place) -> None:
 
     def fields(names: list[str] | None) -> list[Any]:
         talked = talks(place, names or [])
-        return [*sliders(names), gr.Column(visible=not talked), gr.Column(visible=talked)]
+        return [*sliders([] if talked else names), gr.Column(visible=not talked), gr.Column(visible=talked)]
 
     show.click(
         told(draw), [chosen, prompts, drop, strengths, seed, lock, steps, guidance, *mix], [slider, out, seed],

@@ -188,6 +188,7 @@ def build(place: Place) -> None:
                 queue=False, api_visibility="private")  # fmt: skip
     goal.input(bases_of, goal, [base, method, label], **QUIET)
     goal.change(lambda goal: gr.Column(visible=GOALS[goal].questions), goal, asking, **QUIET)
+    gr.on([version.change, base.change, settings.change], lambda: "", None, rows, **QUIET)  # they were of other data
     look.click(told(look_at_rows), form, rows, concurrency_id="models", concurrency_limit=1, api_visibility="private")
     base.input(lambda goal, base: methods_of(domain_of(goal, base), goal), [goal, base], method, **QUIET)
     method.input(lambda: "{}", None, settings, **QUIET)

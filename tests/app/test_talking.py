@@ -13,7 +13,7 @@ from graft.studio.runs import list_runs
 
 pytestmark = pytest.mark.slow
 SECONDS = 120.0
-HOSTILE = '<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} <script>alert(4)</script>'
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} <script>alert(4)</script>"
 
 
 def until(found: Callable[[], Any], seconds: float = SECONDS) -> Any:
@@ -33,7 +33,7 @@ def scenes(folder: Path, words: str = "") -> Path:
         image = Image.new("RGB", (64, 64), "white")
         ImageDraw.Draw(image).ellipse((8 + k, 14, 40 + k, 50), fill=colour)
         image.save(folder / f"my scene {k}.jpg")
-        rows.append(f'my scene {k}.jpg,what is the colour ?{words if k % 2 else ""},{colour}')
+        rows.append(f"my scene {k}.jpg,what is the colour ?{words if k % 2 else ''},{colour}")
     (folder / "answers of mine.csv").write_text("\n".join(rows))
     path = folder.with_suffix(".zip")
     with zipfile.ZipFile(path, "w") as archive:
