@@ -66,7 +66,8 @@ def show_rows(job: Job, count: int = 8) -> Shown:
     for row, tokens in found:
         runs = _runs(reader, tokens)
         learnt = sum(label != IGNORED for label in tokens.labels)
-        head = f"row {row.number}: {len(tokens.ids)} tokens, {learnt} learnt, {len(row.pictures)} pictures"
+        pictures = f"{len(row.pictures)} picture{'s' * (len(row.pictures) != 1)}"
+        head = f"row {row.number}: {len(tokens.ids)} tokens, {learnt} learnt, {pictures}"
         head += f", {tokens.dropped} answers dropped" if tokens.dropped else ""
         text.append(head + "\n" + "".join(f"{_ANSI[kind]}{_plain(piece)}{_END}" for kind, piece, _ in runs))
         spans = "".join(
