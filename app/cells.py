@@ -64,11 +64,11 @@ def table(place: Place, cells: Sequence[dict[str, Any]]) -> str:
 
 
 def content(place: Place, cell: dict[str, Any]) -> str:
-    """One cell: bars, a picture, or words."""
+    """One cell: bars, a picture with words, or words."""
     if cell["shares"]:
         return page.bars(cell["shares"])
     if cell["picture"]:
-        return drawn(place, cell["picture"], "")
+        return drawn(place, cell["picture"], cell["text"])
     return f'<p class="said">{escape(cell["text"])}</p>'
 
 

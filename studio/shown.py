@@ -31,6 +31,8 @@ class Asked:
     """Of each adapter in the mix; empty is 1 for all."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the domain's `PreviewConfig`."""
+    known: tuple[str, ...] = ()
+    """Of a preview that asks for pictures: those of the first adapter's data, where they are still there."""
 
     def __post_init__(self) -> None:
         require("prompts", len(self.prompts), len(self.prompts) <= 8, "at most 8")

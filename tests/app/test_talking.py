@@ -140,7 +140,7 @@ def classes(tmp_path: Path) -> Path:
 
 
 def test_classes_of_pictures(studio, new_page, classes) -> None:
-    """Bars beside each picture: of the base where it has classes, and of the adapter."""
+    """Bars beside each picture, by the base and by the adapter, and the known pictures nearest to it."""
     import graft
 
     watched = new_page()
@@ -156,11 +156,16 @@ def test_classes_of_pictures(studio, new_page, classes) -> None:
         page.locator("#pictures").get_by_text("navy").wait_for()
         page.locator("#show").click()
         page.locator("#shown tbody tr").nth(1).wait_for(timeout=MS)
-        assert page.locator("#shown thead th").all_inner_texts() == ["", "base", method]
+        assert page.locator("#shown thead th").all_inner_texts() == ["", "base", method, "nearest known"]
         assert page.locator("#shown tbody tr").count() == 2
+        near = [row.locator("td").nth(2).inner_text() for row in page.locator("#shown tbody tr").all()]
+        assert near[0].startswith("red 1.00, ")  # each of the two is a known one itself
+        assert near[1].startswith("blue <b> 1.00, ")
+        assert page.locator("#shown td img").count() == 2
+        until(lambda: page.evaluate("[...document.querySelectorAll('#shown img')].every(i => i.naturalWidth > 0)"), 20)
         for row in page.locator("#shown tbody tr").all():
             assert row.locator("th img").count() == 1
-            cell = row.locator("td").last
+            cell = row.locator("td").nth(1)
             assert set(cell.locator("dt").all_inner_texts()) == {"red", "blue <b>"}
             shares = [float(value) for value in cell.locator("meter").evaluate_all("all => all.map(m => m.value)")]
             assert sum(shares) == pytest.approx(1, abs=1e-3)
