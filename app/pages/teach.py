@@ -171,7 +171,7 @@ def build(place: Place) -> None:
         wanted = request.query_params.get("clone") or ""
         found = cloned(place, wanted) if wanted else None
         if found is None:
-            return [kept or gr.skip(), "", time.time(), time.time(), *[gr.skip()] * 5]
+            return [kept or gr.skip(), "", time.time(), time.time(), gr.skip(), *goal_of(place, kept), gr.skip()]
         return [
             "",
             wanted,
@@ -214,6 +214,18 @@ def bases_of(goal: str) -> list[Any]:
     bases = GOALS[goal].bases
     methods = methods_of(domain_of(goal, bases[0]), goal)
     return [gr.Dropdown(list(bases), value=bases[0]), methods, gr.Textbox(visible=GOALS[goal].classes)]
+
+
+def goal_of(place: Place, kept: str) -> list[Any]:
+    """Goal, base and method for a data set that the page still has: its kind may say what it is for."""
+    try:
+        asked = questions.table_of(place.data_set(kept)) is not None
+    except InputError:
+        asked = False
+    if not asked:
+        return [gr.skip()] * 3
+    goal = next(key for key, each in GOALS.items() if each.questions)
+    return [goal, *bases_of(goal)[:2]]
 
 
 def methods_of(domain: str, goal: str) -> gr.Dropdown:

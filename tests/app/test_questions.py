@@ -16,6 +16,7 @@ from graft.app.place import Place
 from graft.llm_mm.data import EXAMPLES, DataConfig, read_rows
 from graft.studio.errors import InputError
 from graft.studio.job import Job
+from graft.studio.runs import create_run
 
 GOAL = "Questions about pictures"
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -120,6 +121,20 @@ def test_the_job_is_that_of_the_command_line(place: Place) -> None:
     teach.checked(place, name, "", "cats", GOAL, "pocket-llava")
     with pytest.raises(InputError, match="a browser names no folders"):
         teach.checked(place, name, "", "cats", GOAL, "/models/llava")
+
+
+def test_a_kept_data_set_and_a_clone_know_their_goal(place: Place) -> None:
+    name = place.new_set()
+    assert [update.get("__type__") for update in teach.goal_of(place, name)] == ["update"] * 3  # nothing is told
+    (place.data / name / "data.json").write_text("[]")
+    goal, base, method = teach.goal_of(place, name)
+    assert (goal, base.value, method.value) == (GOAL, "pocket-llava", "lora")
+    job = teach.job_of(place, name, "", "cats", GOAL, base.value, "Usual", "llava", '{"method.stage": 1}')
+    create_run(Job.load(job), place.runs / "20260101-a")
+    found = teach.cloned(place, "20260101-a")
+    assert (found["goal"], found["method"], found["settings"]["method.stage"]) == (GOAL, "llava", 1)
+    values = (found["name"], found["goal"], found["base"], "Usual", found["method"], json.dumps(found["settings"]))
+    assert Job.load(teach.job_of(place, "", "20260101-a", *values)) == Job.load(job)
 
 
 def test_rows_are_those_of_the_job(place: Place) -> None:
