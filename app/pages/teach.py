@@ -219,7 +219,7 @@ def bases_of(goal: str) -> list[Any]:
 def goal_of(place: Place, kept: str) -> list[Any]:
     """Goal, base and method for a data set that the page still has: its kind may say what it is for."""
     try:
-        asked = questions.table_of(place.data_set(kept)) is not None
+        asked = questions.table_of(place.data_set(str(kept or ""))) is not None
     except InputError:
         asked = False
     if not asked:
