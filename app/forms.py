@@ -17,6 +17,7 @@ from graft.studio.commands.methods import settings_of
 TRAIN = "graft.studio.job:TrainConfig"
 DATA = {
     "diffusion": "graft.diffusion.data:DataConfig",
+    "llm_mm": "graft.llm_mm.data:DataConfig",
     "vision": "graft.vision.data:DataConfig",
     "vlm": "graft.vlm.data:DataConfig",
 }

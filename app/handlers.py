@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from html import escape
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -17,14 +18,14 @@ QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibil
 
 
 def told(handler: F) -> F:
-    """Shows our own errors as a message."""
+    """Shows our own errors as a message; Gradio takes it for HTML, and a name or a word in it may be anyone's."""
 
     @wraps(handler)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         try:
             return handler(*args, **kwargs)
         except GraftError as error:
-            raise gr.Error(str(error), print_exception=False, title="That did not work") from None
+            raise gr.Error(escape(str(error)), print_exception=False, title="That did not work") from None
 
     return guarded  # type: ignore[return-value]
 

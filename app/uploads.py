@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import stat
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 
@@ -51,8 +51,8 @@ def add_files(folder: Path, files: Sequence[str | Path], label: str = "") -> lis
     return refused
 
 
-def add_picture(folder: Path, file: Path, label: str = "") -> Path:
-    """Write one picture into a data set as PNG.
+def add_picture(folder: Path, file: Path, label: str = "", name: str = "") -> Path:
+    """Write one picture into a data set as PNG; under a number, or under the name by which a table calls it.
 
     Raises:
         DataError: too many, too large, or a name of a class that no folder can have.
@@ -67,6 +67,8 @@ def add_picture(folder: Path, file: Path, label: str = "") -> Path:
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     data = BytesIO()
     picture.save(data, "PNG")
+    if name:
+        return write_atomic(folder / name, data.getvalue())
     named = folder / class_name(label) if label else folder
     numbers = [int(path.stem) for path in find_pictures(folder) if path.stem.isdigit()]
     return write_atomic(named / f"{max(numbers, default=0) + 1:04d}.png", data.getvalue())
@@ -111,8 +113,10 @@ def add_archive(folder: Path, file: Path) -> list[str]:
     return refused
 
 
-def checked_entries(archive: zipfile.ZipFile, file: Path) -> Iterator[zipfile.ZipInfo]:
-    """Yield the pictures of an archive.
+def checked_entries(
+    archive: zipfile.ZipFile, file: Path, suffixes: Collection[str] = SUFFIXES
+) -> Iterator[zipfile.ZipInfo]:
+    """Yield the pictures of an archive, or its files with these suffixes.
 
     Raises:
         DataError: it is a bomb, or has links or paths that lead out of it.
@@ -130,7 +134,7 @@ def checked_entries(archive: zipfile.ZipFile, file: Path) -> Iterator[zipfile.Zi
     for entry in entries:
         path = PurePosixPath(entry.filename)
         hidden = any(part.startswith((".", "__MACOSX")) for part in path.parts)
-        if not entry.is_dir() and not hidden and path.suffix.lower() in SUFFIXES:
+        if not entry.is_dir() and not hidden and path.suffix.lower() in suffixes:
             yield entry
 
 

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from graft.studio.errors import InputError
+from graft.studio.pictures import find_pictures
+from graft.studio.runs import Run
 
 COMMANDS = {("adapters", "inspect"), ("adapters", "verify"), ("adapters", "convert")}
 """Commands that a page may run here."""
@@ -57,6 +59,29 @@ def command(runs: Path, argv: list[str]) -> Any:
         return args.run(args).document
 
 
+def rows(runs: Path, job: Mapping[str, Any], count: int) -> str:
+    """Return the first rows of a job's data as `graft data preview` shows them, as HTML.
+
+    Raises:
+        InputError: anything wrong with job, base or data, or a domain without rows of tokens.
+    """
+    from graft.studio import registry
+    from graft.studio.job import Job
+
+    loaded = Job.load(job)
+    domain = registry.domain(loaded.domain)
+    if not hasattr(domain, "show_rows"):
+        raise InputError(f"domain {loaded.domain!r}", "it has no rows of tokens", "Start the training")
+    body: str = domain.show_rows(loaded, count).body
+    return body
+
+
+def known_of(run: Run) -> list[str]:
+    """The pictures in the folder of a run's data, if it has one that is still there."""
+    path = Path(str(run.job.data.get("path") or "/dev/null"))
+    return [str(file) for file in find_pictures(path)] if path.is_dir() else []
+
+
 class Shower:
     """Shows what adapters do; keeps the last base loaded."""
 
@@ -77,7 +102,8 @@ class Shower:
         from graft.studio.runs import find_run
         from graft.studio.shown import Asked, Shown
 
-        loaded = [find_run(name, runs).adapter() for name in adapters]
+        found = [find_run(name, runs) for name in adapters]
+        loaded = [run.adapter() for run in found]
         bases = {adapter.card.base for adapter in loaded}
         if len(bases) != 1:
             raise InputError(
@@ -88,6 +114,8 @@ class Shower:
             self.base = None  # the old one goes before the new one comes
             self.base = registry.load_base(name, domain=loaded[0].card.domain)
         domain = registry.domain(loaded[0].card.domain)
+        if domain.ASKS == "pictures":
+            asked = {**asked, "known": known_of(found[0])}
         shown: list[Shown] = domain.shown(self.base, loaded, from_dict(Asked, asked, "preview"), Path(out))
         return [each.plain() for each in shown]
 
@@ -102,6 +130,7 @@ def main() -> None:
         "start": start,
         "demo": demo,
         "command": command,
+        "rows": rows,
         "show": Shower(),
     }
     for line in io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8"):

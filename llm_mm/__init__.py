@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+ASKS = "conversation"
+"""What the studio's preview asks the user for."""
+
 # Public name -> module that defines it. Resolved on first use, so that the command line starts without torch.
 _PUBLIC = {
     "DataConfig": "data",
+    "Drawing": "previews",
     "EvaluationConfig": "evaluation",
     "LanguageDoRA": "method",
     "LanguageIA3": "method",
@@ -36,7 +40,8 @@ _PUBLIC = {
     "run_settings": "evaluation",
     "save_base": "method",
     "save_merged": "method",
-    "show_rows": "shown",
+    "show_rows": "rows",
+    "shown": "showing",
 }
 
 if TYPE_CHECKING:
@@ -62,12 +67,15 @@ if TYPE_CHECKING:
         save_merged,
     )
     from graft.llm_mm.perplexity import answer_by_perplexity, chat_by_perplexity, file_by_perplexity
-    from graft.llm_mm.previews import PreviewConfig, chat, preview
+    from graft.llm_mm.previews import Drawing, PreviewConfig, chat, preview
     from graft.llm_mm.resampler import ResamplerSettings
-    from graft.llm_mm.shown import show_rows
+    from graft.llm_mm.rows import show_rows
+    from graft.llm_mm.showing import shown
 
 __all__ = [
+    "ASKS",
     "DataConfig",
+    "Drawing",
     "EvaluationConfig",
     "LanguageDoRA",
     "LanguageIA3",
@@ -97,6 +105,7 @@ __all__ = [
     "save_base",
     "save_merged",
     "show_rows",
+    "shown",
 ]
 
 

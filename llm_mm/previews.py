@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig
 from graft.llm_mm.method import model_inputs
 from graft.llm_mm.task import Reader
+from graft.studio.config import require
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
 from graft.studio.pictures import find_pictures
@@ -36,25 +38,54 @@ class PreviewConfig:
     """How many of a folder are shown, the first by name."""
     tokens: int = 32
     """Most tokens of an answer."""
+    temperature: float = 0.0
+    """Answers are drawn, the more freely the higher it is; 0 takes the likeliest token every time."""
+
+    def __post_init__(self) -> None:
+        require("preview.tokens", self.tokens, self.tokens >= 1, "1 or more")
+        require("preview.temperature", self.temperature, 0 <= self.temperature <= 4, "0 to 4")
+
+    def drawing(self, seed: int) -> Drawing | None:
+        """How tokens are drawn; None where the likeliest one is taken."""
+        return Drawing(self.temperature, seed) if self.temperature else None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Tokens drawn from the model's own probabilities, made flatter or steeper."""
+
+    temperature: float
+    """Logits are divided by it."""
+    seed: int = 0
+    """Of the first answer; the next ones have the next numbers."""
 
 
 @torch.no_grad()
-def answered(reader: Reader, rows: Sequence[Conversation], tokens: int = 32) -> list[str]:
-    """Returns the greedy answers to conversations that end with a question, each by itself."""
+def answered(
+    reader: Reader, rows: Sequence[Conversation], tokens: int = 32, drawing: Drawing | None = None
+) -> list[str]:
+    """Returns the answers to conversations that end with a question, each by itself; None draws nothing."""
     base, tokenizer = reader.base, reader.writer.tokenizer
+    how: dict[str, Any] = {"do_sample": False}
+    if drawing is not None:  # what a model's own settings cut off stays possible: the probabilities alone decide
+        how = {"do_sample": True, "temperature": drawing.temperature, "top_k": 0, "top_p": 1.0}
     found = []
     for row in rows:
         ids = torch.tensor([reader.writer.prompt(row, reader.store.expand)], device=base.device)
         shown = [row.pictures[part] for turn in row.turns for part in turn.parts if isinstance(part, int)]
         given = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(shown))
-        out = base.model.generate(**given, do_sample=False, max_new_tokens=tokens)
+        with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+            if drawing is not None:
+                torch.manual_seed(drawing.seed + row.number - 1)
+            out = base.model.generate(**given, **how, max_new_tokens=tokens)
         found.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip())
     return found
 
 
 def chat(
-    base: MultimodalBase, adapter: Adapter | None, pictures: Sequence[Any], questions: Sequence[str], tokens: int = 32
-) -> list[dict[str, str]]:
+    base: MultimodalBase, adapter: Adapter | None, pictures: Sequence[Any], questions: Sequence[str],
+    tokens: int = 32, drawing: Drawing | None = None,
+) -> list[dict[str, str]]:  # fmt: skip
     """Asks questions as one conversation, without the adapter and with it, each side with its own answers before it.
 
     Args:
@@ -63,6 +94,7 @@ def chat(
         pictures: shown with the first question.
         questions: in order.
         tokens: most of an answer.
+        drawing: None takes the likeliest tokens.
 
     Returns:
         For each question `question`, `base` and, with an adapter, `adapter`.
@@ -76,7 +108,7 @@ def chat(
         with adapter.attached(base) if adapter is not None and side == "adapter" else nullcontext():
             for k, question in enumerate(questions):
                 turns.append(Turn("user", (*(range(len(pictures)) if k == 0 else ()), question)))
-                (told,) = answered(reader, [Conversation(k + 1, tuple(turns), tuple(pictures))], tokens)
+                (told,) = answered(reader, [Conversation(k + 1, tuple(turns), tuple(pictures))], tokens, drawing)
                 turns.append(Turn("assistant", (told or " ",)))
                 rows[k][side] = told
     return rows
@@ -96,7 +128,7 @@ def preview(
         base: the adapter's own.
         adapter: of this domain.
         prompts: questions; each is asked about every picture.
-        seeds: not used: answers are the likeliest ones.
+        seeds: one answer for each, if `config.temperature` is above 0; else the likeliest answer alone.
         out: folder.
         config: which pictures.
 
@@ -115,8 +147,8 @@ def preview(
     rows, shown, lines = list[dict[str, str]](), [], []
     reader = Reader.of(base, DataConfig(path="-"))
     for file in files[: config.pictures]:
-        for question in prompts:
-            (told,) = chat(base, adapter, [str(file)], [question], config.tokens)
+        for question, seed in product(prompts, seeds if config.temperature else seeds[:1]):
+            (told,) = chat(base, adapter, [str(file)], [question], config.tokens, config.drawing(seed))
             rows.append({"picture": str(file), **told})
             shown.append(reader.store.open(str(file)))
             lines.append([question, f"without: {told['base']}", f"with: {told['adapter']}"])

@@ -2,7 +2,7 @@
 
 A domain takes part by two names in its package, and nothing else changes:
 
-    ASKS = "prompts"    # or "pictures": what the user is asked for
+    ASKS = "prompts"    # or "pictures", or "conversation": what the user is asked for
     def shown(base, adapters, asked, out) -> list[Shown]
 """
 
@@ -20,9 +20,9 @@ class Asked:
     """One request of the preview."""
 
     prompts: tuple[str, ...] = ()
-    """One row each; "{token}" stands for the trigger of the first adapter."""
+    """One row each; "{token}" stands for the trigger of the first adapter. Of a conversation, the questions so far."""
     pictures: tuple[str, ...] = ()
-    """Files to be told apart, or to follow."""
+    """Files to be told apart, to follow, or to talk about."""
     seed: int = 0
     """Of the first picture."""
     strengths: tuple[float, ...] = (1.0,)
@@ -31,6 +31,8 @@ class Asked:
     """Of each adapter in the mix; empty is 1 for all."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Of the domain's `PreviewConfig`."""
+    known: tuple[str, ...] = ()
+    """Of a preview that asks for pictures: those of the first adapter's data, where they are still there."""
 
     def __post_init__(self) -> None:
         require("prompts", len(self.prompts), len(self.prompts) <= 8, "at most 8")
@@ -45,13 +47,15 @@ class Shown:
     """One cell of what is shown."""
 
     row: str
-    """The prompt, or the name of the picture."""
+    """The prompt, the name of the picture, or the question with its number."""
     column: str
     """"base", or the adapter's strength."""
     picture: str = ""
     """File, if it is a picture."""
     shares: Mapping[str, float] = field(default_factory=dict)
     """Class -> probability, the surest first."""
+    text: str = ""
+    """An answer, if it is one; never HTML."""
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it."""

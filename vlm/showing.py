@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from graft.studio.labelled.near import near
 from graft.studio.shown import Asked, Shown
 from graft.vlm.head import Setting
+from graft.vlm.pictures import to_pixels
 from graft.vlm.previews import answer, read_pixels
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ MOST = 6
 
 
 def shown(base: ClipBase, adapters: Sequence[Adapter], asked: Asked, out: Path) -> list[Shown]:
-    """Tells what the pictures show, a column for zero-shot with the first adapter's classes, and one for each adapter.
+    """Tells what the pictures show: zero-shot with the first adapter's classes, each adapter, and the nearest known.
 
     Raises:
         InputError: files that are no pictures.
@@ -36,8 +38,9 @@ def shown(base: ClipBase, adapters: Sequence[Adapter], asked: Asked, out: Path) 
         with adapter.attached(base) as classifier:
             told = classifier.logits_of_pixels(pixels).softmax(-1)
         columns.append((adapter.card.method, tuple(adapter.card.details["classes"]), told))
-    return [
+    cells = [
         Shown(Path(picture).name, column, picture, answer(names, row, MOST))
         for column, names, rows in columns
         for picture, row in zip(asked.pictures, rows, strict=True)
     ]
+    return cells + near(asked, out, lambda picture: to_pixels(picture, base.preprocess), base.encode_image)

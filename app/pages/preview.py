@@ -6,17 +6,14 @@ A domain takes part by `ASKS` and `shown` in its package (`graft.studio.shown`);
 from __future__ import annotations
 
 import secrets
-import shutil
 from collections.abc import Sequence
-from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from graft.app import page, uploads
-from graft.app.files import shown_url
+from graft.app import chat
+from graft.app.cells import new_folder, safe_pictures, table
 from graft.app.handlers import QUIET, current_page, note, told
 from graft.app.pages.library import card_of
 from graft.app.place import Place
@@ -25,8 +22,6 @@ from graft.studio.errors import InputError
 
 MOST = 4
 """Adapters in a mix."""
-KEPT = 20
-"""Previews whose pictures stay on disk."""
 
 
 def build(place: Place) -> None:
@@ -34,23 +29,27 @@ def build(place: Place) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             chosen = gr.Dropdown([], multiselect=True, max_choices=MOST, allow_custom_value=True, label="Adapters",
-                                 info="Several of one base are mixed.", elem_id="adapters")  # fmt: skip
+                                 info="Of one base; several are mixed or compared.", elem_id="adapters")  # fmt: skip
             mix = [gr.Slider(0, 2, value=1, step=0.05, visible=False, label=f"Strength {k + 1}") for k in range(MOST)]
-            prompts = gr.Textbox("a photo of {token}", lines=3, label="Prompts, one a line",
-                                 info="{token} stands for the trigger.", elem_id="prompts")  # fmt: skip
-            drop = gr.File(label="Pictures to tell, or to follow", file_count="multiple", file_types=["image"])
-            strengths = gr.Textbox("1", label="Columns", info="Strengths of the whole mix, such as 0.5, 1, 1.5.")
-            with gr.Row():
-                seed = gr.Number(0, precision=0, minimum=0, label="Seed", min_width=90)
-                lock = gr.Checkbox(True, label="Lock the seed", min_width=90)
-            with gr.Accordion("Advanced", open=False):
-                steps = gr.Slider(1, 100, value=25, step=1, label="Denoising steps")
-                guidance = gr.Slider(0, 20, value=3, step=0.5, label="Guidance")
-            show = gr.Button("Show", variant="primary", elem_id="show")
+            with gr.Column() as drawing:
+                prompts = gr.Textbox("a photo of {token}", lines=3, label="Prompts, one a line",
+                                     info="{token} stands for the trigger.", elem_id="prompts")  # fmt: skip
+                drop = gr.File(label="Pictures to tell, or to follow", file_count="multiple", file_types=["image"],
+                               elem_id="pictures")  # fmt: skip
+                strengths = gr.Textbox("1", label="Columns", info="Strengths of the whole mix, such as 0.5, 1, 1.5.")
+                with gr.Row():
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed", min_width=90)
+                    lock = gr.Checkbox(True, label="Lock the seed", min_width=90)
+                with gr.Accordion("Advanced", open=False):
+                    steps = gr.Slider(1, 100, value=25, step=1, label="Denoising steps")
+                    guidance = gr.Slider(0, 20, value=3, step=0.5, label="Guidance")
+                show = gr.Button("Show", variant="primary", elem_id="show")
+            out = gr.HTML(hint(place), render=False)
+            talking = chat.panel(place, chosen, out)
         with gr.Column(scale=5, min_width=320):
             slider = gr.ImageSlider(label="Base, and with the adapters", visible=False, height=420, interactive=False,
                                     buttons=["fullscreen"])  # fmt: skip
-            out = gr.HTML(hint(place))
+            out.render()
 
     def draw(*values: Any) -> list[Any]:
         names, prompts, files, strengths, seed, lock, steps, guidance, *weights = values
@@ -73,20 +72,24 @@ def build(place: Place) -> None:
         choices = [(f"{run.id} ({card_of(run)['method']})", run.id) for run in place.adapters()]
         wanted = request.query_params.get("adapter")
         names = [wanted] if wanted in {value for _, value in choices} else [value for _, value in choices[:1]]
-        return [gr.Dropdown(choices, value=names), *sliders(names), hint(place)]
+        return [gr.Dropdown(choices, value=names), *fields(names), hint(place)]
+
+    def fields(names: list[str] | None) -> list[Any]:
+        talked = talks(place, names or [])
+        return [*sliders([] if talked else names), gr.Column(visible=not talked), gr.Column(visible=talked)]
 
     show.click(
         told(draw), [chosen, prompts, drop, strengths, seed, lock, steps, guidance, *mix], [slider, out, seed],
         concurrency_id="models", show_progress_on=out, concurrency_limit=1, api_visibility="private",
     )  # fmt: skip
-    chosen.change(sliders, chosen, mix, **QUIET)
-    current_page().load(choose, None, [chosen, *mix, out], **QUIET)
+    chosen.change(fields, chosen, [*mix, drawing, talking], **QUIET)
+    current_page().load(choose, None, [chosen, *mix, drawing, talking, out], **QUIET)
 
 
 def hint(place: Place) -> str:
     """What stands on the page before anything is shown."""
     if place.adapters():
-        return note("Choose adapters and press Show. The first time loads the base.")
+        return note("Choose adapters, and press Show or ask. The first time loads the base.")
     return note('No adapters yet. <a href="/teach">Teach one</a>, or start the demo on the <a href="/">first page</a>.')
 
 
@@ -100,8 +103,16 @@ def sliders(names: Sequence[str] | None) -> list[gr.Slider]:
     ]
 
 
+def talks(place: Place, names: Sequence[str]) -> bool:
+    """Whether the adapters are talked to."""
+    try:
+        return kind_of(place, names) == "conversation"
+    except InputError:
+        return False
+
+
 def kind_of(place: Place, names: Sequence[str]) -> str:
-    """What the domain of the adapters asks for: "prompts" or "pictures".
+    """What the domain of the adapters asks for: "prompts", "pictures" or "conversation".
 
     Raises:
         InputError: no adapter, or a domain that shows nothing.
@@ -127,32 +138,6 @@ def numbers(text: str) -> list[float]:
         raise InputError(f"Columns {text!r}", "these are no numbers", "Write strengths, such as 0.5, 1") from None
 
 
-def safe_pictures(place: Place, files: Sequence[str] | None) -> list[Path]:
-    """Uploaded pictures, written anew.
-
-    Raises:
-        InputError: a file is no picture, or too large.
-    """
-    if not files:
-        return []
-    folder = new_folder(place)
-    refused = uploads.add_files(folder, files[:24])
-    if refused:
-        raise InputError(f"{len(refused)} files", "; ".join(refused[:3]), "Leave them out")
-    return sorted(folder.glob("*.png"))
-
-
-def new_folder(place: Place) -> Path:
-    """A folder for the pictures of one preview; the oldest ones go."""
-    root = place.work / "shown"
-    root.mkdir(parents=True, exist_ok=True)
-    for old in sorted(root.iterdir(), key=lambda path: path.stat().st_mtime)[: -2 * KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
-    folder = root / secrets.token_hex(8)
-    folder.mkdir()
-    return folder
-
-
 def pair(cells: Sequence[dict[str, Any]]) -> gr.ImageSlider:
     """The base's first picture and the last column's, to slide between."""
     drawn = [cell for cell in cells if cell["picture"] and not cell["shares"]]
@@ -168,32 +153,3 @@ def enlarged(path: str) -> Image.Image:
         picture = opened.convert("RGB")
     scale = 8 if picture.width <= 128 else 1
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def table(place: Place, cells: Sequence[dict[str, Any]]) -> str:
-    """Rows by columns: pictures, or bars of classes."""
-    rows, columns = (list(dict.fromkeys(cell[key] for cell in cells)) for key in ("row", "column"))
-    head = "".join(f"<th scope=col>{escape(column)}</th>" for column in columns)
-    lines = []
-    for row in rows:
-        found = {cell["column"]: cell for cell in cells if cell["row"] == row}
-        picture = next((cell["picture"] for cell in found.values() if cell["shares"]), "")
-        name = drawn(place, picture, row) if picture else f"{escape(row)}"
-        filled = "".join(
-            f"<td>{content(place, found[column])}</td>" if column in found else "<td></td>" for column in columns
-        )
-        lines.append(f"<tr><th scope=row>{name}</th>{filled}</tr>")
-    return (
-        f'<div class="graft" id="shown"><div class="scroll"><table><thead><tr><th></th>{head}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div></div>"
-    )
-
-
-def content(place: Place, cell: dict[str, Any]) -> str:
-    """One cell."""
-    return page.bars(cell["shares"]) if cell["shares"] else drawn(place, cell["picture"], "")
-
-
-def drawn(place: Place, file: str, caption: str) -> str:
-    """A picture of a preview."""
-    return page.picture(caption, Path(file), shown_url(place.work, Path(file)))

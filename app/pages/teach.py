@@ -16,7 +16,7 @@ from typing import Any
 
 import gradio as gr
 
-from graft.app import forms, uploads
+from graft.app import forms, questions, uploads
 from graft.app.files import thumb_url
 from graft.app.handlers import QUIET, current_page, note, told
 from graft.app.pages.runs import duration
@@ -41,6 +41,8 @@ class Goal:
     """What its `[method]` says, of the settings that the method has."""
     classes: bool = False
     """Whether every picture has a class."""
+    questions: bool = False
+    """Whether a table of questions or conversations stands beside the pictures."""
 
     @property
     def domains(self) -> list[str]:
@@ -70,6 +72,16 @@ GOALS = {
         classes=True,
     ),
     "A control (edges)": Goal({"diffusion": ("controlnet",)}, ("pocket-sd",)),
+    "Questions about pictures": Goal(
+        {
+            "llm_mm": (
+                "lora", "llava", "dora", "lora_fa", "ia3", "prefix_tuning", "prompt_tuning", "llama_adapter",
+                "llama_adapter_multimodal", "llama_adapter_v2",
+            )
+        },
+        ("pocket-llava",),
+        questions=True,
+    ),
 }  # fmt: skip
 QUALITY = {"Quick look": 100, "Usual": 300, "Thorough": 1000}
 """Steps."""
@@ -94,7 +106,7 @@ def build(place: Place) -> None:
             label = gr.Textbox("", label="Class of the pictures that you add next", visible=False, max_length=60)
             drop = gr.File(
                 label="Pictures, or a .zip of them (in folders by class, for a classifier)",
-                file_count="multiple", file_types=["image", ".zip"], elem_id="drop",
+                file_count="multiple", file_types=["image", ".zip", *questions.TABLES], elem_id="drop",
             )  # fmt: skip
             base = gr.Dropdown(["pocket-sd"], value="pocket-sd", allow_custom_value=True, label="Base",
                                info="Embedded, or a name on a hub that you have.")  # fmt: skip
@@ -103,6 +115,10 @@ def build(place: Place) -> None:
             estimate = gr.HTML()
         with gr.Column(min_width=320):
             listing = gr.HTML()
+            with gr.Column(visible=False) as asking:  # for the goal that has a table of questions
+                gr.HTML(note(questions.HOW_TO))
+                look = gr.Button("Show what is learnt", size="sm", elem_id="look")
+                rows = gr.HTML()
 
             @gr.render(inputs=[data_set, version], triggers=[version.change])
             def captions(name: str, _: float) -> None:
@@ -134,7 +150,10 @@ def build(place: Place) -> None:
         except InputError:
             name = place.new_set()
             folder = place.data_set(name)
-        refused = uploads.add_files(folder, files or [], label if GOALS[goal].classes else "")
+        if GOALS[goal].questions:
+            refused = questions.add_files(folder, files or [])
+        else:
+            refused = uploads.add_files(folder, files or [], label if GOALS[goal].classes else "")
         if refused:
             gr.Warning(escape("\n".join(refused[:8])), title=f"{len(refused)} refused")
         return [name, name, time.time(), gr.File(value=None), ""]
@@ -144,11 +163,15 @@ def build(place: Place) -> None:
         gr.Info("The job is checked and started.")
         return str(place.models.ask("start", job=job_of(place, *values)))
 
+    def look_at_rows(*values: Any) -> str:
+        checked(place, *values[:2], values[2] or "unnamed", *values[3:])
+        return questions.shown(place, job_of(place, *values))
+
     def open_page(kept: str, request: gr.Request) -> list[Any]:
         wanted = request.query_params.get("clone") or ""
         found = cloned(place, wanted) if wanted else None
         if found is None:
-            return [kept or gr.skip(), "", time.time(), time.time(), *[gr.skip()] * 5]
+            return [kept or gr.skip(), "", time.time(), time.time(), gr.skip(), *goal_of(place, kept), gr.skip()]
         return [
             "",
             wanted,
@@ -164,6 +187,9 @@ def build(place: Place) -> None:
     drop.upload(told(add), [drop, data_set, label, goal], [data_set, kept, version, drop, label],
                 queue=False, api_visibility="private")  # fmt: skip
     goal.input(bases_of, goal, [base, method, label], **QUIET)
+    goal.change(lambda goal: gr.Column(visible=GOALS[goal].questions), goal, asking, **QUIET)
+    gr.on([version.change, base.change, settings.change], lambda: "", None, rows, **QUIET)  # they were of other data
+    look.click(told(look_at_rows), form, rows, concurrency_id="models", concurrency_limit=1, api_visibility="private")
     base.input(lambda goal, base: methods_of(domain_of(goal, base), goal), [goal, base], method, **QUIET)
     method.input(lambda: "{}", None, settings, **QUIET)
     started = gr.Textbox(visible="hidden")
@@ -190,6 +216,18 @@ def bases_of(goal: str) -> list[Any]:
     return [gr.Dropdown(list(bases), value=bases[0]), methods, gr.Textbox(visible=GOALS[goal].classes)]
 
 
+def goal_of(place: Place, kept: str) -> list[Any]:
+    """Goal, base and method for a data set that the page still has: its kind may say what it is for."""
+    try:
+        asked = questions.table_of(place.data_set(str(kept or ""))) is not None
+    except InputError:
+        asked = False
+    if not asked:
+        return [gr.skip()] * 3
+    goal = next(key for key, each in GOALS.items() if each.questions)
+    return [goal, *bases_of(goal)[:2]]
+
+
 def methods_of(domain: str, goal: str) -> gr.Dropdown:
     """The methods of a goal in a domain."""
     known = [name for name in GOALS[goal].methods[domain] if (domain, name) in registry.METHODS]
@@ -213,7 +251,11 @@ def checked(place: Place, data_set: str, clone: str, name: str, goal: str, base:
         raise InputError(f"goal {goal!r}", "there is no such goal", f"Choose one of {', '.join(GOALS)}")
     if not BASE.fullmatch(base) or ".." in base:
         raise InputError(f"base {base!r}", "a browser names no folders", "Name an embedded model or one of a hub")
-    if not (clone and not data_set) and not find_pictures(place.data_set(data_set)):
+    if clone and not data_set:
+        return
+    if GOALS[goal].questions:
+        questions.checked(place.data_set(data_set))
+    elif not find_pictures(place.data_set(data_set)):
         raise InputError("Pictures", "there are none", "Drop some, or a .zip of them")
 
 
@@ -245,7 +287,7 @@ def job_of(
     for key, value in json.loads(settings).items():
         section, setting = key.split(".", 1)
         job[section][setting] = value
-    if domain == "diffusion":
+    if domain == "diffusion" or wanted.questions:
         job["sample"] = {"every": max(3, job["train"]["steps"] // 6)}
     return job
 
@@ -256,6 +298,8 @@ def listing_of(place: Place, name: str) -> str:
         folder = place.data_set(name)
     except InputError:
         return note("Your pictures will stand here, cropped as the training sees them.")
+    if questions.table_of(folder):
+        return questions.listing(folder)
     found = find_pictures(folder)
     classes = sorted({path.parent.name for path in found if path.parent != folder})
     told_classes = f" in {len(classes)} classes: {escape(', '.join(classes))}" if classes else ""
@@ -268,6 +312,8 @@ def caption_fields(place: Place, name: str) -> None:
         folder = place.data_set(name)
     except InputError:
         return
+    if questions.table_of(folder):
+        return  # it has questions, no captions
     found = find_pictures(folder)
     for path in found[:SHOWN]:
         key = path.relative_to(folder).as_posix()

@@ -31,6 +31,10 @@ def add(commands: Any) -> None:
     )
     parser.add_argument("--data", metavar="FILE", help="instead: the questions of a file, as data.path, each by itself")
     parser.add_argument("--tokens", type=int, default=32, metavar="N", help="most tokens of an answer (default: 32)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="draw answers; 0 takes the likeliest (default: 0)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is drawn (default: 0)")
     parser.add_argument("--base", metavar="NAME", help="instead of the base that the adapter names")
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda, ... (default: the accelerator if there is one)")
     add_runs(parser)
@@ -56,13 +60,16 @@ def chat(args: argparse.Namespace) -> Answer:
             )
         return _of_file(domain.file_by_perplexity(base, adapters, args.data, args.tokens))
     if len(adapters) > 1:
+        if args.temperature:
+            reason = "the answer of the adapter that perplexity chooses is the likeliest one"
+            raise InputError(f"--temperature {args.temperature}", reason, "Leave it out, or give one adapter")
         columns = ("question", "chosen", "answer")
-        return _talk(args.ask, partial(_told, domain.chat_by_perplexity, base, adapters, args), columns)
-    return _talk(args.ask, partial(_told, domain.chat, base, adapter, args), ("question", "base", "adapter"))
-
-
-def _told(ask: Callable[..., Rows], base: Any, who: Any, args: argparse.Namespace, questions: Sequence[str]) -> Rows:
-    return ask(base, who, args.pictures, questions, args.tokens)
+        ask = partial(domain.chat_by_perplexity, base, adapters, args.pictures, tokens=args.tokens)
+        return _talk(args.ask, ask, columns)
+    config = domain.PreviewConfig(tokens=args.tokens, temperature=args.temperature)
+    drawing = config.drawing(args.seed)
+    ask = partial(domain.chat, base, adapter, args.pictures, tokens=config.tokens, drawing=drawing)
+    return _talk(args.ask, ask, ("question", "base", "adapter"))
 
 
 def _talk(asked: Sequence[str] | None, ask: Callable[[Sequence[str]], Rows], columns: Sequence[str]) -> Answer:

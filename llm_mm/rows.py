@@ -41,10 +41,15 @@ class Shown:
 
     text: str
     """With colours of a terminal."""
-    page: str
-    """HTML that needs no other file."""
+    body: str
+    """HTML of the rows: a section for each, with spans of the classes learnt, masked and image, and its pictures."""
     rows: list[dict[str, Any]]
     """Runs of tokens of one kind."""
+
+    @property
+    def page(self) -> str:
+        """A page that needs no other file."""
+        return _PAGE.format(rows=self.body)
 
 
 def show_rows(job: Job, count: int = 8) -> Shown:
@@ -61,9 +66,10 @@ def show_rows(job: Job, count: int = 8) -> Shown:
     for row, tokens in found:
         runs = _runs(reader, tokens)
         learnt = sum(label != IGNORED for label in tokens.labels)
-        head = f"row {row.number}: {len(tokens.ids)} tokens, {learnt} learnt, {len(row.pictures)} pictures"
+        pictures = f"{len(row.pictures)} picture{'s' * (len(row.pictures) != 1)}"
+        head = f"row {row.number}: {len(tokens.ids)} tokens, {learnt} learnt, {pictures}"
         head += f", {tokens.dropped} answers dropped" if tokens.dropped else ""
-        text.append(head + "\n" + "".join(f"{_ANSI[kind]}{piece}{_END}" for kind, piece, _ in runs))
+        text.append(head + "\n" + "".join(f"{_ANSI[kind]}{_plain(piece)}{_END}" for kind, piece, _ in runs))
         spans = "".join(
             f'<span class="{kind}" title="{_title(ids)}">{html.escape(piece)}</span>' for kind, piece, ids in runs
         )
@@ -71,7 +77,12 @@ def show_rows(job: Job, count: int = 8) -> Shown:
         told.append(
             {"row": row.number, "tokens": len(tokens.ids), "learnt": learnt, "runs": [list(run[:2]) for run in runs]}
         )
-    return Shown("\n\n".join(text), _PAGE.format(rows="\n".join(page)), told)
+    return Shown("\n\n".join(text), "\n".join(page), told)
+
+
+def _plain(piece: str) -> str:
+    """A token without what a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece)
 
 
 def _runs(reader: Reader, tokens: Tokens) -> list[tuple[str, str, list[int]]]:
