@@ -1,24 +1,27 @@
 """What the pages say and do, without a browser."""
 
 import json
+import re
 import sys
 import tomllib
 import types
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from graft.app import files, forms
+from graft.app.handlers import changed
 from graft.app.pages import compare, library, preview, runs, teach
 from graft.app.place import Place
 from graft.app.server import is_loopback
 from graft.studio import registry
 from graft.studio.errors import InputError
 from graft.studio.job import Job
-from graft.studio.runs import RunLock, create_run
+from graft.studio.runs import RunLock, create_run, queue
 
 JOB = Job(base="pocket-sd", method={"name": "lora", "rank": 4}, data={"path": "photos"}, domain="diffusion")
 CARD = {"method": "lora", "config": {"rank": 4}, "domain": "diffusion", "base": "pocket-sd", "trigger": "<b>sks"}
@@ -51,7 +54,8 @@ def place(tmp_path: Path, sprite: Path) -> Place:
 
 
 def test_a_run_in_full(place: Place) -> None:
-    board, head, body, log, stop, resume, demo = runs.view(place, "20260102-b")
+    board, head, body, log, stop, resume, demo, places, _ = runs.view(place, "20260102-b")
+    assert not places.visible
     assert 'aria-current="page"><span class="name">20260102-b' in board
     assert "&lt;i&gt;done&lt;/i&gt;" in head
     assert body.count("<svg") == 2  # a curve for the loss, one for the accuracy
@@ -68,9 +72,46 @@ def test_buttons_follow_the_lock(place: Place) -> None:
         assert [button.interactive for button in runs.view(place, run.id)[4:6]] == [True, False]
 
 
+def test_the_queue_is_shown_in_its_order_and_changed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_STATE", str(tmp_path / "state"))
+    (tmp_path / "state").mkdir()
+    for name, order in (("20260103-c", 1.0), ("20260104-d", 2.0), ("20260105-e", 3.0)):
+        create_run(JOB, place.runs / name, queue=queue.place(JOB.train, order=order))
+
+    def line() -> list[str]:
+        return re.findall(r"run=(\w+-\w+)", runs.view(place, "20260104-d")[0])
+
+    done = ["20260102-b", "20260101-a"]
+    with RunLock(tmp_path / "state"):  # so that nobody trains them
+        assert line() == ["20260103-c", "20260104-d", "20260105-e", *done]
+        assert "place 2, priority 0" in runs.view(place, "")[0]
+        run = place.run("20260104-d")
+        for word, expected in (("Earlier", "dce"), ("Last", "ced"), ("First", "dce"), ("Later", "cde")):
+            runs.MOVES[word](run)
+            assert "".join(name[-1] for name in line()[:3]) == expected, word
+        runs.rank(run, 7)
+        assert "".join(name[-1] for name in line()[:3]) == "dce"
+        shown = runs.view(place, run.id)
+        assert (shown[-2].visible, shown[-1].value) == (True, 7)
+    run.write_state(status="running")
+    runs.rank(run, 9)  # it no longer waits: nothing happens
+    assert run.state["queue"]["priority"] == 7
+
+
+def test_what_a_page_shows_already_is_not_sent_again(place: Place) -> None:
+    _, seen = changed(runs.view(place, "20260102-b"), [""] * runs.SHOWN)
+    values, seen = changed(runs.view(place, "20260102-b"), seen)
+    assert all(value == gr.skip() for value in values)
+    place.run("20260102-b").write_state(status="stopped")
+    values, _ = changed(runs.view(place, "20260102-b"), seen)
+    assert [value == gr.skip() for value in values] == [False, False, True, True, True, False, True, True, True]
+
+
 def test_an_empty_studio_offers_the_demo(tmp_path: Path) -> None:
     place = Place(tmp_path / "runs", tmp_path / "data", NoModels())  # type: ignore[arg-type]
-    board, *_, demo = runs.view(place, "")
+    board, *_, demo, _, _ = runs.view(place, "")
     assert "No runs yet" in board
     assert demo.visible
     runs.begin_demo(place)

@@ -12,7 +12,8 @@ import pytest
 from graft.studio.disk import append_line
 from graft.studio.job import Job
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.runs import Run, create_run, list_runs
+from graft.studio.runs import Run, RunLock, create_run, list_runs
+from graft.studio.runs.queue import place
 
 pytestmark = pytest.mark.slow
 SECONDS = 300.0
@@ -144,6 +145,32 @@ def test_nothing_is_lost(studio, new_page, training) -> None:
     page.get_by_role("button", name="Stop").click()
     until(lambda: training.status == "stopped")
     assert watched.outside(studio.url) == []
+
+
+def test_the_queue_is_ordered_by_keyboard(studio, new_page) -> None:
+    """Nothing trains in it: the test holds the place of the scheduler."""
+    job = Job("pocket-sd", {"name": "lora"}, {"path": "photos"}, "diffusion")
+    studio.state.mkdir(exist_ok=True)
+    with RunLock(studio.state):
+        for order, name in enumerate(("20260103-c", "20260104-d", "20260105-e")):
+            create_run(job, studio.runs / name, queue=place(job.train, order=float(order)))
+        watched, second = new_page(), new_page(width=390, height=800)
+        page, other = watched.page, second.page
+        page.goto(f"{studio.url}/?run=20260105-e")
+        other.goto(studio.url)
+        page.get_by_text("place 3, priority 0").wait_for()
+        page.get_by_role("button", name="Earlier").focus()
+        page.keyboard.press("Enter")
+        until(lambda: [shown.locator(".graft.runs .name").nth(1).inner_text() for shown in (page, other)]
+              == ["20260105-e"] * 2, 20)  # fmt: skip
+        page.get_by_label("Priority").fill("3")
+        page.keyboard.press("Enter")
+        other.get_by_text("place 1, priority 3").wait_for()
+        page.get_by_role("button", name="Stop").click()
+        until(lambda: Run(studio.runs / "20260105-e").status == "stopped", 30)
+        page.locator("#places").wait_for(state="hidden")
+        assert other.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        assert watched.complaints == second.complaints == []
 
 
 def finished(runs: Path, name: str, rank: int, sprite: Path) -> Run:
