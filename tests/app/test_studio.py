@@ -1,6 +1,7 @@
 """The studio in a browser: a new user's whole way, and what may happen to it."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -262,3 +263,26 @@ def test_first_load_is_quick(studio, new_page) -> None:
         page.get_by_text("No runs yet").wait_for()
         seconds.append(time.monotonic() - began)
     assert min(seconds) < 2.5
+
+
+def test_what_is_told_before_the_start(studio, new_page, photos, tmp_path) -> None:
+    """A picture that was dropped twice is found, and what the training takes is measured, before it starts."""
+    watched = new_page(width=390, height=900)
+    page = watched.page
+    page.goto(f"{studio.url}/teach")
+    page.get_by_text("Your pictures will stand here").wait_for()
+    page.set_input_files("#drop input[type=file]", [str(path) for path in (*photos, photos[0])])
+    finding = page.locator("#findings li.warning", has_text="duplicate")
+    finding.wait_for()
+    assert "0006.png: the same file as 0001.png" in finding.inner_text()
+    assert "Remove all but one" in finding.inner_text()
+    told = page.locator("#estimate")
+    told.wait_for(timeout=SECONDS * 1000)
+    numbers = re.fullmatch(r"About ([\d.]+ \w+), ([\d.]+ GB) of memory on \w+.*, ([\d.]+ MB) on disk.*", told.inner_text())
+    assert numbers, told.inner_text()
+    page.get_by_text("Thorough").click()  # known at once: nothing is measured again
+    until(lambda: not told.inner_text().startswith(f"About {numbers[1]},"), 10)
+    assert f"{numbers[2]} of memory" in told.inner_text()
+    assert list_runs(studio.runs) == []
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert watched.complaints == []
