@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from graft.app import files, forms
+from graft.app import check, files, forms, worker
 from graft.app.handlers import changed
 from graft.app.pages import compare, library, preview, runs, teach
 from graft.app.place import Place
 from graft.app.server import is_loopback
 from graft.studio import registry
 from graft.studio.errors import InputError
+from graft.studio.estimate import Estimate
 from graft.studio.job import Job
 from graft.studio.runs import RunLock, create_run, queue
 
@@ -249,3 +251,66 @@ def test_addresses_that_only_this_machine_reaches() -> None:
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "x")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+DUPLICATE = {"kind": "duplicate", "level": "warning", "remedy": "Remove all but one", "files": {"<2>.png": "the same"}}
+TRAINED = Estimate("cpu", 10, 2.0, 0.5, 3.0, 0.0, 10**8, 2 * 10**8, 10**9, 3 * 10**6, 10**6, 1000)
+
+
+def test_findings_and_estimates_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = place.new_set()
+    (place.data_set(name) / "1.png").write_bytes(b"x")
+    form = [name, "", "", "A subject", "pocket-sd", "Usual", "lora", "{}"]
+    assert teach.can_check(place, *form)
+    assert not teach.can_check(place, *form[:4], "org/model", *form[5:]), "a base of a hub is not loaded unasked"
+    assert not teach.can_check(place, place.new_set(), *form[1:]), "there are no pictures"
+    job = teach.job_of(place, *form)
+    monkeypatch.setattr(place.models, "ask", lambda what, job: {"findings": [DUPLICATE, DUPLICATE | {"files": {}}]})
+    shown = check.findings(place, job)
+    assert "<strong>duplicate</strong> (1). Remove all but one.<small>&lt;2&gt;.png: the same</small>" in shown
+    assert "Nothing is wrong" in check.told_findings({"findings": []})
+
+    assert check.known(place, job) is None
+    document = json.dumps(TRAINED.document(job["train"], 50, 7))
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout=document, returncode=0))
+    assert "About 3 min, 200 MB of memory on cpu (1.0 GB there), 11 MB on disk" in check.estimate(place, job)
+    monkeypatch.delattr(check.subprocess, "run")  # it is not measured again
+    assert "About 3 min" in teach.expected(place, *form)
+    assert "About 9 min" in teach.expected(place, *form[:5], "Thorough", *form[6:])
+    assert "About" not in teach.expected(place, *form[:6], "dora", "{}")
+    full = replace(TRAINED, peak=2 * 10**9)
+    assert 'role="alert">The memory is too little: set a smaller batch_size' in check.told_estimate(place, job, full)
+
+
+@pytest.mark.parametrize(
+    ("stdout", "code", "told"),
+    [
+        ('{"error": {"message": "m", "given": "<base>", "reason": "none", "remedy": "r"}}', 2, "&lt;base&gt;: none. r"),
+        ('{"error": {"message": "diverged"}}', 1, "diverged"),
+        ("", -9, "for want of memory"),
+        ("", 1, "exit code 1"),
+    ],
+)
+def test_what_a_training_would_fail_of_is_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch, stdout: str, code: int, told: str
+) -> None:
+    answer = types.SimpleNamespace(stdout=stdout, returncode=code)
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: answer)
+    assert told in check.estimate(place, teach.job_of(place, "", "", "x", "A subject", "pocket-sd", "", "lora", "{}"))
+
+
+def test_the_doctor_looks_at_pictures_of_every_goal(tmp_path: Path, sprite: Path) -> None:
+    """A base of a hub is not loaded for it; of a classifier, captions are no matter."""
+    folder = tmp_path / "set" / "disc"
+    folder.mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        (folder / name).write_bytes(sprite.read_bytes())
+    common = {"data": {"path": str(tmp_path / "set")}, "base": "org/model"}
+    found = {
+        domain: [each["kind"] for each in worker.doctor(tmp_path, {**common, **rest})["findings"]]
+        for domain, rest in {
+            "diffusion": {"domain": "diffusion", "method": {"name": "lora"}},
+            "vision": {"domain": "vision", "method": {"name": "linear"}},
+        }.items()
+    }
+    assert found == {"diffusion": ["duplicate", "small", "no caption"], "vision": ["duplicate"]}
