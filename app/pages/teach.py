@@ -16,15 +16,15 @@ from typing import Any
 
 import gradio as gr
 
-from graft.app import check, forms, uploads
+from graft.app import check, desk, forms, uploads
 from graft.app.files import thumb_url
 from graft.app.handlers import QUIET, current_page, note, told
 from graft.app.pages.runs import duration
 from graft.app.place import Place
+from graft.app.uploads import pictures as find_pictures
 from graft.studio import registry
 from graft.studio.config import write_toml
 from graft.studio.errors import InputError
-from graft.studio.pictures import find_pictures
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ def build(place: Place) -> None:
             def captions(name: str, _: float) -> None:
                 caption_fields(place, name)
 
+            desk.build(place, data_set, version, goal, lambda goal: "diffusion" in GOALS[goal].methods)
             with gr.Accordion("Advanced", open=False):
                 method = gr.Dropdown(["lora"], value="lora", allow_custom_value=True, label="Method")
 
@@ -304,7 +305,7 @@ def caption_fields(place: Place, name: str) -> None:
         key = path.relative_to(folder).as_posix()
         with gr.Row(equal_height=True):
             gr.HTML(
-                f'<div class="graft"><img class="small" src="{thumb_url(name, key)}" alt="{escape(key)}" '
+                f'<div class="graft"><img class="small" src="{thumb_url(name, key, path)}" alt="{escape(key)}" '
                 'style="max-width:6rem"></div>', min_width=100,
             )  # fmt: skip
             text = gr.Textbox(
