@@ -45,7 +45,7 @@ def build(
         masks: tells of a goal whether its training reads masks.
     """
     with gr.Accordion("Cut and mask", open=False, elem_id="desk"):
-        chosen = gr.Dropdown([], label="Picture", elem_id="picture")
+        chosen = gr.Dropdown([], label="Picture", allow_custom_value=True, elem_id="picture")
         canvas = gr.ImageEditor(
             label="Picture", type="pil", format="png", image_mode="RGBA", sources=(), transforms=("crop",),
             layers=False, show_label=False, buttons=[], interactive=True, elem_id="canvas",
