@@ -19,7 +19,7 @@ from typing import Any
 
 from graft.studio.errors import InputError
 
-COMMANDS = {("adapters", "inspect"), ("adapters", "verify"), ("adapters", "convert")}
+COMMANDS = {("adapters", "inspect"), ("adapters", "verify"), ("adapters", "convert"), ("adapters", "merge")}
 """Commands that a page may run here."""
 OF_PICTURES = ("unreadable", "duplicate", "near duplicate")
 """Findings of the doctor that hold whatever is learnt from the pictures."""

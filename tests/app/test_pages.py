@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 from starlette.testclient import TestClient
 
 from graft.app import check, files, forms, worker
@@ -314,3 +315,42 @@ def test_the_doctor_looks_at_pictures_of_every_goal(tmp_path: Path, sprite: Path
         }.items()
     }
     assert found == {"diffusion": ["duplicate", "small", "no caption"], "vision": ["duplicate"]}
+
+
+def test_adapters_are_merged_by_the_command(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(what: str, argv: list[str]) -> None:
+        asked.append(argv)
+        folder = Path(next(each for each in argv if "merged-" in each))
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "<b>.safetensors").write_bytes(b"x")
+
+    monkeypatch.setattr(place.models, "ask", ask)
+    runs_of = [str(place.runs / name) for name in ("20260101-a", "20260102-b")]
+    shown = library.merged(place, "20260101-a", ["20260102-b", "20260101-a"], "0.7; 0.3".replace(";", ","))
+    assert "One adapter for all" in shown and "unet/&lt;b&gt;.safetensors" in shown
+    assert asked[-1][:4] == ["adapters", "merge", *runs_of] and asked[-1][-1] == "--weights=0.7,0.3"
+    assert "The base with it" in library.merged(place, "20260101-a", None, "")
+    assert asked[-1][:3] == ["adapters", "merge", runs_of[0]] and len(asked[-1]) == 4
+    with pytest.raises(InputError, match="these are no numbers"):
+        library.merged(place, "20260101-a", ["20260102-b"], "--base=/etc")
+    with pytest.raises(InputError, match="there is no such run"):
+        library.merged(place, "20260101-a", ["../x"], "")
+
+
+@pytest.mark.slow
+def test_the_worker_merges_what_it_trained(tmp_path: Path) -> None:
+    """Two LoRAs of zero steps' worth become one adapter; the base takes one."""
+    from graft.studio.training import train
+
+    (tmp_path / "set").mkdir()
+    for name, colour in (("1.png", "red"), ("2.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "set" / name)
+    job = {"base": "pocket-sd", "method": {"name": "lora", "rank": 2}, "data": {"path": str(tmp_path / "set")},
+           "train": {"steps": 1, "batch_size": 1}}  # fmt: skip
+    made = [str(train(job, runs=tmp_path / "runs").folder) for _ in range(2)]
+    worker.command(tmp_path / "runs", ["adapters", "merge", *made, str(tmp_path / "one"), "--weights=0.7,0.3"])
+    assert (tmp_path / "one" / "adapter.safetensors").is_file()
+    worker.command(tmp_path / "runs", ["adapters", "merge", made[0], str(tmp_path / "base")])
+    assert (tmp_path / "base" / "model_index.json").is_file()
