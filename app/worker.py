@@ -39,6 +39,7 @@ def doctor(runs: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """
     from graft.studio.config import from_dict
     from graft.studio.job import Job
+    from graft.studio.pictures import find_pictures
     from graft.studio.registry import find
 
     loaded = Job.load(job)
@@ -48,6 +49,8 @@ def doctor(runs: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     config = find("graft.diffusion:DataConfig", "diffusion")
     path = Path(loaded.data["path"])  # of a table the pictures lie beside it
     own = loaded.data if loaded.domain == "diffusion" else {"path": str(path if path.is_dir() else path.parent)}
+    if loaded.domain != "diffusion" and not find_pictures(Path(own["path"])):
+        return {"findings": []}
     report = find("graft.diffusion.doctor:examine", "diffusion")(from_dict(config, own, "data")).document()
     if loaded.domain != "diffusion":
         report["findings"] = [each for each in report["findings"] if each["kind"] in OF_PICTURES]
