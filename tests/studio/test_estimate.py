@@ -99,8 +99,14 @@ def test_the_command(job: dict[str, Any], tmp_path: Path, capsys: pytest.Capture
 
 
 def test_it_takes_few_steps(job: dict[str, Any], toy: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken, forward = [], toy.Task.forward
-    monkeypatch.setattr(toy.Task, "forward", lambda self, x: (taken.append(0), forward(self, x))[1])
+    taken: list[int] = []
+    forward = toy.Task.forward
+
+    def counted(self: Any, x: Any) -> Any:
+        taken.append(0)
+        return forward(self, x)
+
+    monkeypatch.setattr(toy.Task, "forward", counted)
     graft.estimate(job)
     assert len(taken) == STEPS
     graft.estimate({**job, "train": job["train"] | {"steps": 1}})
