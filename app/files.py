@@ -13,8 +13,10 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, HTTPException
 from fastapi.responses import FileResponse, Response
+from PIL import Image
 
 from graft.app.place import Place
+from graft.app.uploads import MAX_MEGAPIXELS, mask_file
 from graft.studio.errors import InputError
 from graft.studio.pictures import BROKEN, checked_bytes, find_pictures, open_picture
 from graft.studio.runs import Run
@@ -29,9 +31,10 @@ def sample_url(run: Run, path: Path) -> str:
     return quote(f"/files/runs/{run.id}/{path.relative_to(run.folder).as_posix()}") + f"?{path.stat().st_mtime_ns}"
 
 
-def thumb_url(name: str, picture: str) -> str:
-    """Address of an uploaded picture's square."""
-    return quote(f"/files/data/{name}/{picture}")
+def thumb_url(name: str, picture: str, path: Path) -> str:
+    """Address of an uploaded picture's square; another one when the picture, or its mask, is another."""
+    stamps = [file.stat().st_mtime_ns for file in (path, mask_file(path)) if file.is_file()]
+    return quote(f"/files/data/{name}/{picture}") + f"?{'-'.join(map(str, stamps))}"
 
 
 def shown_url(work: Path, path: Path) -> str:
@@ -83,13 +86,17 @@ def routes(place: Place) -> APIRouter:
 
 
 def square(path: Path) -> bytes:
-    """The centre of a picture, as training crops it, as PNG.
+    """The centre of a picture, as training crops it, as PNG; what its mask leaves out is dark.
 
     Raises:
         HTTPException: it can no longer be read.
     """
+    mask = mask_file(path)
     try:
-        picture = open_picture(checked_bytes(path, 50.0), near=THUMB)
+        picture = open_picture(checked_bytes(path, MAX_MEGAPIXELS), near=THUMB)
+        if mask.is_file():
+            marked = open_picture(checked_bytes(mask, MAX_MEGAPIXELS), "black").convert("L").resize(picture.size)
+            picture = Image.composite(picture, picture.point(lambda value: value // 4), marked)
     except BROKEN:
         raise HTTPException(404) from None
     edge = min(picture.size)

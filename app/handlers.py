@@ -32,7 +32,8 @@ def told(handler: F) -> F:
 
 def changed(values: list[Any], seen: list[str]) -> tuple[list[Any], list[str]]:
     """Leaves out what the page shows already; returns what to send, and what the page will then show."""
-    told_now = [str(value) for value in values]
+    # What a component was made with says what it will show; itself it is another object each time.
+    told_now = [str(getattr(value, "_constructor_args", [value])[0]) for value in values]
     kept = [gr.skip() if now == before else value for value, now, before in zip(values, told_now, seen, strict=True)]
     return kept, told_now
 

@@ -20,12 +20,14 @@ os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / f"gra
 
 import gradio as gr
 from fastapi import FastAPI
+from PIL import Image
 
 from graft.app import files
 from graft.app.guard import Guard
 from graft.app.models import Models
 from graft.app.pages import compare, library, preview, runs, teach
 from graft.app.place import Place
+from graft.app.uploads import MAX_MEGAPIXELS
 from graft.studio.errors import InputError
 
 LOOPBACK = "127.0.0.1"
@@ -93,6 +95,7 @@ def serve(
     root.mkdir(parents=True, exist_ok=True)
     place = Place(root, Path(data or root.parent / "data").absolute(), Models(root))
     app = make_app(place, names, token)
+    Image.MAX_IMAGE_PIXELS = int(MAX_MEGAPIXELS * 1e6 / 2)  # PIL refuses twice as much, whoever opens it
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", server_header=False))
     shown = f"http://{host}:{port}/" + (f"login?token={token}" if token else "")
     print(f"{shown}  (stop with Ctrl-C)", file=sys.stderr, flush=True)

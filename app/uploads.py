@@ -151,3 +151,13 @@ def set_caption(picture: Path, text: str) -> None:
         write_atomic(file, text.strip()[:2000].encode())
     else:
         file.unlink(missing_ok=True)
+
+
+def mask_file(picture: Path) -> Path:
+    """Where the training of a diffusion model looks for a picture's mask."""
+    return picture.with_name(f"{picture.stem}.mask.png")
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The pictures of a data set, without the masks beside them."""
+    return [path for path in find_pictures(folder) if not path.stem.endswith(".mask")]

@@ -21,8 +21,10 @@ from graft.studio.errors import InputError
 from graft.studio.pictures import find_pictures
 from graft.studio.runs import Run
 
-COMMANDS = {("adapters", "inspect"), ("adapters", "verify"), ("adapters", "convert")}
+COMMANDS = {("adapters", "inspect"), ("adapters", "verify"), ("adapters", "convert"), ("adapters", "merge")}
 """Commands that a page may run here."""
+OF_PICTURES = ("unreadable", "duplicate", "near duplicate")
+"""Findings of the doctor that hold whatever is learnt from the pictures."""
 
 
 def start(runs: Path, job: Mapping[str, Any]) -> str:
@@ -30,6 +32,31 @@ def start(runs: Path, job: Mapping[str, Any]) -> str:
     from graft.app.launch import submit
 
     return submit(job, runs).id
+
+
+def doctor(runs: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Look for what is wrong with a job's pictures, as `graft data doctor` does.
+
+    A base of a hub is not loaded for it, and of a domain without a doctor of its own the pictures alone are looked at.
+    """
+    from graft.studio.config import from_dict
+    from graft.studio.job import Job
+    from graft.studio.pictures import find_pictures
+    from graft.studio.registry import find
+
+    loaded = Job.load(job)
+    if loaded.domain == "diffusion" and loaded.base.startswith("pocket-"):
+        whole: dict[str, Any] = find("graft.diffusion.doctor:examine_job", "diffusion")(loaded).document()
+        return whole
+    config = find("graft.diffusion:DataConfig", "diffusion")
+    path = Path(loaded.data["path"])  # of a table the pictures lie beside it
+    own = loaded.data if loaded.domain == "diffusion" else {"path": str(path if path.is_dir() else path.parent)}
+    if loaded.domain != "diffusion" and not find_pictures(Path(own["path"])):
+        return {"findings": []}
+    report = find("graft.diffusion.doctor:examine", "diffusion")(from_dict(config, own, "data")).document()
+    if loaded.domain != "diffusion":
+        report["findings"] = [each for each in report["findings"] if each["kind"] in OF_PICTURES]
+    return dict(report)
 
 
 def demo(runs: Path, data: str) -> str:
@@ -129,6 +156,7 @@ def main() -> None:
     table: dict[str, Callable[..., Any]] = {
         "start": start,
         "demo": demo,
+        "doctor": doctor,
         "command": command,
         "rows": rows,
         "show": Shower(),

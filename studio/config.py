@@ -44,8 +44,12 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     except ModuleNotFoundError:
         return _unchecked(cls, data, where)
     try:
+        text = json.dumps(dict(data), default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(where, f"a value is of a kind that no setting has ({error})", "correct it") from None
+    try:
         # JSON mode: strict about types, and still reads a list as a tuple and a string as a path, as TOML needs.
-        return _adapter(typing.cast(Any, cls)).validate_json(json.dumps(dict(data), default=_plain), strict=True)
+        return _adapter(typing.cast(Any, cls)).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join([where, *(str(part) for part in first["loc"])])
@@ -138,6 +142,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(str(path), f"cannot be read: {error}", "give the path of a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise InputError(str(path), f"is not valid TOML: {error}", "correct that line") from None
+    except RecursionError:
+        raise InputError(str(path), "its values lie too deep in each other", "write them flat") from None
 
 
 def write_toml(data: Mapping[str, Any]) -> str:
@@ -151,7 +157,7 @@ def parse_value(text: str) -> Any:
     """The value of `--set key=value`: TOML if it is, else the text itself, so that words need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
 
 

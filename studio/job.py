@@ -193,6 +193,7 @@ class Job:
         if "name" not in self.method:
             known = ", ".join(sorted({method for _, method in registry.METHODS}))
             raise InputError("method.name", "it is required", f"Choose one of {known}")
+        _at_home("base", self.base)
         domain = self.domain or registry.domain_of(str(self.method["name"]), self.base)
         section = {key: value for key, value in self.method.items() if key != "name"}
         from_dict(registry.method_class(domain, str(self.method["name"])), section, "method")
@@ -224,7 +225,19 @@ def anchor(data: dict[str, Any], folder: Path) -> None:
     for name, key in PATHS:
         section = data.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
-            section[key] = str(folder / Path(section[key]).expanduser())
+            section[key] = str(folder / _at_home(f"{name}.{key}", section[key]))
+
+
+def _at_home(name: str, value: str) -> Path:
+    """A path, or what might be one, that the system can be asked for."""
+    try:
+        path = Path(value).expanduser()
+        path.exists()
+    except RuntimeError:
+        raise InputError(f"{name} = {value!r}", "there is no such user", "Write the whole path") from None
+    except OSError as error:
+        raise InputError(f"{name} = {value[:60]!r}", f"it is no path ({error.strerror})", "Correct it") from None
+    return path
 
 
 def _override(data: dict[str, Any], text: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,9 +19,11 @@ from graft.studio import registry
 from graft.studio.adapter import Adapter
 from graft.studio.disk import require_space, write_atomic, write_json
 from graft.studio.errors import InputError, RunError
+from graft.studio.estimate import STEPS, Estimate, free_memory, resident
 from graft.studio.job import Job, TrainConfig
 from graft.studio.loop import Loop, make_accelerator, seeds_kept, set_threads, settled
 from graft.studio.runs.attempt import attempt, fail
+from graft.studio.runs.failure import classify
 from graft.studio.runs.folder import Run, create_run, new_folder, open_run
 from graft.studio.runs.lock import RunLock
 from graft.studio.runs.results import save_adapter
@@ -75,6 +79,99 @@ def train_many(jobs: Sequence[Source], runs: str | Path | None = None) -> list[R
         folders = [new_folder(job, runs=runs) for job in loaded]
         made = _create(loaded, folders, task, threads, accelerator)
         return _fit(task, made, threads, accelerator)
+
+
+def estimate(job: Source) -> Estimate:
+    """Return what a training will take, from a few steps of it in a folder that goes away.
+
+    On a processor the memory is that of this process at its highest: ask in a fresh one, as the command does.
+
+    Raises:
+        InputError: as `train`; also a device with too little memory.
+        GraftError: the training would fail.
+    """
+    job = settled(Job.load(job))
+    began = time.monotonic()
+    with _threads(job.train.threads) as threads, tempfile.TemporaryDirectory() as root:
+        accelerator = make_accelerator(job.train)
+        if accelerator.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(accelerator.device)
+        try:
+            task = _prepared([job], accelerator)
+            (run,) = _create([job], [Path(root) / "run"], task, threads, accelerator)
+            return _rehearsed(task, run, accelerator, time.monotonic() - began)
+        except (RuntimeError, MemoryError) as error:
+            if (failure := classify(error)).kind != "out of memory":
+                raise
+            reason = f"{accelerator.device} has too little memory ({failure.message.splitlines()[0]})"
+            remedy = "Set a smaller train.batch_size, with train.gradient_accumulation"
+            raise InputError(f"train.batch_size = {job.train.batch_size}", reason, remedy) from error
+
+
+def _rehearsed(task: Any, run: Run, accelerator: Accelerator, prepare: float) -> Estimate:
+    job, device = run.job, accelerator.device
+    loaded, sample, measurement, times = _memory(device)[0], 0.0, 0.0, [0.0]
+    if any(p.requires_grad for p in task.parameters()):
+        loop = Rehearsal(task, [run], accelerator)
+        loop.fit()
+        loop.save()
+        times = loop.times
+        if job.sample.every:
+            sample = _timed(lambda: task.sample(loop.step, run.folder / "samples"))
+        if job.train.validate_every or job.train.measure_every:
+            measurement = _timed(lambda: loop._measure(ending=True))
+    save_adapter(run.folder / "result", task.adapter({"steps": STEPS}))
+    pictures = [path for path in run.samples() if path.name != "sheet.png"]
+    peak, memory = _memory(device)[1:]
+    return Estimate(
+        device=str(device),
+        trained=sum(p.numel() for p in task.parameters() if p.requires_grad),
+        prepare=round(prepare, 3),
+        step=sorted(times[1:] or times)[len(times[1:]) // 2],
+        sample=sample,
+        measurement=measurement,
+        loaded=loaded,
+        peak=peak,
+        memory=memory,
+        checkpoint=max((_size(path) for path in (run.folder / "checkpoints").glob("[0-9]*")), default=0),
+        adapter=_size(run.folder / "result"),
+        picture=sum(path.stat().st_size for path in pictures),
+    )
+
+
+class Rehearsal(Loop):
+    """The first steps of a training; `times` has the seconds of each."""
+
+    times: list[float]
+
+    def _train_step(self) -> dict[str, torch.Tensor]:
+        self.times = getattr(self, "times", [])
+        began = time.monotonic()
+        figures = super()._train_step()
+        figures["loss"].item()  # a GPU has done the step only now
+        self.times.append(round(time.monotonic() - began, 4))
+        if len(self.times) == STEPS:
+            self.stopping.set()
+        return figures
+
+
+def _timed(work: Callable[[], object]) -> float:
+    began = time.monotonic()
+    work()
+    return round(time.monotonic() - began, 3)
+
+
+def _memory(device: torch.device) -> tuple[int, int, int]:
+    """Bytes that are in use on a device, that were at the highest, and that there are."""
+    if device.type == "cuda":
+        in_use, highest = torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
+        return in_use, highest, torch.cuda.mem_get_info(device)[0] + in_use
+    now, highest = resident()
+    return now, highest, free_memory() + now
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def resume(run: Run | str | Path) -> Run:

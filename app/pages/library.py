@@ -1,8 +1,9 @@
-"""Library: the adapters that the runs have made. Search, tag, inspect, convert, verify, delete and undo."""
+"""Library: the adapters that the runs have made. Search, tag, inspect, convert, merge, verify, delete, undo."""
 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from html import escape
 from pathlib import Path
@@ -20,6 +21,8 @@ from graft.studio.runs import Run, holder, open_run
 
 FORMATS = ("native", "diffusers", "kohya", "peft", "loralib", "timm")
 """What an adapter can be written as; which of them a method knows, it says itself."""
+MOST = 4
+"""Adapters in one."""
 
 
 def build(place: Place) -> None:
@@ -41,25 +44,34 @@ def build(place: Place) -> None:
             with gr.Row(visible=False) as conversion:
                 to = gr.Dropdown(list(FORMATS), value="native", label="Format", min_width=120)
                 convert = gr.Button("Convert", size="sm")
+            with gr.Row(visible=False) as merging:
+                others = gr.Dropdown([], multiselect=True, max_choices=MOST - 1, allow_custom_value=True, label="With",
+                                     info="None: into the weights of its base.", elem_id="others")  # fmt: skip
+                weights = gr.Textbox("", label="Weights", info="Such as 0.7, 0.3; empty is 1 for each.", max_length=60)
+                merge = gr.Button("Merge", size="sm", elem_id="merge")
             result = gr.HTML()
 
     def look(query: str, name: str) -> list[Any]:
         there = name in {run.id for run in place.adapters()}
         shown = card(place.run(name)) if there else ""
         tagged = ", ".join(tags_of(place.run(name))) if there else ""
-        visible = [gr.Row(visible=there)] * 2
-        return [listing(place, query, name), shown, gr.Textbox(tagged, visible=there), *visible, undo_button(place)]
+        visible = [gr.Row(visible=there)] * 3
+        rest = [gr.Dropdown([run.id for run in place.adapters() if run.id != name], value=[]), undo_button(place)]
+        return [listing(place, query, name), shown, gr.Textbox(tagged, visible=there), *visible, *rest]
 
     def choose(request: gr.Request) -> list[Any]:
         name = request.query_params.get("adapter") or ""
         return [name, *look("", name)]
 
-    view = [cards, detail, tags, actions, conversion, undo]
+    view = [cards, detail, tags, actions, conversion, merging, others, undo]
     query.change(lambda query, name: listing(place, query, name), [query, chosen], cards, **QUIET)
     tags.blur(told(lambda name, text: set_tags(place.run(name), text)), [chosen, tags], None, **QUIET)
     inspect.click(told(lambda name: inspected(place, name)), chosen, result, api_visibility="private")
     verify.click(told(lambda name: verified(place, name)), chosen, result, api_visibility="private")
     convert.click(told(lambda name, to: converted(place, name, to)), [chosen, to], result, api_visibility="private")
+    merge.click(
+        told(lambda *values: merged(place, *values)), [chosen, others, weights], result, api_visibility="private"
+    )
     delete.click(told(lambda name: trash(place, name)), chosen, None, **QUIET).success(
         look, [query, chosen], view, **QUIET
     )
@@ -161,6 +173,40 @@ def converted(place: Place, name: str, to: str) -> str:
         for file in document["files"]
     )
     return f'<div class="graft"><p role="status">Written as {escape(to)}:</p><ul>{links}</ul></div>'
+
+
+def merged(place: Place, name: str, others: list[str] | None, weights: str) -> str:
+    """Several adapters in one, or a copy of the base with one in its weights, as files to keep.
+
+    Raises:
+        InputError: adapters that cannot be joined, or whose base has no place for them.
+    """
+    names = list(dict.fromkeys([name, *(others or [])]))[:MOST]
+    folder = place.work / "exports" / place.run(name).id / f"merged-{secrets.token_hex(4)}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    argv = ["adapters", "merge", *(str(place.run(each).folder) for each in names), str(folder)]
+    if weights.strip() and len(names) > 1:
+        argv += [f"--weights={','.join(f'{weight:g}' for weight in numbers(weights))}"]
+    place.models.ask("command", argv=argv)
+    links = "".join(
+        f'<li><a download href="{export_url(place.work, file)}">{escape(file.relative_to(folder).as_posix())}</a></li>'
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    )
+    what = "One adapter for all" if len(names) > 1 else "The base with it"
+    return f'<div class="graft"><p role="status">{what}:</p><ul>{links}</ul></div>'
+
+
+def numbers(text: str) -> list[float]:
+    """Weights from a field.
+
+    Raises:
+        InputError: something else stands there.
+    """
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise InputError(f"Weights {text!r}", "these are no numbers", "Write weights, such as 0.7, 0.3") from None
 
 
 def trash(place: Place, name: str) -> None:

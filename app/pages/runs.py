@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -12,6 +13,8 @@ from graft.app.files import sample_url
 from graft.app.handlers import QUIET, changed, current_page, told
 from graft.app.place import Place
 from graft.studio.runs import Run
+from graft.studio.runs.machine import ensure_scheduler
+from graft.studio.runs.queue import move, shift, waiting
 
 TICK = 2.0
 """Seconds between two looks at the run folders: half a request per second for each open page."""
@@ -19,12 +22,21 @@ LOG_LINES = 60
 NOT_CURVES = {"step", "seconds", "attempt", "learning_rate"}
 SAMPLES = 48
 """Newest pictures shown."""
+SHOWN = 9
+"""Things that a look at the run folders may change."""
+MOVES: dict[str, Callable[[Run], object]] = {
+    "First": lambda run: move(run, first=True),
+    "Earlier": lambda run: shift(run, -1),
+    "Later": lambda run: shift(run, 1),
+    "Last": lambda run: move(run, last=True),
+}
+"""Changes of a waiting run's place."""
 
 
 def build(place: Place) -> None:
     """Draw the page."""
     chosen = gr.Textbox(visible="hidden")
-    seen = gr.State([""] * 7)
+    seen = gr.State([""] * SHOWN)
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             board = gr.HTML()
@@ -35,22 +47,38 @@ def build(place: Place) -> None:
                 stop = gr.Button("Stop", interactive=False, size="sm")
                 resume = gr.Button("Resume", interactive=False, size="sm")
                 clone = gr.Button("Clone", interactive=False, size="sm")
+            with gr.Row(visible=False, elem_id="places") as places:
+                moves = [gr.Button(word, size="sm", min_width=80) for word in MOVES]
+                priority = gr.Number(0, precision=0, label="Priority: higher ones go first", min_width=120)
             body, log = gr.HTML(), gr.HTML()
-    shown = [board, head, body, log, stop, resume, demo]
+    shown = [board, head, body, log, stop, resume, demo, places, priority]
 
     def look(name: str, seen: list[str]) -> list[Any]:
-        values, now = changed(view(place, name), seen if len(seen) == 7 else [""] * 7)
+        if any(run.state["status"] == "queued" for run in place.newest()):
+            ensure_scheduler()  # it may have been killed
+        values, now = changed(view(place, name), seen if len(seen) == SHOWN else [""] * SHOWN)
         return [*values, gr.Button(interactive=bool(name)), now]
 
     def choose(request: gr.Request) -> list[Any]:
         found = place.newest()
         name = request.query_params.get("run") or (found[0].id if found else "")
         name = name if name in {run.id for run in found} else ""
-        return [name, *look(name, [""] * 7)]
+        return [name, *look(name, [""] * SHOWN)]
+
+    def mover(change: Callable[[Run], object]) -> Any:
+        def act(name: str, seen: list[str]) -> list[Any]:
+            change(place.run(name))
+            return look(name, seen)
+
+        return told(act)
 
     gr.Timer(TICK).tick(look, [chosen, seen], [*shown, clone, seen], **QUIET)
     stop.click(told(lambda name: launch.stop(place.run(name))), chosen, None, **QUIET)
     resume.click(told(lambda name: launch.go_on(place.run(name))), chosen, None, **QUIET)
+    for button, change in zip(moves, MOVES.values(), strict=True):
+        button.click(mover(change), [chosen, seen], [*shown, clone, seen], **QUIET)
+    ranked = told(lambda name, value: rank(place.run(name), value))
+    gr.on([priority.submit, priority.blur], ranked, [chosen, priority], None, **QUIET)
     clone.click(None, chosen, None, js="name => { window.location = '/teach?clone=' + encodeURIComponent(name) }")
     demo.click(told(lambda: begin_demo(place)), None, chosen, api_visibility="private")
     current_page().load(choose, None, [chosen, *shown, clone, seen], **QUIET)
@@ -63,37 +91,54 @@ def begin_demo(place: Place) -> str:
 
 
 def view(place: Place, name: str) -> list[Any]:
-    """What the page shows now: list, head, body, log, and the buttons stop, resume and demo."""
+    """What the page shows now: list, head, body, log, the buttons stop, resume and demo, the place in the queue."""
     found = place.newest()
     run = next((each for each in found if each.id == name), None)
     demo = gr.Button(visible=not found)
     if run is None:
-        return [board(found, ""), "", "", "", gr.Button(interactive=False), gr.Button(interactive=False), demo]
+        off = gr.Button(interactive=False)
+        return [board(found, ""), "", "", "", off, off, demo, gr.Row(visible=False), gr.Number(0)]
     status = run.status
     can_resume = status in ("created", "stopped", "failed", "interrupted")
     buttons = [gr.Button(interactive=status in ("running", "queued")), gr.Button(interactive=can_resume), demo]
-    return [board(found, name), head(run, status), body(run), log(run), *buttons]
+    priority = int((run.state.get("queue") or {}).get("priority", 0))
+    queue = [gr.Row(visible=status == "queued"), gr.Number(priority)]
+    return [board(found, name), head(run, status), body(run), log(run), *buttons, *queue]
 
 
-def board(found: list[Run], name: str) -> str:
-    """The list of runs, each a link to itself."""
+def rank(run: Run, priority: float | None) -> None:
+    """Give a waiting run another priority."""
+    if priority is not None and run.state["status"] == "queued" and run.state["queue"]["priority"] != int(priority):
+        move(run, priority=int(priority))
+
+
+def board(found: Sequence[Run], name: str) -> str:
+    """The list of runs, each a link to itself: what trains, what waits with the next one first, what is done."""
     if not found:
         return (
             '<div class="graft"><h2>No runs yet</h2><p>Teach the embedded model a hedgehog from five pictures: some '
             'minutes on a laptop, nothing is downloaded. Or <a href="/teach">teach it your own</a>.</p></div>'
         )
-    return f'<nav class="graft runs" aria-label="Runs">{"".join(entry(run, run.id == name) for run in found)}</nav>'
+    rows = {run.id: {"id": run.id, **run.state, "status": run.status} for run in found}
+    line = [str(row["id"]) for row in waiting(rows.values())]
+    training = [run.id for run in found if rows[run.id]["status"] == "running"]
+    done = [run.id for run in found if run.id not in {*line, *training}]
+    parts = []
+    for title, ids in (("Training", training), ("Queue, the next one first", line), ("Done", done)):
+        shown = "".join(entry(rows[id], id == name, line.index(id) + 1 if id in line else 0) for id in ids)
+        parts.append(f"<h3>{title}</h3>{shown}" if shown and (training or line) else shown)
+    return f'<nav class="graft runs" aria-label="Runs">{"".join(parts)}</nav>'
 
 
-def entry(run: Run, current: bool) -> str:
-    """One line of the list."""
-    state = run.state
+def entry(state: Mapping[str, Any], current: bool, place: int = 0) -> str:
+    """One line of the list, with its place in the queue."""
     step, steps = int(state.get("step") or 0), int(state.get("steps") or 0)
     bar = f'<progress value="{step}" max="{steps or 1}" aria-label="Progress"></progress>' if step < steps else ""
     mark = ' aria-current="page"' if current else ""
+    where = f"place {place}, priority {state['queue']['priority']}" if place else f"{step} of {steps}"
     return (
-        f'<a href="/?run={escape(run.id)}"{mark}><span class="name">{escape(run.id)}</span>'
-        f'<span class="row">{page.status(run.status)}<small>{step} of {steps}</small></span>{bar}</a>'
+        f'<a href="/?run={escape(state["id"])}"{mark}><span class="name">{escape(state["id"])}</span>'
+        f'<span class="row">{page.status(state["status"])}<small>{where}</small></span>{"" if place else bar}</a>'
     )
 
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import gradio as gr
 
-from graft.app import forms, questions, uploads
+from graft.app import check, desk, forms, questions, uploads
 from graft.app.files import thumb_url
 from graft.app.handlers import QUIET, current_page, note, told
 from graft.app.pages.runs import duration
 from graft.app.place import Place
+from graft.app.uploads import pictures as find_pictures
 from graft.studio import registry
 from graft.studio.config import write_toml
 from graft.studio.errors import InputError
-from graft.studio.pictures import find_pictures
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,8 @@ def build(place: Place) -> None:
             quality = gr.Radio(list(QUALITY), value="Usual", label="Quality")
             start = gr.Button("Start", variant="primary", elem_id="start")
             estimate = gr.HTML()
+            look_first = gr.Button("Check before the start", size="sm", elem_id="check")
+            wanted, findings = gr.Number(0, visible="hidden"), gr.HTML()
         with gr.Column(min_width=320):
             listing = gr.HTML()
             with gr.Column(visible=False) as asking:  # for the goal that has a table of questions
@@ -124,6 +126,7 @@ def build(place: Place) -> None:
             def captions(name: str, _: float) -> None:
                 caption_fields(place, name)
 
+            desk.build(place, data_set, version, goal, lambda goal: "diffusion" in GOALS[goal].methods)
             with gr.Accordion("Advanced", open=False):
                 method = gr.Dropdown(["lora"], value="lora", allow_custom_value=True, label="Method")
 
@@ -140,7 +143,7 @@ def build(place: Place) -> None:
     def refresh(*values: Any) -> list[Any]:
         written = write_toml(job_of(place, *values))
         shown = f"{written}\n# graft train job.toml --runs {place.runs.name}"
-        return [shown, listing_of(place, values[0]), estimate_of(place, values[4], values[6], values[5])]
+        return [shown, listing_of(place, values[0]), expected(place, *values)]
 
     def add(files: list[str] | None, name: str, label: str, goal: str) -> list[Any]:
         if GOALS[goal].classes and not label.strip() and not any(str(file).endswith(".zip") for file in files or []):
@@ -196,6 +199,16 @@ def build(place: Place) -> None:
     start.click(told(begin), form, started, api_visibility="private").success(
         None, started, None, js="id => { window.location = '/?run=' + encodeURIComponent(id) }"
     )
+    look_first.click(told(lambda *values: check_wanted(place, *values)), form, [wanted, findings], **QUIET)
+    # A picture came, not the page, which sets both; a base of a hub is large, and its check waits for the button.
+    gr.on([version.change, base.input, method.input], lambda version, opened, *values: (
+        check_wanted(place, *values) if version - opened > 0.01 and can_check(place, *values) else [gr.skip()] * 2
+    ), [version, opened, *form], [wanted, findings], **QUIET)  # fmt: skip
+    at_rest: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 1}
+    wanted.change(
+        lambda *values: check.findings(place, job_of(place, *values)), form, findings, concurrency_id="models",
+        trigger_mode="always_last", **at_rest,
+    ).then(lambda *values: check.estimate(place, job_of(place, *values)), form, estimate, **at_rest)  # fmt: skip
     changes = [each.change for each in (name, goal, base, quality, method, settings, version)]
     gr.on(changes, told(refresh), form, [job, listing, estimate], **QUIET, trigger_mode="always_last")
     current_page().load(told(open_page), kept, [data_set, clone, version, opened, name, goal, base, method, settings],
@@ -259,6 +272,25 @@ def checked(place: Place, data_set: str, clone: str, name: str, goal: str, base:
         raise InputError("Pictures", "there are none", "Drop some, or a .zip of them")
 
 
+def check_wanted(place: Place, *values: Any) -> list[Any]:
+    """Now, for whoever waits for it, and a word meanwhile.
+
+    Raises:
+        InputError: as `checked`; a name may come later.
+    """
+    checked(place, *values[:2], values[2] or "unnamed", *values[3:])
+    return [time.time(), check.WORKING]
+
+
+def can_check(place: Place, *values: Any) -> bool:
+    """Whether a form can be checked unasked: there are pictures, and its base is embedded."""
+    try:
+        checked(place, *values[:2], values[2] or "unnamed", *values[3:])
+    except InputError:
+        return False
+    return str(values[4]).startswith("pocket-")
+
+
 def job_of(
     place: Place, data_set: str, clone: str, name: str, goal: str, base: str, quality: str, method: str,
     settings: str,
@@ -319,7 +351,7 @@ def caption_fields(place: Place, name: str) -> None:
         key = path.relative_to(folder).as_posix()
         with gr.Row(equal_height=True):
             gr.HTML(
-                f'<div class="graft"><img class="small" src="{thumb_url(name, key)}" alt="{escape(key)}" '
+                f'<div class="graft"><img class="small" src="{thumb_url(name, key, path)}" alt="{escape(key)}" '
                 'style="max-width:6rem"></div>', min_width=100,
             )  # fmt: skip
             text = gr.Textbox(
@@ -359,6 +391,13 @@ def _setter(key: str, row: Mapping[str, Any]) -> Any:
         return json.dumps(others if said is None else {**others, key: said})
 
     return put
+
+
+def expected(place: Place, *values: Any) -> str:
+    """What the training of a form takes: as measured, else by earlier runs."""
+    job = job_of(place, *values)
+    found = check.known(place, job)
+    return check.told_estimate(place, job, found) if found else estimate_of(place, values[4], values[6], values[5])
 
 
 def estimate_of(place: Place, base: str, method: str, quality: str) -> str:

@@ -17,6 +17,7 @@ _PUBLIC = {
     "Adapter": "graft.studio.adapter",
     "Job": "graft.studio.job",
     "Run": "graft.studio.runs",
+    "estimate": "graft.studio.training",
     "load_adapter": "graft.studio.adapter",
     "load_base": "graft.studio.registry",
     "submit": "graft.studio.runs",
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
     from graft.studio.job import Job
     from graft.studio.registry import load_base
     from graft.studio.runs import Run, submit, wait
-    from graft.studio.training import train, train_many
+    from graft.studio.training import estimate, train, train_many
 
 __all__ = [
     "Adapter",
     "Job",
     "Run",
     "__version__",
+    "estimate",
     "load_adapter",
     "load_base",
     "submit",

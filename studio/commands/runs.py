@@ -39,6 +39,9 @@ def add(commands: Any) -> None:
             add_place(parser)
         if name == "order":
             parser.add_argument("--last", action="store_true", help="behind all that wait with the same priority")
+            where = "of another priority, it takes that one's"
+            parser.add_argument("--up", action="store_true", help=f"one place ahead; where it passes a run {where}")
+            parser.add_argument("--down", action="store_true", help="one place back, likewise")
         if name == "clone":
             add_set(parser, "train.steps=50")
             parser.add_argument("--smaller-memory", action="store_true", help="half the batch, accumulated twice")
@@ -128,10 +131,17 @@ def resume(args: argparse.Namespace) -> Answer:
 
 def order(args: argparse.Namespace) -> Answer:
     """Another place among those that wait."""
+    from graft.studio.errors import InputError
     from graft.studio.runs import find_run
-    from graft.studio.runs.queue import move
+    from graft.studio.runs.queue import move, shift
 
-    run = move(find_run(args.name, args.runs), args.priority, args.first, args.last)
+    run = find_run(args.name, args.runs)
+    if not (args.up or args.down):
+        move(run, args.priority, args.first, args.last)
+    elif args.priority is not None or args.up + args.down + args.first + args.last > 1:
+        raise InputError("--up, --down", "each says the whole place", "Give one of them alone")
+    else:
+        shift(run, -1 if args.up else 1)
     return Answer({**outcome(run), "queue": run.state["queue"]}, told(run))
 
 

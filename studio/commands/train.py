@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     add_runs(parser)
     parser.add_argument("--queue", action="store_true", help="let this machine's scheduler train it, and do not wait")
     add_place(parser)
+    parser.add_argument("--dry-run", action="store_true", help="tell time, memory and disk, from its first steps")
 
 
 def add_place(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def train(args: argparse.Namespace) -> Answer:
         raise InputError("--run-dir", f"it names one folder for {len(jobs)} jobs", "Use --runs")
     if not args.queue and (args.first or args.priority is not None):
         raise InputError("--priority, --first", "they are for the queue", "Add --queue")
+    if args.dry_run:
+        return estimate(jobs, args)
     if args.queue:
         return queue(jobs, args)
     from graft.studio import training
@@ -50,6 +53,25 @@ def train(args: argparse.Namespace) -> Answer:
         return Answer([outcome(run) for run in runs], "\n".join(told(run) for run in runs))
     run = training.train(jobs[0], args.run_dir, args.runs)
     return Answer(outcome(run), told(run))
+
+
+def estimate(jobs: Sequence[Job], args: argparse.Namespace) -> Answer:
+    """What each would take alone; no run is made."""
+    import shutil
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from graft.studio import training
+
+    documents, texts = [], []
+    where = Path(args.run_dir or args.runs).absolute()
+    for job in jobs:
+        told = training.estimate(job)
+        there = next(path for path in (where, *where.parents) if path.exists())
+        rest = (asdict(job.train), job.sample.every, shutil.disk_usage(there).free)
+        documents.append(told.document(*rest))
+        texts.append(told.text(*rest))
+    return Answer(documents if len(jobs) > 1 else documents[0], "\n\n".join(texts))
 
 
 def queue(jobs: Sequence[Job], args: argparse.Namespace) -> Answer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,58 @@ def move(run: Run, priority: int | None = None, first: bool = False, last: bool 
     Raises:
         RunError: it does not wait.
     """
+    changes: dict[str, Any] = {} if priority is None else {"priority": priority}
+    if first or last:
+        changes["order"] = _front(run.folder.parent) if first else time.time()
+    _put(run, **changes)
+    announce(run.folder.parent)
+    return run
+
+
+def shift(run: Run, places: int) -> Run:
+    """Move a waiting run some places back in the line, or ahead if the number is negative; at the end it stays there.
+
+    Where it passes a run of another priority, it takes that one's.
+
+    Raises:
+        RunError: it does not wait.
+    """
+    _put(run)  # refuses one that does not wait
+    line = _line(run.folder.parent)
+    here = next(place for place, row in enumerate(line) if row["id"] == run.id)
+    own, others = line[here]["queue"], [*line[:here], *line[here + 1 :]]
+    there = max(0, min(here + places, len(others)))
+    if there == here:
+        return run
+    passed = others[there if places < 0 else there - 1]["queue"]["priority"]
+    priority = max(own["priority"], passed) if places < 0 else min(own["priority"], passed)
+    before = [row["queue"]["order"] for row in others[:there] if row["queue"]["priority"] == priority]
+    after = [row["queue"]["order"] for row in others[there:] if row["queue"]["priority"] == priority]
+    low = before[-1] if before else after[0] - 2.0
+    high = after[0] if after else before[-1] + 2.0
+    order = (low + high) / 2
+    if not low < order < high:  # they came at the same moment: no number lies between them
+        same = [row for row in line if row["queue"]["priority"] == priority]
+        for place, row in enumerate(same):
+            with suppress(RunError):  # it has just begun
+                _put(Run(run.folder.parent / row["id"]), order=low + place)
+        return shift(run, places)
+    _put(run, priority=priority, order=order)
+    announce(run.folder.parent)
+    return run
+
+
+def _put(run: Run, **changes: Any) -> None:
+    """Change what the queue knows of a run that waits.
+
+    Raises:
+        RunError: it does not.
+    """
     with RunLock(run.folder):
         state = run.state
         if state["status"] != "queued":
             raise RunError(str(run.folder), f"it is {run.status}, not queued", "Only a run that waits has a place")
-        queue = dict(state["queue"])
-        queue["priority"] = queue["priority"] if priority is None else priority
-        if first or last:
-            queue["order"] = _front(run.folder.parent) if first else time.time()
-        run.write_state(queue=queue)
-    announce(run.folder.parent)
-    return run
+        run.write_state(queue={**state["queue"], **changes})
 
 
 def cancel(run: Run) -> bool:
@@ -167,7 +209,11 @@ def smaller(job: Job) -> Job:
     return replace(job, train=replace(train, batch_size=size, gradient_accumulation=more))
 
 
-def _front(runs: Path) -> float:
+def _line(runs: Path) -> list[Mapping[str, Any]]:
     index = Index(runs)
     index.refresh()
-    return min([row["queue"]["order"] for row in index.rows(["queued"])], default=time.time()) - 1.0
+    return waiting(index.rows(["queued"]))
+
+
+def _front(runs: Path) -> float:
+    return min([row["queue"]["order"] for row in _line(runs)], default=time.time()) - 1.0

@@ -107,6 +107,11 @@ class Studio:
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024
 
+    def processor_seconds(self) -> float:
+        """Time that the server has computed so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
 
 @pytest.fixture
 def studio(tmp_path: Path) -> Iterator[Studio]:

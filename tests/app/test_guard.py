@@ -1,11 +1,12 @@
 """Who may ask, from where, for what: the guard alone, and in front of the whole application."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
-from graft.app.guard import MAX_BODY, TRIES, Guard
+from graft.app.guard import MAX_BODY, SECONDS, TRIES, Guard
 
 HOST = "127.0.0.1:7860"
 
@@ -117,3 +118,15 @@ def test_guessing_is_slow() -> None:
     assert [ask(guard, "/login", query=f"token={k}")[0] for k in range(TRIES)] == [401] * TRIES
     assert ask(guard, "/login", query="token=secret")[0] == 429
     assert ask(guard, authorization="Bearer secret")[0] == 200  # who has it is not locked out
+
+
+def test_a_thousand_logins() -> None:
+    guard = Guard(hello, token="secret")
+    began = time.monotonic()
+    answers = [
+        ask(guard, "/login", "POST", f"token=guess{k}".encode(), origin=f"http://{HOST}")[0] for k in range(1000)
+    ]
+    assert (answers.count(401), answers.count(429)) == (TRIES, 1000 - TRIES)
+    assert len(guard.wrong) == TRIES, "what it remembers does not grow"
+    assert ask(guard, authorization="Bearer secret")[0] == 200
+    assert time.monotonic() - began < SECONDS

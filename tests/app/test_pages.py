@@ -1,24 +1,30 @@
 """What the pages say and do, without a browser."""
 
 import json
+import re
 import sys
 import tomllib
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import pytest
 from fastapi import FastAPI
+from PIL import Image
 from starlette.testclient import TestClient
 
-from graft.app import files, forms
+from graft.app import check, files, forms, worker
+from graft.app.handlers import changed
 from graft.app.pages import compare, library, preview, runs, teach
 from graft.app.place import Place
 from graft.app.server import is_loopback
 from graft.studio import registry
 from graft.studio.errors import InputError
+from graft.studio.estimate import Estimate
 from graft.studio.job import Job
-from graft.studio.runs import RunLock, create_run
+from graft.studio.runs import RunLock, create_run, queue
 
 JOB = Job(base="pocket-sd", method={"name": "lora", "rank": 4}, data={"path": "photos"}, domain="diffusion")
 CARD = {"method": "lora", "config": {"rank": 4}, "domain": "diffusion", "base": "pocket-sd", "trigger": "<b>sks"}
@@ -51,7 +57,8 @@ def place(tmp_path: Path, sprite: Path) -> Place:
 
 
 def test_a_run_in_full(place: Place) -> None:
-    board, head, body, log, stop, resume, demo = runs.view(place, "20260102-b")
+    board, head, body, log, stop, resume, demo, places, _ = runs.view(place, "20260102-b")
+    assert not places.visible
     assert 'aria-current="page"><span class="name">20260102-b' in board
     assert "&lt;i&gt;done&lt;/i&gt;" in head
     assert body.count("<svg") == 2  # a curve for the loss, one for the accuracy
@@ -68,9 +75,46 @@ def test_buttons_follow_the_lock(place: Place) -> None:
         assert [button.interactive for button in runs.view(place, run.id)[4:6]] == [True, False]
 
 
+def test_the_queue_is_shown_in_its_order_and_changed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRAFT_STATE", str(tmp_path / "state"))
+    (tmp_path / "state").mkdir()
+    for name, order in (("20260103-c", 1.0), ("20260104-d", 2.0), ("20260105-e", 3.0)):
+        create_run(JOB, place.runs / name, queue=queue.place(JOB.train, order=order))
+
+    def line() -> list[str]:
+        return re.findall(r"run=(\w+-\w+)", runs.view(place, "20260104-d")[0])
+
+    done = ["20260102-b", "20260101-a"]
+    with RunLock(tmp_path / "state"):  # so that nobody trains them
+        assert line() == ["20260103-c", "20260104-d", "20260105-e", *done]
+        assert "place 2, priority 0" in runs.view(place, "")[0]
+        run = place.run("20260104-d")
+        for word, expected in (("Earlier", "dce"), ("Last", "ced"), ("First", "dce"), ("Later", "cde")):
+            runs.MOVES[word](run)
+            assert "".join(name[-1] for name in line()[:3]) == expected, word
+        runs.rank(run, 7)
+        assert "".join(name[-1] for name in line()[:3]) == "dce"
+        shown = runs.view(place, run.id)
+        assert (shown[-2].visible, shown[-1].value) == (True, 7)
+    run.write_state(status="running")
+    runs.rank(run, 9)  # it no longer waits: nothing happens
+    assert run.state["queue"]["priority"] == 7
+
+
+def test_what_a_page_shows_already_is_not_sent_again(place: Place) -> None:
+    _, seen = changed(runs.view(place, "20260102-b"), [""] * runs.SHOWN)
+    values, seen = changed(runs.view(place, "20260102-b"), seen)
+    assert all(value == gr.skip() for value in values)
+    place.run("20260102-b").write_state(status="stopped")
+    values, _ = changed(runs.view(place, "20260102-b"), seen)
+    assert [value == gr.skip() for value in values] == [False, False, True, True, True, False, True, True, True]
+
+
 def test_an_empty_studio_offers_the_demo(tmp_path: Path) -> None:
     place = Place(tmp_path / "runs", tmp_path / "data", NoModels())  # type: ignore[arg-type]
-    board, *_, demo = runs.view(place, "")
+    board, *_, demo, _, _ = runs.view(place, "")
     assert "No runs yet" in board
     assert demo.visible
     runs.begin_demo(place)
@@ -208,3 +252,105 @@ def test_addresses_that_only_this_machine_reaches() -> None:
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "10.0.0.1", "x")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
+
+
+DUPLICATE = {"kind": "duplicate", "level": "warning", "remedy": "Remove all but one", "files": {"<2>.png": "the same"}}
+TRAINED = Estimate("cpu", 10, 2.0, 0.5, 3.0, 0.0, 10**8, 2 * 10**8, 10**9, 3 * 10**6, 10**6, 1000)
+
+
+def test_findings_and_estimates_are_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = place.new_set()
+    (place.data_set(name) / "1.png").write_bytes(b"x")
+    form = [name, "", "", "A subject", "pocket-sd", "Usual", "lora", "{}"]
+    assert teach.can_check(place, *form)
+    assert not teach.can_check(place, *form[:4], "org/model", *form[5:]), "a base of a hub is not loaded unasked"
+    assert not teach.can_check(place, place.new_set(), *form[1:]), "there are no pictures"
+    job = teach.job_of(place, *form)
+    monkeypatch.setattr(place.models, "ask", lambda what, job: {"findings": [DUPLICATE, DUPLICATE | {"files": {}}]})
+    shown = check.findings(place, job)
+    assert "<strong>duplicate</strong> (1). Remove all but one.<small>&lt;2&gt;.png: the same</small>" in shown
+    assert "Nothing is wrong" in check.told_findings({"findings": []})
+
+    assert check.known(place, job) is None
+    document = json.dumps(TRAINED.document(job["train"], 50, 7))
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: types.SimpleNamespace(stdout=document, returncode=0))
+    assert "About 3 min, 200 MB of memory on cpu (1.0 GB there), 11 MB on disk" in check.estimate(place, job)
+    monkeypatch.delattr(check.subprocess, "run")  # it is not measured again
+    assert "About 3 min" in teach.expected(place, *form)
+    assert "About 9 min" in teach.expected(place, *form[:5], "Thorough", *form[6:])
+    assert "About" not in teach.expected(place, *form[:6], "dora", "{}")
+    full = replace(TRAINED, peak=2 * 10**9)
+    assert 'role="alert">The memory is too little: set a smaller batch_size' in check.told_estimate(place, job, full)
+
+
+@pytest.mark.parametrize(
+    ("stdout", "code", "told"),
+    [
+        ('{"error": {"message": "m", "given": "<base>", "reason": "none", "remedy": "r"}}', 2, "&lt;base&gt;: none. r"),
+        ('{"error": {"message": "diverged"}}', 1, "diverged"),
+        ("", -9, "for want of memory"),
+        ("", 1, "exit code 1"),
+    ],
+)
+def test_what_a_training_would_fail_of_is_told(
+    place: Place, monkeypatch: pytest.MonkeyPatch, stdout: str, code: int, told: str
+) -> None:
+    answer = types.SimpleNamespace(stdout=stdout, returncode=code)
+    monkeypatch.setattr(check.subprocess, "run", lambda *_, **__: answer)
+    assert told in check.estimate(place, teach.job_of(place, "", "", "x", "A subject", "pocket-sd", "", "lora", "{}"))
+
+
+def test_the_doctor_looks_at_pictures_of_every_goal(tmp_path: Path, sprite: Path) -> None:
+    """A base of a hub is not loaded for it; of a classifier, captions are no matter."""
+    folder = tmp_path / "set" / "disc"
+    folder.mkdir(parents=True)
+    for name in ("1.png", "2.png"):
+        (folder / name).write_bytes(sprite.read_bytes())
+    common = {"data": {"path": str(tmp_path / "set")}, "base": "org/model"}
+    found = {
+        domain: [each["kind"] for each in worker.doctor(tmp_path, {**common, **rest})["findings"]]
+        for domain, rest in {
+            "diffusion": {"domain": "diffusion", "method": {"name": "lora"}},
+            "vision": {"domain": "vision", "method": {"name": "linear"}},
+        }.items()
+    }
+    assert found == {"diffusion": ["duplicate", "small", "no caption"], "vision": ["duplicate"]}
+
+
+def test_adapters_are_merged_by_the_command(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def ask(what: str, argv: list[str]) -> None:
+        asked.append(argv)
+        folder = Path(next(each for each in argv if "merged-" in each))
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet" / "<b>.safetensors").write_bytes(b"x")
+
+    monkeypatch.setattr(place.models, "ask", ask)
+    runs_of = [str(place.runs / name) for name in ("20260101-a", "20260102-b")]
+    shown = library.merged(place, "20260101-a", ["20260102-b", "20260101-a"], "0.7; 0.3".replace(";", ","))
+    assert "One adapter for all" in shown and "unet/&lt;b&gt;.safetensors" in shown
+    assert asked[-1][:4] == ["adapters", "merge", *runs_of] and asked[-1][-1] == "--weights=0.7,0.3"
+    assert "The base with it" in library.merged(place, "20260101-a", None, "")
+    assert asked[-1][:3] == ["adapters", "merge", runs_of[0]] and len(asked[-1]) == 4
+    with pytest.raises(InputError, match="these are no numbers"):
+        library.merged(place, "20260101-a", ["20260102-b"], "--base=/etc")
+    with pytest.raises(InputError, match="there is no such run"):
+        library.merged(place, "20260101-a", ["../x"], "")
+
+
+@pytest.mark.slow
+def test_the_worker_merges_what_it_trained(tmp_path: Path) -> None:
+    """Two LoRAs of zero steps' worth become one adapter; the base takes one."""
+    from graft.studio.training import train
+
+    (tmp_path / "set").mkdir()
+    for name, colour in (("1.png", "red"), ("2.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "set" / name)
+    job = {"base": "pocket-sd", "method": {"name": "lora", "rank": 2}, "data": {"path": str(tmp_path / "set")},
+           "train": {"steps": 1, "batch_size": 1}}  # fmt: skip
+    made = [str(train(job, runs=tmp_path / "runs").folder) for _ in range(2)]
+    worker.command(tmp_path / "runs", ["adapters", "merge", *made, str(tmp_path / "one"), "--weights=0.7,0.3"])
+    assert (tmp_path / "one" / "adapter.safetensors").is_file()
+    worker.command(tmp_path / "runs", ["adapters", "merge", made[0], str(tmp_path / "base")])
+    assert (tmp_path / "base" / "model_index.json").is_file()

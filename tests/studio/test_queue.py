@@ -26,7 +26,7 @@ from graft.studio.runs.failure import classify
 from graft.studio.runs.index import Index
 from graft.studio.runs.lock import start_time
 from graft.studio.runs.machine import announce, devices, inner_environment, machine_folder, outer_environment
-from graft.studio.runs.queue import cancel, move, requeue, smaller, wait, waiting
+from graft.studio.runs.queue import cancel, move, requeue, shift, smaller, wait, waiting
 from graft.studio.runs.scheduler import Scheduler, worker_command, worker_variables
 from graft.studio.runs.stop import stop_run
 from graft.studio.runs.worker import Taken, claimed, together
@@ -96,6 +96,41 @@ def test_higher_priorities_first_then_the_order_of_coming(runs: Path) -> None:
     assert (a.status, cancel(a)) == ("stopped", False)
     with pytest.raises(RunError, match="it is stopped, not queued"):
         move(a, first=True)
+
+
+def test_one_place_ahead_or_back(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b, c, d = (errand(runs, priority, order=k) for k, priority in enumerate((5, 0, 0, 0)))
+    with RunLock(machine_folder_made()):
+        assert line(runs) == [a.id, b.id, c.id, d.id]
+        shift(d, -1)
+        assert line(runs) == [a.id, b.id, d.id, c.id]
+        shift(d, -2)
+        assert line(runs) == [d.id, a.id, b.id, c.id]
+        assert d.state["queue"]["priority"] == 5, "it passed one of priority 5"
+        shift(d, 9)
+        assert line(runs) == [a.id, b.id, c.id, d.id]
+        assert d.state["queue"]["priority"] == 0
+        before = d.state
+        shift(d, 1)
+        assert d.state["queue"] == before["queue"], "it is the last"
+        assert main(["runs", "order", d.id, "--up", "--runs", str(runs)]) == 0
+        assert main(["runs", "order", a.id, "--down", "--runs", str(runs)]) == 0
+        assert line(runs) == [b.id, a.id, d.id, c.id]
+        assert main(["runs", "order", a.id, "--up", "--first", "--runs", str(runs)]) == 2
+    cancel(a)
+    with pytest.raises(RunError, match="it is stopped, not queued"):
+        shift(a, 1)
+
+
+def test_places_can_be_changed_among_runs_that_came_at_once(runs: Path) -> None:
+    made = {run.id: run for run in (errand(runs, order=7.0) for _ in range(4))}
+    with RunLock(machine_folder_made()):
+        expected = line(runs)
+        for name, places in ((expected[3], -1), (expected[0], 2), (expected[1], -1), (expected[2], 1)):
+            shift(made[name], places)
+            old = expected.index(name)
+            expected.insert(max(0, old + places), expected.pop(old))
+            assert line(runs) == expected
 
 
 def test_one_device_one_run_at_a_time(runs: Path, scheduler: Scheduler) -> None:

@@ -1,0 +1,126 @@
+"""Takes the pictures of `docs/app`: `python tests/app/screenshots.py docs/app`, some minutes with two trainings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from conftest import FLAGS, Studio
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from graft.app.models import Models
+from graft.diffusion.bench.pictures import write_pictures
+from graft.studio.job import Job
+from graft.studio.pocket.atlas import Atlas
+from graft.studio.runs import Run, RunLock, create_run
+from graft.studio.runs.queue import place, wait
+
+COLOURS = 96
+"""Of a picture: a page needs few, and the file is small."""
+LONG: dict[str, Any] = {"full_page": True, "clip": {"x": 0, "y": 0, "width": 1200, "height": 1500}}
+"""The upper part of a page that is as long as a training."""
+
+
+def shoot(page: Any, file: Path, **kept: Any) -> None:
+    """Write what a page shows."""
+    page.evaluate("window.scrollTo(0, 0)")
+    page.wait_for_timeout(1500)
+    with Image.open(BytesIO(page.screenshot(**kept))) as taken:
+        taken.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+    print(file, f"{file.stat().st_size / 1000:.0f} KB", flush=True)
+
+
+def train(studio: Studio, photos: Path) -> list[str]:
+    """Two runs by the queue of the studio: the demo's, and a shorter one of lower rank."""
+    os.environ["GRAFT_STATE"] = str(studio.state)
+    models = Models(studio.runs)
+    demo = models.ask("demo", data=str(studio.runs.parent / "data"))
+    job = {"base": "pocket-sd", "domain": "diffusion", "name": "sprout", "data": {"path": str(photos)},
+           "method": {"name": "lora", "rank": 2, "trigger": "sprout"}, "train": {"steps": 120},
+           "sample": {"every": 60}}  # fmt: skip
+    made = [demo, models.ask("start", job=job)]
+    models.close()
+    wait([Run(studio.runs / name) for name in made])
+    return made
+
+
+def teach(page: Any, photos: Path) -> None:
+    """Pictures with a mask on one, findings, an estimate."""
+    page.get_by_text("Your pictures will stand here").wait_for()
+    page.get_by_label("Name").fill("sprout")
+    page.set_input_files("#drop input[type=file]", [str(path) for path in sorted(photos.glob("*.png"))[:3]])
+    page.get_by_text("3 pictures").wait_for()
+    page.get_by_role("button", name="Cut and mask").click()
+    page.locator("#picture input").click()
+    page.get_by_role("option", name="0002.png").click()
+    page.wait_for_timeout(2500)
+    box = page.locator("#canvas canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 40, y)
+    page.mouse.down()
+    page.mouse.move(x + 40, y + 10, steps=8)
+    page.mouse.up()
+    page.locator("#save").click()
+    page.locator("#estimate").wait_for(timeout=180_000)
+    page.get_by_text("is saved").wait_for(state="detached")
+
+
+def preview(page: Any) -> None:
+    """The base beside an adapter."""
+    page.get_by_label("Columns").fill("0.5, 1")
+    page.locator("#show").click()
+    page.locator("#shown img").nth(2).wait_for(timeout=180_000)
+
+
+def take(out: Path) -> None:
+    """All pages, in light and in the dark, and the first one on a phone."""
+    root = Path(tempfile.gettempdir()) / "studio"
+    shutil.rmtree(root, ignore_errors=True)
+    root.mkdir()
+    photos = write_pictures(root / "photos", Atlas.load().index("hedgehog"), captions=False)
+    studio = Studio(root)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
+        try:
+            demo, other = train(studio, photos)
+            for _ in range(100):  # the scheduler ends when all is done
+                time.sleep(0.3)
+            with RunLock(studio.state):
+                job = Job("pocket-sd", {"name": "lora"}, {"path": str(photos)}, "diffusion")
+                for order, name in enumerate(("20270101-120000-sprout-rank-16", "20270101-120100-sprout-style")):
+                    create_run(job, studio.runs / name, queue=place(job.train, 5 - 5 * order, order=float(order)))
+                addresses = {"runs": f"/?run={demo}", "teach": "/teach", "preview": f"/preview?adapter={demo}",
+                             "compare": f"/compare?run={demo}&run={other}",
+                             "library": f"/library?adapter={demo}"}  # fmt: skip
+                acts: dict[str, Callable[[Any], None]] = {"teach": lambda page: teach(page, photos), "preview": preview}
+                for scheme in ("light", "dark"):
+                    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+                    context.set_default_timeout(60_000)
+                    for name, address in addresses.items():
+                        page = context.new_page()
+                        page.goto(studio.url + address)
+                        page.locator(".graft").first.wait_for()
+                        if name in acts:
+                            acts[name](page)
+                        whole = {"runs": LONG, "teach": {"full_page": True}}
+                        shoot(page, out / f"{name}-{scheme}.png", **whole.get(name, {}))
+                        page.close()
+                phone = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+                phone.goto(f"{studio.url}/?run={other}")
+                phone.locator(".graft").first.wait_for()
+                shoot(phone, out / "phone.png")
+        finally:
+            studio.process.terminate()
+            browser.close()
+
+
+if __name__ == "__main__":
+    take(Path(sys.argv[1]))
