@@ -39,12 +39,15 @@ from graft.vlm.head import Setting
 from graft.vlm.jobs import FewShotTask, classifier, prepared
 from graft.vlm.store import FeatureStore
 
-METHOD: dict[str, dict[str, Any]] = {"cocoop": {"safe": True}, "prolip": {"strength": 0.1}}
+METHOD: dict[str, dict[str, Any]] = {
+    "cocoop": {"words": "", "vectors": 16, "safe": True},
+    "prolip": {"strength": 0.1},
+}
 """These classes are not in the text tower's world, so that the image side has to move farther than from CLIP: ProLIP is
-held a tenth as firmly as in the paper. CoCoOp in few steps must not start from a random prompt."""
+held a tenth as firmly as in the paper, and CoCoOp has as many free vectors as CoOp."""
 TRAIN: dict[str, dict[str, Any]] = {
     "clip_lora": {"learning_rate": 1e-2, "steps": 50},
-    "cocoop": {"steps": 60},
+    "cocoop": {"learning_rate": 5e-3, "steps": 100},
 }
 """The paper's rate for CLIP-LoRA, 2e-4, is that of large towers; on these, 192 wide and three or four layers deep, 500
 such steps hardly move them. Steps here are those of one shot; they grow with the root of the shots, where the paper's
