@@ -10,7 +10,8 @@ M d + e (e / 16) + e / 16 + (e / 16) d + d parameters: 35,360 on ViT-B/16.
 
 Differs from the authors' code: a whole batch is one call of the text tower, with the same logits and gradients as their
 loop over pictures, and every picture's context runs once for all classes; so batches may hold more than one picture.
-AdamW.
+AdamW. With `safe`, W2 and b2 start at zero: the first step is the prompt with `words`, which a random shift, as in the
+authors' code, is not.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class CoCoOp(HeadMethod):
     """Words that the context starts from; empty draws it at random."""
     reduction: int = 16
     """Width of the feature over the inner width of the net that makes the shift."""
+    safe: bool = False
+    """Start without a shift, exactly at the words, instead of as in the paper."""
 
     default_learning_rate: ClassVar[float] = 2e-3
     train_defaults: ClassVar[Mapping[str, Any]] = {**HeadMethod.train_defaults, "batch_size": 8}
@@ -61,6 +64,9 @@ class ConditionalPrompts(Head):
         self.table = PromptTable(setting.base, setting.names, len(context))
         self.context = nn.Parameter(context)
         self.meta = nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, context.shape[1]))
+        if method.safe:
+            for tensor in self.meta[2].parameters():
+                nn.init.zeros_(tensor)
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b, c) of features (b, e)."""

@@ -7,19 +7,43 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from graft.studio.errors import InputError
-from graft.vlm.bench.few_shot import few_shot, fit, summary
+from graft.vlm.bench.few_shot import few_shot, fit, linear_probe, summary
 from graft.vlm.bench.speed import speed
 
 
 def test_few_shot_measures_methods_on_new_classes(tmp_path: Path):
     result = few_shot(tmp_path, classes=4, shots="1,4", seeds=1, tests=2, views=1, methods="task_res, tip_adapter")
-    assert len(result["rows"]) == 1 + 2 * 2
-    assert set(result["summary"]) == {"zero_shot 0", "task_res 1", "task_res 4", "tip_adapter 1", "tip_adapter 4"}
+    names = ("linear_probe", "task_res", "tip_adapter")
+    assert set(result["summary"]) == {"zero_shot 0", *(f"{name} {count}" for name in names for count in (1, 4))}
+    assert len(result["rows"]) == len(result["summary"])
     assert "task_res" in result["table"] and (tmp_path / "few-shot.json").exists()
+    assert result["costs"]["task_res"]["parameters"] == 4 * 192 and result["costs"]["tip_adapter"]["parameters"] == 0
+    assert result["costs"]["task_res"]["saved_mib"] > 0
     with pytest.raises(InputError, match="there is no such method"):
         few_shot(tmp_path, methods="magic")
+
+
+def test_few_shot_goes_on_where_it_stopped(tmp_path: Path):
+    settings: dict[str, Any] = {"classes": 3, "shots": "1", "seeds": 1, "tests": 2, "views": 1}
+    before = few_shot(tmp_path, methods="task_res", **settings)["rows"]
+    after = few_shot(tmp_path, methods="task_res, cross_modal", **settings)["rows"]
+    assert after[:-1] == before and after[-1]["method"] == "cross_modal"
+    other = few_shot(tmp_path, methods="task_res", **(settings | {"tests": 1}))["rows"]
+    assert len(other) == len(before) and other != before
+
+
+def test_the_linear_probe_is_the_optimum():
+    draw = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(40, 6, generator=draw), torch.arange(40) % 3
+    weight, bias = linear_probe(features, labels, decay=0.1)
+    unit = F.normalize(features, dim=-1)
+    weight, bias = weight.requires_grad_(), bias.requires_grad_()
+    loss = F.cross_entropy(unit @ weight.T + bias, labels) + 0.1 * (weight / 6**0.5).square().sum()
+    for slope in torch.autograd.grad(loss, [weight, bias]):
+        assert float(slope.abs().max()) < 1e-4
 
 
 def test_a_gain_counts_when_it_exceeds_its_spread():

@@ -230,6 +230,15 @@ def test_cocoop_batched_is_cocoop_looped(any_base: ClipBase):
         torch.testing.assert_close(head(features), batched, rtol=1e-5, atol=1e-5)
 
 
+def test_cocoop_without_a_shift_is_the_hand_prompt(any_base: ClipBase):
+    setting = Setting(any_base, NAMES, ("a photo of a {}.",))
+    features = torch.randn(5, setting.weights.shape[1], generator=torch.Generator().manual_seed(0))
+    head: Any = CoCoOp(safe=True).build(setting)
+    torch.testing.assert_close(head(features), setting.zero_shot(features), rtol=1e-4, atol=1e-4)
+    head(features).square().sum().backward()
+    assert all(tensor.grad.any() for tensor in (head.context, head.meta[2].bias))  # W2's waits for a live inner unit
+
+
 def test_contexts_start_as_published(setting: Setting):
     torch.manual_seed(0)
     drawn = CoOp(vectors=16).build(setting).state_dict()["context"]
