@@ -17,9 +17,9 @@ of one batch may belong to different adapters (for Adam the same steps as on the
 the row lives outside the token table. With `freeze_model = "crossattn"` query and output are trained too, as by the
 authors' option of this name; paper and default train keys and values alone. Their random rescaling (`augment`) is
 prepared as `data.variants` of each picture, two in three of them pasted small on a grey canvas, whose latents count
-nothing in the loss, the third zoomed in; captions say "a far away", "a very small", "a zoomed in" or "a close up" before
-the words of the prompt. Their recipe for Stable Diffusion 1.x: learning rate 8e-5 (1e-5 for each of 4 + 4 rows of a
-batch), 250 steps, 500 for two concepts, 200 class pictures.
+nothing in the loss, the third zoomed in; captions say "a far away", "a very small", "a zoomed in" or "a close up"
+before the words of the prompt. Their recipe for Stable Diffusion 1.x: learning rate 8e-5 (1e-5 for each of 4 + 4 rows
+of a batch), 250 steps, 500 for two concepts, 200 class pictures.
 """
 
 from __future__ import annotations
