@@ -23,6 +23,7 @@ _PUBLIC = {
     "PreviewConfig": "previews",
     "assemble": "assembly",
     "chat": "previews",
+    "compare": "verification",
     "evaluate": "evaluation",
     "load_base": "base",
     "prepare": "jobs",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
     from graft.llm_mm.previews import PreviewConfig, chat, preview
     from graft.llm_mm.shown import show_rows
+    from graft.llm_mm.verification import compare
 
 __all__ = [
     "DataConfig",
@@ -73,6 +75,7 @@ __all__ = [
     "PreviewConfig",
     "assemble",
     "chat",
+    "compare",
     "evaluate",
     "load_base",
     "prepare",
