@@ -47,6 +47,12 @@ def scenes(count: int, seed: int) -> list[tuple[np.ndarray, str]]:
     return [(render(scene), caption(scene, rng)) for scene in drawn]
 
 
+def followed(count: int) -> list[tuple[np.ndarray, str]]:
+    """Scenes that are held out. A sprite as bright as what is behind it has no outlines, and is left out."""
+    drawn = scenes(2 * count, seed=1)
+    return [(pixels, text) for pixels, text in drawn if outlines(pixels).any()][:count]
+
+
 def outlines(picture: np.ndarray) -> np.ndarray:
     """Canny's edges of the grey picture after blur, 0 or 255: (h, w, 3) uint8 -> (h, w) uint8."""
     import cv2
@@ -71,9 +77,10 @@ def control(
     out: Path | None = None,
     count: int = 2000,
     steps: int = 4000,
-    batch_size: int = 8,
+    batch_size: int = 16,
     learning_rate: float = 1e-3,
     empty_prompts: float = 0.3,
+    levels: str = "cubic",
     held_out: int = 64,
     guidance: float = 3.0,
     base: str = "pocket-sd",
@@ -88,6 +95,7 @@ def control(
         batch_size: of the training.
         learning_rate: of the training; it ends at zero by a cosine.
         empty_prompts: share of rows that are trained without their caption.
+        levels: how noise levels are drawn.
         held_out: scenes to measure on.
         guidance: of the pictures that are measured.
         base: a base that knows the embedded world.
@@ -106,15 +114,15 @@ def control(
         run = train(
             {
                 "base": base,
-                "method": {"name": "controlnet", "condition": "map", "empty_prompts": empty_prompts}
-                | ({"init": init} if init else {}),
+                "method": {"name": "controlnet", "condition": "map", "empty_prompts": empty_prompts,
+                           "levels": levels} | ({"init": init} if init else {}),
                 "data": {"path": str(write_scenes(out / "scenes", count))},
                 "train": {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate,
                           "schedule": "cosine", "warmup_steps": min(100, steps // 10)},
             },
             run_dir=where,
         )  # fmt: skip
-    judged = judge(load_base(base, "cpu"), run.adapter(), scenes(held_out, seed=1), guidance, out / "grid.png")
+    judged = judge(load_base(base, "cpu"), run.adapter(), followed(held_out), guidance, out / "grid.png")
     minutes = run.metrics()[-1]["seconds"] / 60
     result = {"steps": run.state["step"], "minutes": minutes, "measures": judged, "checks": checks(judged)}
     write_atomic(out / "control.json", (json.dumps(result, indent=1) + "\n").encode())
