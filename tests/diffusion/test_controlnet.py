@@ -30,17 +30,6 @@ from graft.studio.training import resume
 DEPTH = {"name": "controlnet", "condition": "depth"}
 
 
-@pytest.fixture
-def mapped(photos: Path) -> Path:
-    """The photos with captions, and with maps of their size beside them."""
-    (photos / "conditions").mkdir()
-    for i in range(5):
-        noise = np.random.default_rng(i + 10).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(photos / "conditions" / f"{i}.png")
-        (photos / f"{i}.txt").write_text(["a red cat", "the blue toy"][i % 2])
-    return photos
-
-
 def job(folder: Path, photos: Path, method: dict | None = None, **train) -> dict:
     settings = {"steps": 4, "batch_size": 3, "threads": 1, "device": "cpu", "mixed_precision": "no", **train}
     return {"base": str(folder), "method": method or DEPTH, "data": {"path": str(photos)}, "train": settings}
