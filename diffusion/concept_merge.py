@@ -25,6 +25,7 @@ from torch import Tensor
 
 from graft.diffusion.custom_diffusion import CustomDiffusion, attach_custom
 from graft.diffusion.custom_diffusion_files import whole_weights, words_of
+from graft.diffusion.words_and_weights import change_name, whole_name
 from graft.studio.adapter import Adapter, Card
 from graft.studio.config import from_dict
 from graft.studio.errors import BaseMismatchError, InputError
@@ -59,13 +60,16 @@ def merge_concepts(base: DiffusionBase, adapters: Sequence[Adapter], captions: S
     if len(adapters) < 2 or any(adapter.card.method != "custom_diffusion" for adapter in adapters):
         given = ", ".join(adapter.card.method for adapter in adapters) or "nothing"
         raise InputError(given, "a merge takes two or more adapters of custom_diffusion", "Name them one by one")
+    methods = [from_dict(CustomDiffusion, adapter.card.config, "adapter.json") for adapter in adapters]
+    if any(method.freeze_model != "crossattn_kv" for method in methods):
+        reason = "the merge is of keys and values of the text; queries see no words to tell concepts by"
+        raise InputError('freeze_model = "crossattn"', reason, 'Train the concepts with "crossattn_kv", or together')
     for adapter in adapters:
         if adapter.card.base_hash not in ("", base.hash):
             given, reason = f"adapter for {adapter.card.base}", f"{base.name} has hash {base.hash}"
             raise BaseMismatchError(f"{given} with hash {adapter.card.base_hash}", reason, "use its own base")
     if "text_encoder_2" in base.modules:
         raise InputError(base.name, "concepts in two text encoders cannot be merged", "Train them together")
-    methods = [from_dict(CustomDiffusion, adapter.card.config, "adapter.json") for adapter in adapters]
     tokens = _names([method.tokens for method in methods])
     rows = [rows for adapter, method in zip(adapters, methods, strict=True) for rows in _rows(adapter, method)]
     vectors = [len(each) for each in rows]
@@ -84,7 +88,7 @@ def merge_concepts(base: DiffusionBase, adapters: Sequence[Adapter], captions: S
     finally:
         handle.detach()
     merged = _merged(base, [whole_weights(adapter, base) for adapter in adapters], concepts, ordinary)
-    tensors = embeddings | {f"{site.key}.change": merged[site.name] for site in plan}
+    tensors = embeddings | {change_name(site): merged[whole_name(site)] for site in plan}
     card = Card(
         method="custom_diffusion",
         config={"token": list(joint.tokens), "class_word": list(nouns), "vectors": joint.vectors},
@@ -108,7 +112,7 @@ def _merged(
     first = _first_occurrences(told)
     changed = {}
     for name in trained[0]:
-        weight = modules[name].weight.detach().cpu().double()
+        weight = modules[name.removesuffix(".weight")].weight.detach().cpu().double()
         wanted = torch.cat([c @ own[name].double().T for c, own in zip(concepts, trained, strict=True)])
         merged = constrained(weight, told[first], wanted[first], ordinary)
         changed[name] = (merged - weight).float()

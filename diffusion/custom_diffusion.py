@@ -14,16 +14,17 @@ concepts of a job are learnt from mixed batches (the paper's joint training); se
 
 Differs from the authors' code: what is kept and trained is the change of W_K and W_V, stacked over slots, so that rows
 of one batch may belong to different adapters (for Adam the same steps as on the weights themselves); no weight decay;
-the row lives outside the token table; query and output (their `crossattn`) are not trained. Their random rescaling
-(`augment`) is prepared as `data.variants` of each picture, two in three of them pasted small on a grey canvas, whose
-latents count nothing in the loss, the third zoomed in; captions say "a far away", "a very small", "a zoomed in" or "a
-close up" before the words of the prompt. Their recipe for Stable Diffusion 1.x: learning rate 8e-5
-(1e-5 for each of 4 + 4 rows of a batch), 250 steps, 500 for two concepts, 200 class pictures.
+the row lives outside the token table. With `freeze_model = "crossattn"` query and output are trained too, as by the
+authors' option of this name; paper and default train keys and values alone. Their random rescaling (`augment`) is
+prepared as `data.variants` of each picture, two in three of them pasted small on a grey canvas, whose latents count
+nothing in the loss, the third zoomed in; captions say "a far away", "a very small", "a zoomed in" or "a close up"
+before the words of the prompt. Their recipe for Stable Diffusion 1.x: learning rate 8e-5 (1e-5 for each of 4 + 4 rows
+of a batch), 250 steps, 500 for two concepts, 200 class pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -38,14 +39,16 @@ from graft.diffusion.data import TEMPLATES, DataConfig, Picture, load_dataset
 from graft.diffusion.lora import class_latents
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, latents
 from graft.diffusion.task import Source, row_slots
-from graft.diffusion.textual_inversion import ENCODERS, Concepts, TextualInversion, attach_concepts
+from graft.diffusion.textual_inversion import TextualInversion, attach_concepts
 from graft.diffusion.variants import reworded
+from graft.diffusion.words_and_weights import WordsAndWeights
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict, require
-from graft.studio.errors import DataError, FormatError, InputError
-from graft.studio.sites import Model, Plan, Site, named_modules, plan_sites
+from graft.studio.errors import DataError, InputError
+from graft.studio.methods.bitfit import BiasSlot
+from graft.studio.sites import Model, Plan, Site, named_modules, plan_biases, plan_sites
 from graft.studio.slot import Base, Slot
-from graft.studio.slots import Handle, attach
+from graft.studio.slots import attach
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
@@ -88,6 +91,9 @@ class CustomDiffusion(DiffusionMethod):
     augment: bool = False
     """Show the concepts smaller and larger than they are, and say so in the prompts, as the authors do; takes
     data.variants, say 12."""
+    freeze_model: str = "crossattn_kv"
+    """What is trained beside the words: crossattn_kv, keys and values of the text; crossattn, queries and outputs of
+    the cross-attention too."""
     snr_gamma: float | None = None
     """Min-SNR's gamma (the paper's is 5); None weights all noise levels equally."""
 
@@ -107,6 +113,8 @@ class CustomDiffusion(DiffusionMethod):
         require("method.class_pictures", self.class_pictures, 1 <= self.class_pictures <= 10_000, "1 to 10,000")
         require("method.prior_weight", self.prior_weight, self.prior_weight >= 0, "0 or more")
         require("method.word_rate", self.word_rate, self.word_rate >= 0, "0 or more")
+        kinds = ("crossattn_kv", "crossattn")
+        require("method.freeze_model", self.freeze_model, self.freeze_model in kinds, "crossattn_kv or crossattn")
         gamma = self.snr_gamma
         require("method.snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
 
@@ -200,7 +208,7 @@ class CustomDiffusion(DiffusionMethod):
         yield Source(mean, std, prompts, rows, self.prior_weight, slot, digest=digest)
 
     @classmethod
-    def attach_jobs(cls, work: Work) -> tuple[CustomConcepts, Encode]:
+    def attach_jobs(cls, work: Work) -> tuple[WordsAndWeights, Encode]:
         """Attaches words and changes for each job; the text encoder runs at every step, on the prompts that occur."""
         base, methods = work.base, [subject.method for subject in work.subjects]
         handle = attach_custom(base, methods, [subject.job.train.seed for subject in work.subjects])
@@ -213,12 +221,12 @@ class CustomDiffusion(DiffusionMethod):
                 raise InputError(f"caption {text!r}", reason, "Shorten it, or put the word first")
         return handle, lambda rows: base.condition(ids[rows])
 
-    def attach(self, base: DiffusionBase, seed: int = 0) -> CustomConcepts:
+    def attach(self, base: DiffusionBase, seed: int = 0) -> WordsAndWeights:
         """Adds the concepts to a base, whose pictures are as before until they are trained."""
         return attach_custom(base, [self], [seed])
 
     @classmethod
-    def attach_to(cls, base: DiffusionBase, tensors: Mapping[str, Tensor], card: Card) -> CustomConcepts:
+    def attach_to(cls, base: DiffusionBase, tensors: Mapping[str, Tensor], card: Card) -> WordsAndWeights:
         """Attaches trained concepts; whole weights, as other programs' files hold them, become changes of the base's.
 
         Raises:
@@ -227,14 +235,7 @@ class CustomDiffusion(DiffusionMethod):
         """
         method = from_dict(cls, card.config, "adapter.json")
         vectors = [len(tensors.get(f"embedding.{token}", [0])) for token in method.tokens]
-        handle = attach_custom(base, [method], [0], vectors)
-        try:
-            handle.load(tensors)
-        except FormatError:
-            handle.detach()
-            raise
-        handle.bank.eval().requires_grad_(False)
-        return handle
+        return attach_custom(base, [method], [0], vectors).restored(tensors)
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
@@ -265,9 +266,9 @@ def _folder(
 
 
 class DenseSlot(Slot):
-    """The full change of a linear layer on the text: (slots, out, in), zero at first.
+    """The full change of a linear layer: (slots, out, in), zero at first.
 
-    Row-wise y = x W' + s x D'; of y's first token nothing is learnt.
+    Row-wise y = x W' + s x D'; of the first token's keys and values nothing is learnt.
     """
 
     def __init__(self, site: Site, slots: int):
@@ -289,97 +290,31 @@ class DenseSlot(Slot):
         change = (scale.view(-1, 1, 1) * change).to(x.dtype)
         y = y + (F.linear(x, change[0]) if len(change) == 1 else x @ change.mT).to(y.dtype)
         # The same for every text: were it trained, each picture of the base would change with it.
-        return torch.cat([y[:, :1].detach(), y[:, 1:]], 1) if y.requires_grad else y
+        fixed = y.requires_grad and self.site.role in ("k", "v")
+        return torch.cat([y[:, :1].detach(), y[:, 1:]], 1) if fixed else y
 
 
-class CustomConcepts:
-    """Concepts attached to a base: words and changes; `bank` holds what is trained, a slot for each method."""
-
-    def __init__(self, words: Concepts, weights: Handle, methods: Sequence[Any], inner: list[list[str]]):
-        self.words, self.weights, self.methods, self.plan = words, weights, methods, weights.plan
-        self.bank = nn.ModuleDict({"words": words.bank, "weights": weights.bank})
-        self._inner = inner
-        ends = [sum(map(len, inner[:slot])) for slot in range(len(inner) + 1)]
-        self._places = [range(*pair) for pair in zip(ends, ends[1:], strict=False)]
-        self.route, self.scale = weights.route, weights.scale
-
-    @property
-    def routed(self) -> Tensor | None:
-        """What `route` was told last."""
-        return self.weights.routed
-
-    def spoken(self, slot: int, prompt: str) -> str:
-        """The prompt with the words that a method's concepts have here, where several methods may share one."""
-        pairs = zip(self.methods[slot].tokens, self._inner[slot], strict=True)
-        for token, inner in sorted(pairs, key=lambda pair: -len(pair[0])):
-            prompt = prompt.replace(token, inner)
-        return prompt
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Words, with their own share of the learning rate, and changes."""
-        words = {"params": list(self.words.bank.parameters()), "lr_scale": self.methods[0].word_rate}
-        return [words, {"params": list(self.weights.bank.parameters())}]
-
-    def owned(self) -> list[tuple[nn.Parameter, int | None]]:
-        """Words belong to the methods that have them; changes are stacks over all."""
-        of = {place: slot for slot, places in enumerate(self._places) for place in places}
-        words = [(row, of[place]) for row, place in self.words.owned() if place is not None]
-        return [*words, *((stack, None) for stack in self.weights.bank.parameters())]
-
-    def tensors(self, slot: int = 0) -> dict[str, Tensor]:
-        """What a trained adapter keeps: `embedding.WORD` (n, d), of a second text encoder `embedding_2.WORD`, and
-        `SITE.change` (o, i)."""
-        named = zip(self.methods[slot].tokens, self._places[slot], strict=True)
-        rows = {f"{name}.{token}": rows for token, place in named for name, rows in self.words.tensors(place).items()}
-        return rows | {name: tensor.cpu() for name, tensor in self.weights.tensors(slot).items()}
-
-    def load(self, tensors: Mapping[str, Tensor], slot: int = 0) -> None:
-        """Sets a slot's words and changes, the latter also from whole weights `SITE.weight`.
-
-        Raises:
-            FormatError: a name missing or unknown, or another shape than this base needs.
-        """
-        for token, place in zip(self.methods[slot].tokens, self._places[slot], strict=True):
-            rows = {name: tensors[key] for name in ENCODERS if (key := f"{name}.{token}") in tensors}
-            self.words.load(rows, place)
-        changes = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in ENCODERS}
-        modules: dict[str, Any] = named_modules(self.words.base.modules)
-        for site in self.plan:
-            whole, own = changes.pop(f"{site.key}.weight", None), modules[site.name].weight.detach()
-            if whole is not None and whole.shape == own.shape:
-                changes[f"{site.key}.change"] = whole.float() - own.float().cpu()
-        self.weights.load(changes, slot)
-
-    def probe(self, run: Callable[[], Tensor]) -> None:
-        """One forward and backward each: every word and every layer must get a gradient."""
-        self.words.probe(run)
-        self.weights.probe(run)
-
-    def merge(self, slot: int = 0) -> None:
-        """Puts changes into the weights and words into the token table; `detach` restores both."""
-        self.words.merge()
-        self.weights.merge(slot)
-
-    def detach(self) -> None:
-        """Restores the base bit for bit."""
-        self.words.detach()
-        self.weights.detach()
-
-
-def text_layers(model: Model) -> Plan:
+def text_layers(model: Model, freeze_model: str = "crossattn_kv") -> Plan:
     """The layers that make keys and values of the text: 32 in Stable Diffusion 1.x, with 19.17 M parameters.
+
+    Args:
+        model: a denoiser, or the parts of a base.
+        freeze_model: `crossattn` adds those of queries and outputs, and the outputs' biases: 43.96 M.
 
     Raises:
         SiteError: a denoiser without cross-attention.
     """
     modules = {"unet": model} if isinstance(model, nn.Module) else {"unet": model["unet"]}
-    sites = plan_sites(modules, r"attn2\.to_[kv]", kinds=("linear",)).sites
+    whole = freeze_model == "crossattn"
+    sites = plan_sites(modules, r"attn2\.to_([qkv]|out\.0)" if whole else r"attn2\.to_[kv]", kinds=("linear",)).sites
+    if whole:
+        sites += plan_biases(modules, r"attn2\.to_out\.0").sites
     return Plan(sites, tuple(prod(site.shape) for site in sites))
 
 
 def attach_custom(
     base: DiffusionBase, methods: Sequence[CustomDiffusion], seeds: Sequence[int], vectors: Sequence[int] = ()
-) -> CustomConcepts:
+) -> WordsAndWeights:
     """Attaches the concepts of several methods, a slot each.
 
     Args:
@@ -394,7 +329,7 @@ def attach_custom(
     """
     if "unet" not in base.modules:
         raise InputError(base.name, "its denoiser has no cross-attention to the text", "Use method lora")
-    plan, words, inner = text_layers(base.modules), list[TextualInversion](), list[list[str]]()
+    plan, words, inner = text_layers(base.modules, methods[0].freeze_model), list[TextualInversion](), list[list[str]]()
     for method in methods:
         own = _words(method, base.tokenizer)
         if len(methods) > 1:  # jobs may have chosen the same words: in a shared batch each gets its own
@@ -404,9 +339,15 @@ def attach_custom(
     if vectors:
         words = [replace(word, vectors=count) for word, count in zip(words, vectors, strict=True)]
     starts = [seed + i for seed, some in zip(seeds, inner, strict=True) for i in range(len(some))]
-    weights = attach(base.modules, plan, lambda site: DenseSlot(site, len(methods)))
+    layers = named_modules(base.modules)
+
+    def slot(site: Site) -> Slot:
+        many = len(methods)
+        return BiasSlot(site, many, layers[site.name]) if site.kind == "bias" else DenseSlot(site, many)
+
+    weights = attach(base.modules, plan, slot)
     try:
-        return CustomConcepts(attach_concepts(base, words, starts), weights, methods, inner)
+        return WordsAndWeights(attach_concepts(base, words, starts), weights, methods, inner)
     except InputError:
         weights.detach()
         raise

@@ -9,8 +9,9 @@
 and in each a file per word, `<new1>.safetensors` (and `<new1>_2.safetensors` for a second text encoder), for
 `pipe.load_textual_inversion`. The first two are exact. A LoRA is
 the best approximation of the change of its rank (singular value decomposition): `lora` keeps in each layer the largest
-singular values that make up 60 % of their sum, as the authors do to save space, `lora-8` keeps eight. What it leaves
-out is logged and stands in the header as `residual`, || D - B A || / || D || over all layers.
+singular values that make up 60 % of their sum, as the authors do to save space, `lora-8` keeps eight; biases, which
+`crossattn` trains, are left out. What is left out is logged and stands in the header as `residual`, || D - B A || / ||
+D || over all layers.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from graft.diffusion.textual_inversion import ENCODERS
+from graft.diffusion.words_and_weights import change_name, parameter, whole_name
 from graft.studio.adapter import Adapter
 from graft.studio.errors import BaseMismatchError, InputError
 from graft.studio.formats import custom_diffusion, diffusers, provenance
@@ -58,8 +60,7 @@ def export(adapter: Adapter, folder: Path, format: str) -> list[Path]:
         if format == "diffusers":
             file = custom_diffusion.write_weights(folder, weights, provenance.header(adapter.card))
         else:
-            named = {f"{name}.weight": weight for name, weight in weights.items()}
-            file = write_tensors(folder / MERGED, named, {"format": "pt", **provenance.header(adapter.card)})
+            file = write_tensors(folder / MERGED, weights, {"format": "pt", **provenance.header(adapter.card)})
     told = provenance.header(adapter.card)
     words = [custom_diffusion.write_word(folder, token, rows, told) for token, rows in words_of(adapter).items()]
     return [file, *(path for paths in words for path in paths)]
@@ -76,7 +77,7 @@ def words_of(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
 
 
 def whole_weights(adapter: Adapter, base: DiffusionBase | None = None) -> dict[str, Tensor]:
-    """Trained weights (o, i) by layer, float32.
+    """Trained weights (o, i) and biases (o,) by their names, float32.
 
     Args:
         adapter: of Custom Diffusion.
@@ -87,24 +88,24 @@ def whole_weights(adapter: Adapter, base: DiffusionBase | None = None) -> dict[s
         BaseMismatchError: another base goes by its name.
     """
     sites = Plan.from_list(adapter.card.sites)
-    whole = {site.name: adapter.tensors.get(f"{site.key}.weight") for site in sites}
+    whole = {name: adapter.tensors.get(name) for name in map(whole_name, sites)}
     if None not in whole.values():
         return whole  # type: ignore[return-value]
     own = _base_weights(adapter, base)
-    return {site.name: own[site.name] + adapter.tensors[f"{site.key}.change"] for site in sites}
+    return {whole_name(site): own[whole_name(site)] + adapter.tensors[change_name(site)] for site in sites}
 
 
 def changes(adapter: Adapter, base: DiffusionBase | None = None) -> dict[str, Tensor]:
-    """Trained changes (o, i) by layer, float32. Arguments and errors as of `whole_weights`."""
+    """Trained changes of what `whole_weights` gives, by the same names. Arguments and errors as there."""
     sites = Plan.from_list(adapter.card.sites)
-    if all(f"{site.key}.change" in adapter.tensors for site in sites):
-        return {site.name: adapter.tensors[f"{site.key}.change"] for site in sites}
+    if all(change_name(site) in adapter.tensors for site in sites):
+        return {whole_name(site): adapter.tensors[change_name(site)] for site in sites}
     own = _base_weights(adapter, base)
-    return {site.name: adapter.tensors[f"{site.key}.weight"] - own[site.name] for site in sites}
+    return {name: adapter.tensors[name] - own[name] for name in map(whole_name, sites)}
 
 
 def _base_weights(adapter: Adapter, base: DiffusionBase | None) -> Mapping[str, Tensor]:
-    """The base's weights of the adapter's layers, float32."""
+    """The base's own of what `whole_weights` gives."""
     from graft.diffusion.base import load_base
 
     card = adapter.card
@@ -115,14 +116,17 @@ def _base_weights(adapter: Adapter, base: DiffusionBase | None) -> Mapping[str, 
         given = f"adapter for {card.base} with hash {card.base_hash}"
         raise BaseMismatchError(given, f"{base.name} has hash {base.hash}", "bring back the base it was trained on")
     modules: dict[str, Any] = named_modules(base.modules)
-    return {site.name: modules[site.name].weight.detach().float().cpu() for site in Plan.from_list(card.sites)}
+    own = {site: getattr(modules[site.name], parameter(site)) for site in Plan.from_list(card.sites)}
+    return {whole_name(site): tensor.detach().float().cpu() for site, tensor in own.items()}
 
 
 def _write_lora(adapter: Adapter, folder: Path, rank: int) -> Path:
     """Writes the changes as thin factors, and how much of them is lost."""
-    whole = changes(adapter)
-    factors = {name: low_rank(change, rank) for name, change in whole.items()}
+    whole = {name.removesuffix(".weight"): change for name, change in changes(adapter).items()}
+    biases = [change for change in whole.values() if change.dim() == 1]  # which no factors hold
+    factors = {name: low_rank(change, rank) for name, change in whole.items() if change.dim() == 2}
     lost = sum(float((whole[name] - part.delta).square().sum()) for name, part in factors.items())
+    lost += sum(float(change.square().sum()) for change in biases)
     residual = (lost / max(1e-30, sum(float(change.square().sum()) for change in whole.values()))) ** 0.5
     ranks = [part.rank for part in factors.values()]
     [path] = diffusers.export(to_adapter(factors, "diffusion", "the adapter"), folder)

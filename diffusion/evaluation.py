@@ -23,7 +23,7 @@ from graft.diffusion.control_scores import following
 from graft.diffusion.data import DataConfig, load_dataset
 from graft.diffusion.features import Clip, Eye, clip_of, eye_of
 from graft.diffusion.image_encoder import as_picture
-from graft.diffusion.measures import COLOURS, kid
+from graft.diffusion.measures import COLOURS, harmonic, kid
 from graft.diffusion.pair import LOOKED_AT, Pair, real_pictures
 from graft.diffusion.previews import PreviewConfig, draw
 from graft.diffusion.validation import drawing_loss, held_out, subset
@@ -220,7 +220,8 @@ class _Measuring:
         """The pair of an adapter of pictures, compared with what it follows."""
         rows = []
         for picture in self.real[:FOLLOWED]:
-            handle.show([[picture]])
+            if handle is not None:
+                handle.show([[picture]])
             rows.append(self._pair(word, [picture]))
         return {name: mean(row[name] for row in rows) for name in rows[0]}
 
@@ -251,6 +252,60 @@ class _Measuring:
             told = self.clip.texts([prompt for prompt in prompts for _ in seeds])
             figures["text_alignment"] = float((self.clip.images(sum(drawn, [])) * told).sum(-1).mean())
         return figures
+
+
+class FollowerYardstick:
+    """Scores an adapter that follows pictures or maps while it is trained.
+
+    Fidelity is how well they are followed, 0 to 1: image similarity of pictures, and of maps the F1 of edges, the IoU
+    of labels, or one less the error. Alignment is text alignment over the plain base's. The score is their harmonic
+    mean, or fidelity alone where no model or no caption tells alignment.
+
+    Args:
+        base: nothing may be attached to it.
+        settings: pictures, prompts, seeds and models; `condition` is what maps are, or empty for pictures.
+
+    Raises:
+        InputError: no model is named that compares pictures, or nothing here reads such maps.
+    """
+
+    def __init__(self, base: DiffusionBase, settings: EvaluationConfig):
+        self.measuring = _Measuring(base, settings, None)
+        if not settings.condition and (self.measuring.clip is None or self._looks() is None):
+            name = "eval.clip" if self.measuring.clip is None else "eval.dino"
+            reason = f"the pair is measured by a model, and none is named for {base.name}"
+            raise InputError(name, reason, "Name one, or leave train.measure_every at 0")
+        self.usual = self._figures(None).get("text_alignment")
+
+    def _looks(self) -> Clip | Eye | None:
+        return self.measuring.clip if self.measuring.settings.fidelity == "clip" else self.measuring.eye
+
+    def _figures(self, handle: Any) -> dict[str, float]:
+        measuring, word = self.measuring, self.measuring.settings.class_word
+        if not measuring.settings.condition:
+            return measuring.followed(handle, word)
+        maps = measuring.maps(handle)
+        assert maps is not None
+        return measuring.control(handle, maps)
+
+    def score(self, handle: Any) -> dict[str, float]:
+        """All figures of what is attached, with `fidelity`, `alignment` and `score`; it follows what it did before."""
+        former = getattr(handle, "maps", None)
+        try:
+            figures = self._figures(handle)
+        finally:
+            if former is not None:
+                handle.follow(former)
+            elif hasattr(handle, "show"):
+                handle.show([])
+        similar = {"clip": "image_similarity", "dino": "dino_similarity"}[self.measuring.settings.fidelity]
+        right = next((name for name in (similar, "edge_f1", "iou") if name in figures), None)
+        wrong = next((name for name in ("map_error", "kept_error") if name in figures), "")
+        fidelity = figures[right] if right else 1 - figures[wrong]
+        if not self.usual:
+            return figures | {"fidelity": fidelity, "score": fidelity}
+        alignment = figures["text_alignment"] / max(self.usual, 1e-9)
+        return figures | {"fidelity": fidelity, "alignment": alignment, "score": harmonic(fidelity, alignment)}
 
 
 def _prior(settings: EvaluationConfig) -> tuple[list[str], list[Image.Image]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from graft.diffusion.base import load_base
 from graft.diffusion.data import DataConfig, Dataset, load_buckets
-from graft.diffusion.evaluation import EvaluationConfig, measured_on
+from graft.diffusion.evaluation import EvaluationConfig, FollowerYardstick, measured_on
+from graft.diffusion.map_networks import MapMethod
 from graft.diffusion.method import PromptTable, Subject, Work, all_sources
 from graft.diffusion.objectives import objective_for
 from graft.diffusion.pair import Yardstick
@@ -58,7 +59,7 @@ class ConceptTask(DiffusionTask):
     """Held-out pictures of each, or nothing."""
     plain: list[dict[str, Pictures]]
     """What the base draws for the samples of each, to be shown beside them."""
-    yardsticks: list[Yardstick]
+    yardsticks: list[Yardstick | FollowerYardstick]
     """What the pair of each is measured by, or nothing."""
 
     @property
@@ -127,9 +128,12 @@ class ConceptTask(DiffusionTask):
         """Fidelity, alignment and their score for every job, as it is now."""
         rows = []
         for slot, (subject, yardstick) in enumerate(zip(self.subjects, self.yardsticks, strict=True)):
-            drawing = partial(self._drawn, slot, config=yardstick.drawing)
             with undisturbed(self.base, self), self._alone(slot):
-                rows.append(yardstick.score(subject.method.trigger, drawing))
+                if isinstance(yardstick, FollowerYardstick):
+                    rows.append(yardstick.score(self.handle))
+                else:
+                    drawing = partial(self._drawn, slot, config=yardstick.drawing)
+                    rows.append(yardstick.score(subject.method.trigger, drawing))
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _drawn(self, slot: int, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
@@ -314,17 +318,13 @@ def _plain(base: DiffusionBase, subject: Subject) -> dict[str, Pictures]:
     return {"without": draw(base, *sample_settings(subject))} if sample.every else {}
 
 
-def _yardstick(base: DiffusionBase, subject: Subject) -> Yardstick:
-    """What a job is measured by on the way: by default its held-out pictures, or else those it is trained on.
-
-    Raises:
-        InputError: it follows pictures or maps.
-    """
-    method = subject.job.method["name"]
-    if not subject.method.trigger or method == "ip_adapter":
-        reason = f"{method} follows pictures or maps, and is measured by graft eval only"
-        raise InputError(f"train.measure_every = {subject.job.train.measure_every}", reason, "Leave it at 0")
+def _yardstick(base: DiffusionBase, subject: Subject) -> Yardstick | FollowerYardstick:
+    """What a job is measured by on the way: by default its held-out pictures, or else those it is trained on."""
     settings = from_dict(EvaluationConfig, measured_on(subject.job), "eval")
+    if isinstance(subject.method, MapMethod):
+        return FollowerYardstick(base, replace(settings, condition=subject.method.condition))
+    if subject.job.method["name"] == "ip_adapter":
+        return FollowerYardstick(base, settings)
     return Yardstick(base, settings)
 
 

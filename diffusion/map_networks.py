@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from graft.diffusion.conditions import KINDS, as_squares, condition_maps, hint, maps_of_files, picture_of
 from graft.diffusion.data import Dataset
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
+from graft.diffusion.objectives import Objective, objective_for
 from graft.diffusion.task import Drops, Source
 from graft.studio.caches import Cache
 from graft.studio.config import from_dict, require
@@ -48,6 +49,8 @@ class MapMethod(DiffusionMethod):
     """Folder or hub id of such a network of diffusers to go on from; None starts anew."""
     snr_gamma: float | None = None
     """Min-SNR's gamma (the paper's is 5); None weights all noise levels equally."""
+    levels: str = "uniform"
+    """How noise levels are drawn: uniform, or cubic, most of them at much noise, where composition is decided."""
 
     own = frozenset()
     trigger = ""
@@ -68,6 +71,11 @@ class MapMethod(DiffusionMethod):
         require("method.scale", self.scale, 0 < self.scale <= 10, "above 0, up to 10")
         gamma = self.snr_gamma
         require("method.snr_gamma", gamma, gamma is None or gamma > 0, "a number above 0")
+        require("method.levels", self.levels, self.levels in ("cubic", "uniform"), '"cubic" or "uniform"')
+
+    def objective(self, scheduler: Any, tokens: int) -> Objective:
+        """The base's objective, on these noise levels."""
+        return objective_for(scheduler, self.snr_gamma, tokens, cubic=self.levels == "cubic")
 
     def new(self, base: DiffusionBase) -> Any:
         """An untrained network for a base.

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from graft.diffusion.custom_diffusion import CustomConcepts
 from graft.diffusion.lora import DiffusionLoRA
 from graft.diffusion.method import Encode, Work
 from graft.diffusion.task import row_slots
 from graft.diffusion.textual_inversion import ENCODERS, TextualInversion, attach_concepts
+from graft.diffusion.words_and_weights import WordsAndWeights
 from graft.studio.adapter import Adapter
 from graft.studio.config import from_dict, require
-from graft.studio.errors import FormatError, InputError
+from graft.studio.errors import InputError
 from graft.studio.sites import Plan
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class PivotalTuning(DiffusionLoRA):
         return self.word.prompts(caption)
 
     @classmethod
-    def attach_jobs(cls, work: Work) -> tuple[CustomConcepts, Encode]:
+    def attach_jobs(cls, work: Work) -> tuple[WordsAndWeights, Encode]:
         """Attaches a word and factors for each job; the text encoder runs at every step, on the prompts that occur."""
         base, methods = work.base, [subject.method for subject in work.subjects]
         handle = _attach(base, methods, [subject.job.train.seed for subject in work.subjects])
@@ -95,25 +95,19 @@ class PivotalTuning(DiffusionLoRA):
 
         return handle, encode
 
-    def attach_words(self, base: DiffusionBase, seed: int = 0) -> CustomConcepts:
+    def attach_words(self, base: DiffusionBase, seed: int = 0) -> WordsAndWeights:
         """Adds word and factors to a base, which draws as before whatever does not name the word."""
         return _attach(base, [self], [seed])
 
     @classmethod
-    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> CustomConcepts:  # type: ignore[override]
+    def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> WordsAndWeights:  # type: ignore[override]
         """Attaches a trained adapter to its base.
 
         Raises:
             FormatError: tensors that do not fit.
         """
-        handle = _attach(base, [from_dict(cls, card.config, "adapter.json")], [0], Plan.from_list(card.sites))
-        try:
-            handle.load(tensors)
-        except FormatError:
-            handle.detach()
-            raise
-        handle.bank.eval().requires_grad_(False)
-        return handle
+        method = from_dict(cls, card.config, "adapter.json")
+        return _attach(base, [method], [0], Plan.from_list(card.sites)).restored(tensors)
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
@@ -138,7 +132,7 @@ class PivotalTuning(DiffusionLoRA):
 
 def _attach(
     base: DiffusionBase, methods: Sequence[PivotalTuning], seeds: Sequence[int], plan: Plan | None = None
-) -> CustomConcepts:
+) -> WordsAndWeights:
     """A slot for each method. In a shared batch, where jobs may have chosen the same word, each gets its own."""
     words = [method.word for method in methods]
     if len(methods) > 1:
@@ -147,7 +141,7 @@ def _attach(
     for slot, seed in enumerate(seeds):
         weights.reset(slot, seed)
     try:
-        return CustomConcepts(attach_concepts(base, words, seeds), weights, methods, [[word.token] for word in words])
+        return WordsAndWeights(attach_concepts(base, words, seeds), weights, methods, [[word.token] for word in words])
     except InputError:
         weights.detach()
         raise

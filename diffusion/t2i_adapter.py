@@ -26,8 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.map_networks import Follower, MapMethod
-from graft.diffusion.objectives import Objective, objective_for
-from graft.studio.config import require
 from graft.studio.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,20 +62,12 @@ class T2IAdapter(MapMethod):
     empty_prompts: float = 0.0
     """Share of rows that are trained without their prompt."""
     levels: str = "cubic"
-    """How noise levels are drawn: cubic, most of them at much noise, or uniform."""
+    """How noise levels are drawn: uniform, or cubic, most of them at much noise, where composition is decided."""
 
     network = "T2IAdapter"
     title = "T2I-Adapter"
     section = "t2i_adapter"
     follower = Adapter
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require("method.levels", self.levels, self.levels in ("cubic", "uniform"), '"cubic" or "uniform"')
-
-    def objective(self, scheduler: Any, tokens: int) -> Objective:
-        """The base's objective, on these noise levels."""
-        return objective_for(scheduler, self.snr_gamma, tokens, cubic=self.levels == "cubic")
 
     def new(self, base: DiffusionBase) -> Any:
         """An untrained network of the denoiser's widths.

@@ -1,12 +1,7 @@
 """Does a file do in stock diffusers what the adapter does here?
 
 The same prompt is drawn from the same seed three times, by the pipeline of the base: as it is, with the adapter
-attached here, and with the file that diffusers itself loads. With latents p, x and y of the three
-
-    change = || x - p || / || p ||,    error = || y - x || / || x - p ||
-
-An error of some percent is a file that was not read whole, or read with another strength; that of rounding in float32
-is far below one.
+attached here, and with the file that diffusers itself loads. Their latents are compared as in `graft.studio.outside`.
 """
 
 from __future__ import annotations
@@ -26,17 +21,16 @@ from graft.diffusion.textual_inversion import ENCODERS
 from graft.studio.formats import diffusers, kohya, textual_inversion
 from graft.studio.formats.files import read_tensors
 from graft.studio.formats.peft_folder import COMPONENTS
+from graft.studio.outside import REFUSALS, likeness, refusal
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
     from graft.studio.adapter import Adapter
 
-TOLERANCE = 0.01
-"""Largest error of a file that does the same."""
 _LORAS = ("lora", "dora", "lokr", "pivotal")
 
 
-def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, side: int = 0) -> dict[str, Any] | None:
+def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, side: int = 0) -> dict[str, Any] | str:
     """Draws with the adapter as attached here and as diffusers loads its file; the base is as before afterwards.
 
     Args:
@@ -46,10 +40,11 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, s
         side: of the pictures, in pixels; 0 takes the base's own.
 
     Returns:
-        `library`, `file`, `change`, `error` and `same`, or `refused`, diffusers' message; None for other methods.
+        `library`, `file`, `change`, `error` and `same`, or `refused`, diffusers' message; for other methods, that
+        they are not compared.
     """
     if adapter.card.method not in (*_LORAS, "textual_inversion"):
-        return None
+        return f"files of {adapter.card.method} are not loaded into stock diffusers here"
     prompt = f"a photo of {adapter.card.config.get('token', adapter.card.trigger) or 'a cat'}"
     told: dict[str, Any] = {"library": "diffusers"}
     with tempfile.TemporaryDirectory() as folder, undisturbed(base):
@@ -60,11 +55,9 @@ def compare(base: DiffusionBase, adapter: Adapter, source: Path | None = None, s
         told["file"] = ", ".join(file.name for file in files)
         try:
             theirs = _stock(base, adapter, files, lambda: _latents(base, prompt, side))
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            return told | {"refused": (str(error).strip().splitlines() or [type(error).__name__])[0], "same": False}
-    moved = float((ours - plain).norm())
-    apart = float((theirs - ours).norm()) / (moved or float(plain.norm()))
-    return told | {"change": moved / float(plain.norm()), "error": apart, "same": apart <= TOLERANCE}
+        except REFUSALS as error:
+            return told | refusal(error)
+    return told | likeness(plain, ours, theirs)
 
 
 def _files(adapter: Adapter, source: Path | None, folder: Path) -> list[Path]:

@@ -32,6 +32,7 @@ _PUBLIC = {
     "assemble": "assembly",
     "chat": "previews",
     "chat_by_perplexity": "perplexity",
+    "compare": "verification",
     "evaluate": "evaluation",
     "file_by_perplexity": "perplexity",
     "load_base": "base",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from graft.llm_mm.resampler import ResamplerSettings
     from graft.llm_mm.rows import show_rows
     from graft.llm_mm.showing import shown
+    from graft.llm_mm.verification import compare
 
 __all__ = [
     "ASKS",
@@ -96,6 +98,7 @@ __all__ = [
     "assemble",
     "chat",
     "chat_by_perplexity",
+    "compare",
     "evaluate",
     "file_by_perplexity",
     "load_base",

@@ -124,7 +124,7 @@ def _placed(
     """The sites and tensors of an adapter by the names that the model has.
 
     Files of other libraries may name no site, if there is only one; and they may say ``text_model``, which transformers
-    5.6 took out of CLIP's text encoder.
+    5.6 took out of CLIP's text encoder, or leave out the name that a base's only part has here.
     """
     if not card.sites:
         plan = method.plan(model)
@@ -133,8 +133,11 @@ def _placed(
             raise SiteError(f"a {card.method}", reason, "attach it to one part of the model")
         return plan, {f"{plan.sites[0].key}.{name}": tensor for name, tensor in tensors.items()}
     plan, modules = Plan.from_list(card.sites), named_modules(model)
-    missing = {site.name: site.name.replace("text_encoder.text_model.", "text_encoder.", 1) for site in plan}
-    short = {name: other for name, other in missing.items() if name not in modules and other in modules}
+    alone = f"{next(iter(model))}." if isinstance(model, Mapping) and len(model) == 1 else ""
+    missing = [site.name for site in plan if site.name not in modules]
+    others = [(name, name.replace("text_encoder.text_model.", "text_encoder.", 1)) for name in missing]
+    others += [(name, f"{alone}{name}") for name in missing]
+    short = {name: other for name, other in others if other in modules}
     if not short:
         return plan, tensors
     sites = tuple(replace(site, name=short.get(site.name, site.name)) for site in plan)

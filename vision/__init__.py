@@ -18,6 +18,7 @@ _PUBLIC = {
     "VisionBitFit": "scales",
     "VisionLoRA": "lora",
     "VisionSSF": "scales",
+    "compare": "verification",
     "evaluate": "evaluation",
     "load_base": "base",
     "predict": "evaluation",
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from graft.vision.probe import LinearProbe
     from graft.vision.scales import VisionBitFit, VisionSSF
     from graft.vision.showing import shown
+    from graft.vision.verification import compare
     from graft.vision.vpt import VPT
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "VisionBitFit",
     "VisionLoRA",
     "VisionSSF",
+    "compare",
     "evaluate",
     "load_base",
     "predict",

@@ -21,6 +21,7 @@ _PUBLIC = {
     "TipAdapter": "tip_adapter",
     "TipAdapterF": "tip_adapter",
     "base_to_new": "transfer",
+    "compare": "verification",
     "evaluate": "evaluation",
     "load_base": "base",
     "prepare": "jobs",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from graft.vlm.task_res import TaskRes
     from graft.vlm.tip_adapter import TipAdapter, TipAdapterF
     from graft.vlm.transfer import base_to_new
+    from graft.vlm.verification import compare
 
 __all__ = [
     "ClipAdapter",
@@ -65,6 +67,7 @@ __all__ = [
     "TipAdapter",
     "TipAdapterF",
     "base_to_new",
+    "compare",
     "evaluate",
     "load_base",
     "prepare",

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from graft.studio.adapter import Card
+from graft.studio.adapter import Adapter, Card
+from graft.studio.formats import peft
 from graft.studio.methods.lora import LoRA
 from graft.studio.slots import Handle
 from graft.vlm.head import Classifier, Head, Setting, Shots
@@ -68,6 +70,14 @@ class ClipLoRA(LoRA):
         handle = super().attach_to(base, tensors, card)
         setting = Setting(base, tuple(card.details["classes"]), tuple(card.details["templates"]))
         return Attached(from_dict(cls, card.config, "adapter.json"), Towers(setting, handle))
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes the factors for another library, whose model is the base's without its name in front of the paths."""
+        sites = [{**site, "name": site["name"].removeprefix("model.")} for site in adapter.card.sites]
+        tensors = {name.removeprefix("model."): tensor for name, tensor in adapter.tensors.items()}
+        bare = Adapter(tensors, replace(adapter.card, sites=sites))
+        return peft.export(bare, folder, pipeline=False) if format == "peft" else super().export(bare, folder, format)
 
 
 class Attached(Classifier):

@@ -8,23 +8,20 @@ and needs more for the map.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.bench.control import scenes
-from graft.diffusion.bench.script_loop import RANDOM, OurLoop, ScriptLoop, alternated, shaped_base, table
+from graft.diffusion.bench.script_loop import RANDOM, OurLoop, ScriptLoop, alternated, on_bases
 from graft.diffusion.conditions import canny
 from graft.diffusion.jobs import ConceptTask, prepare
-from graft.studio.disk import write_atomic
 from graft.studio.job import Job
 
 LIMIT = 1.4
@@ -84,19 +81,11 @@ def controlnet(
         threads: CPU threads.
     """
     out = Path(out or "runs/controlnet").resolve()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = {}
-        for name in bases:
-            made = name == RANDOM
-            folder = shaped_base(out / f"base-{width:g}-{side}", width, side) if made else name
-            found[name] = compared(out / name, str(folder), 2 if made else 16, rounds)
-    finally:
-        torch.set_num_threads(before)
-    result = {"threads": threads, "width": width, "side": side, "bases": found, "limit": LIMIT}
-    write_atomic(out / "controlnet.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result | {"table": table(result)}
+
+    def measure(name: str, loaded: str, made: bool) -> dict[str, Any]:
+        return {name: compared(out / name, loaded, 2 if made else 16, rounds)}
+
+    return on_bases(out / "controlnet.json", bases, (width, side), threads, LIMIT, measure)
 
 
 def compared(out: Path, base: str, batch_size: int, rounds: int, count: int = 8) -> dict[str, Any]:

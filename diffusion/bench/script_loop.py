@@ -8,9 +8,10 @@ are of the CPU, by part.
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.jobs import ConceptTask
 from graft.diffusion.task import Batch
+from graft.studio.disk import write_atomic
 
 AGREE = 1e-3
 """Largest relative difference of losses that counts as equal."""
@@ -191,6 +193,39 @@ def alternated(task: ConceptTask, theirs: ScriptLoop, ours: OurLoop, rounds: int
     parts = {"plain": theirs.lap.medians(), "ours": ours.lap.medians()}
     ratio = parts["plain"]["step"] / parts["ours"]["step"]
     return {"parts": parts, "ratio": ratio, "losses apart": apart, "equal": apart < AGREE, "last losses": losses[-1]}
+
+
+def on_bases(
+    file: Path,
+    bases: Sequence[str],
+    shape: tuple[float, int],
+    threads: int,
+    limit: float,
+    measure: Callable[[str, str, bool], Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Measures on every base, writes the result and returns it with its table.
+
+    Args:
+        file: to write; bases of random weights come into its folder.
+        bases: `RANDOM`, or any other base.
+        shape: channels of `RANDOM`, as a share of the true one's, and pixels of its pictures.
+        threads: CPU threads.
+        limit: what the ratio promises to be.
+        measure: a base's name, what it is loaded by, and whether its weights are random -> findings by their title.
+    """
+    before, (width, side) = torch.get_num_threads(), shape
+    torch.set_num_threads(threads)
+    found: dict[str, Any] = {}
+    try:
+        for name in bases:
+            made = name == RANDOM
+            base = str(shaped_base(file.parent / f"base-{width:g}-{side}", width, side)) if made else name
+            found |= measure(name, base, made)
+    finally:
+        torch.set_num_threads(before)
+    result = {"threads": threads, "width": width, "side": side, "bases": found, "limit": limit}
+    write_atomic(file, (json.dumps(result, indent=1) + "\n").encode())
+    return result | {"table": table(result)}
 
 
 def shaped_base(folder: Path, width: float, side: int) -> Path:

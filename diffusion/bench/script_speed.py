@@ -11,7 +11,6 @@ The concept's pictures are as small as they are trained, or phone photos of 12 m
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,10 @@ from torch import Tensor, nn
 
 from graft.diffusion.base import DiffusionBase, load_base
 from graft.diffusion.bench.pictures import new_sprites, training_pictures, write_phone_photos
-from graft.diffusion.bench.script_loop import RANDOM, OurLoop, ScriptLoop, alternated, shaped_base, table
+from graft.diffusion.bench.script_loop import RANDOM, OurLoop, ScriptLoop, alternated, on_bases
 from graft.diffusion.data import DataConfig, load_dataset
 from graft.diffusion.jobs import ConceptTask, prepare
 from graft.studio.caches import Cache
-from graft.studio.disk import write_atomic
 from graft.studio.job import Job
 
 LIMITS = {"custom_diffusion": 2.0, "lora": 1.5}
@@ -140,21 +138,13 @@ def _measured(
 ) -> dict[str, Any]:
     """Both kinds of pictures on every base."""
     out = Path(folder or f"runs/{method}-speed").resolve()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = {}
-        for name in bases:
-            made = name == RANDOM
-            base = str(shaped_base(out / f"base-{width:g}-{side}", width, side)) if made else name
-            rows = BATCH[method] * (1 if made else 4)
-            for kind in ("small pictures", "phone photos"):
-                found[f"{name}, {kind}"] = compared(out / name / kind, method, base, rows, rounds)
-    finally:
-        torch.set_num_threads(before)
-    result = {"threads": threads, "width": width, "side": side, "bases": found, "limit": LIMITS[method]}
-    write_atomic(out / f"{method}.json", (json.dumps(result, indent=1) + "\n").encode())
-    return result | {"table": table(result)}
+
+    def measure(name: str, base: str, made: bool) -> dict[str, Any]:
+        rows = BATCH[method] * (1 if made else 4)
+        kinds = ("small pictures", "phone photos")
+        return {f"{name}, {kind}": compared(out / name / kind, method, base, rows, rounds) for kind in kinds}
+
+    return on_bases(out / f"{method}.json", bases, (width, side), threads, LIMITS[method], measure)
 
 
 def compared(out: Path, method: str, base: str, rows: int, rounds: int) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def verify(args: argparse.Namespace) -> Answer:
         pass
     domain = registry.domain(base.domain)
     source = Path(args.name) if run is None else None
-    compared = domain.compare(base, adapter, source) if hasattr(domain, "compare") else None
+    found = domain.compare(base, adapter, source)
+    compared, reason = (None, found) if isinstance(found, str) else (found, None)
     document = {
         "tensors": len(adapter.tensors),
         "base": base.name,
@@ -136,23 +137,21 @@ def verify(args: argparse.Namespace) -> Answer:
         "attaches": True,
         "detaches": base_hash(base.modules) == before,
         "compared": compared,
+        "uncompared": reason,
     }
     right = document["detaches"] and (compared is None or compared["same"])
-    return Answer(
-        document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]}){_likeness(compared)}", 0 if right else 1
-    )
+    likeness = f"not compared with another library: {reason}" if compared is None else _likeness(compared)
+    return Answer(document, f"{args.name}: whole, fits {base.name} ({base.hash[:16]})\n{likeness}", 0 if right else 1)
 
 
-def _likeness(compared: dict[str, Any] | None) -> str:
+def _likeness(compared: dict[str, Any]) -> str:
     """What another library makes of the adapter, in words."""
-    if compared is None:
-        return ""
     if "refused" in compared:
-        return f"\n{compared['library']} does not load {compared['file']}: {compared['refused']}"
+        return f"{compared['library']} does not load {compared['file']}: {compared['refused']}"
     verdict = "the same" if compared["same"] else "NOT the same"
     return (
-        f"\n{compared['library']} draws {verdict} from {compared['file']}: error {compared['error']:.2g} of the "
-        f"adapter's change, which is {compared['change']:.2g} of the latents"
+        f"{compared['library']} makes {verdict} of {compared['file']}: error {compared['error']:.2g} of the adapter's "
+        f"change, which is {compared['change']:.2g} of the outputs"
     )
 
 

@@ -62,8 +62,14 @@ _REFUSED = (
 )
 
 
-def export(adapter: Adapter, folder: Path) -> list[Path]:
+def export(adapter: Adapter, folder: Path, pipeline: bool = True) -> list[Path]:
     """Writes a folder that ``PeftModel.from_pretrained`` loads, or one for each component.
+
+    Args:
+        adapter: of low-rank factors.
+        folder: to write.
+        pipeline: paths that begin with the name of a pipeline's component, such as transformer, are in that component;
+            otherwise all are of one model.
 
     Raises:
         InputError: an output projection of torch's MultiheadAttention, or a DoRA of it.
@@ -75,7 +81,7 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         if module.kind == "mha" and module.length is not None:
             raise InputError(name, "peft has no DoRA of torch's MultiheadAttention", "use native")
     paths, back = [], {}
-    for component, parts in by_component(modules).items():
+    for component, parts in (by_component(modules) if pipeline else {"": modules}).items():
         target = folder / component
         paths += write_folder(target, config(parts, adapter.card.base), keys(parts), adapter.card)
         written = _read(target, read_config(target))

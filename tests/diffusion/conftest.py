@@ -119,6 +119,17 @@ def photos(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def mapped(photos: Path) -> Path:
+    """The photos with captions, and with maps of their size beside them."""
+    (photos / "conditions").mkdir()
+    for i in range(5):
+        noise = np.random.default_rng(i + 10).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(photos / "conditions" / f"{i}.png")
+        (photos / f"{i}.txt").write_text(["a red cat", "the blue toy"][i % 2])
+    return photos
+
+
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))

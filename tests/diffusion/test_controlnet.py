@@ -3,18 +3,20 @@
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
+from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding
 from PIL import Image
 
 import graft
 from graft.diffusion.base import DiffusionBase, load_base
-from graft.diffusion.bench.control import checks, table
+from graft.diffusion.bench.control import checks, followed, outlines, table, write_scenes
 from graft.diffusion.bench.control_speed import compared
 from graft.diffusion.conditions import condition_maps, hint, maps_of_files, picture_of
-from graft.diffusion.controlnet import ControlNet
+from graft.diffusion.controlnet import ControlNet, start
 from graft.diffusion.data import DataConfig, load_dataset
 from graft.diffusion.jobs import prepare, prepare_together
 from graft.diffusion.previews import PreviewConfig, draw, preview
@@ -26,17 +28,6 @@ from graft.studio.job import Job
 from graft.studio.training import resume
 
 DEPTH = {"name": "controlnet", "condition": "depth"}
-
-
-@pytest.fixture
-def mapped(photos: Path) -> Path:
-    """The photos with captions, and with maps of their size beside them."""
-    (photos / "conditions").mkdir()
-    for i in range(5):
-        noise = np.random.default_rng(i + 10).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(photos / "conditions" / f"{i}.png")
-        (photos / f"{i}.txt").write_text(["a red cat", "the blue toy"][i % 2])
-    return photos
 
 
 def job(folder: Path, photos: Path, method: dict | None = None, **train) -> dict:
@@ -96,6 +87,50 @@ def test_it_starts_at_the_base_bit_for_bit_and_leaves_no_trace(base: DiffusionBa
     handle.detach()
     assert draw(base, ["a red cat"], [3], config)[0][0].tobytes() == plain
     assert not base.choosers and not base.denoiser._forward_pre_hooks
+
+
+def test_the_maps_encoder_starts_so_that_it_tells_maps_apart():
+    """Behind seven convolutions of diffusers' start hardly anything of two maps' difference is left."""
+    torch.manual_seed(0)
+    encoder = ControlNetConditioningEmbedding(64, block_out_channels=(16, 32, 96, 256))
+    maps = (torch.rand(2, 1, 64, 64) < 0.1).float().expand(-1, 3, -1, -1)
+
+    @torch.no_grad()
+    def apart() -> float:
+        x = torch.nn.functional.silu(encoder.conv_in(maps))
+        for layer in encoder.blocks:
+            x = torch.nn.functional.silu(layer(x))
+        return float((x[0] - x[1]).std() / (maps[0] - maps[1]).std())
+
+    theirs = apart()
+    start(encoder)
+    assert theirs < 0.01 and apart() > 0.1 and not encoder(maps).any()
+
+
+def test_scenes_of_the_bench_have_their_outlines_beside_them(tmp_path: Path):
+    """Written out with OpenCV: grey, blurred, Canny; far fewer than the edges of the picture itself."""
+    folder = write_scenes(tmp_path / "scenes", 6)
+    maps = condition_maps(
+        load_dataset(DataConfig(path=str(folder)), 64, Cache()), DataConfig(path=str(folder)), "map", Cache()
+    )
+    fine = 0
+    for k in range(6):
+        picture = np.asarray(Image.open(folder / f"{k:05d}.png"))
+        blurred = cv2.GaussianBlur(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), (0, 0), 2.5)
+        assert np.array_equal(maps[k, 0, 0], cv2.Canny(blurred, 40, 80))
+        assert np.array_equal(outlines(picture), maps[k, 0, 0])
+        fine += int((cv2.Canny(picture, 100, 200) > 0).sum())
+    assert 0 < (maps > 0).sum() < fine
+    pictures = [pixels for pixels, _ in followed(40)]
+    assert len(pictures) == 40 and all(outlines(pixels).any() for pixels in pictures)
+
+
+def test_levels_are_drawn_as_told(folder: Path, mapped: Path):
+    """Uniform as in the paper, or cubic: a mean of 1/2 or 3/4 of all levels."""
+    for levels, share in (("uniform", 0.5), ("cubic", 0.75)):
+        task = prepare(Job.load(job(folder, mapped, {**DEPTH, "levels": levels})))
+        found = torch.cat([task.batch(k, torch.Generator().manual_seed(k)).levels for k in range(50)])
+        assert float(found.float().mean()) / 1000 == pytest.approx(share, abs=0.02)
 
 
 def test_the_loss_is_the_papers(folder: Path, mapped: Path):

@@ -53,20 +53,25 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 CD_JOB = {"base": "pocket-sd", "data": {"path": "photos"}}
 
 
-def processors(unet: UNet2DConditionModel) -> dict[str, CustomDiffusionAttnProcessor]:
-    """Those of the example script: keys and values of the text start as the base's and are trained."""
+def processors(unet: UNet2DConditionModel, q_out: bool = False) -> dict[str, CustomDiffusionAttnProcessor]:
+    """Those of the example script: keys and values of the text start as the base's and are trained, and so are queries
+    and outputs with `q_out`."""
     made = {}
     for name in unet.attn_processors:
         attention = unet.get_submodule(name.removesuffix(".processor"))
         text = name.endswith("attn2.processor")
-        made[name] = CustomDiffusionAttnProcessor(text, False, attention.to_k.out_features, attention.to_k.in_features)
+        shape = attention.to_k.out_features, attention.to_k.in_features
+        made[name] = CustomDiffusionAttnProcessor(text, text and q_out, *shape)
+        if text and q_out:
+            made[name].to_q_custom_diffusion.load_state_dict(attention.to_q.state_dict())
+            made[name].to_out_custom_diffusion[0].load_state_dict(attention.to_out[0].state_dict())
         if text:
             made[name].to_k_custom_diffusion.load_state_dict(attention.to_k.state_dict())
             made[name].to_v_custom_diffusion.load_state_dict(attention.to_v.state_dict())
     return made
 
 
-def stock(folder: Path, token: str = "<new1>", like: str = "red") -> StableDiffusionPipeline:
+def stock(folder: Path, q_out: bool = False, token: str = "<new1>", like: str = "red") -> StableDiffusionPipeline:
     """A pipeline as the example script has it before the first step."""
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -76,14 +81,16 @@ def stock(folder: Path, token: str = "<new1>", like: str = "red") -> StableDiffu
     table[-1] = table[pipe.tokenizer(like, add_special_tokens=False).input_ids[0]]
     for part in (pipe.unet, pipe.text_encoder, pipe.vae):
         part.requires_grad_(False)
-    pipe.unet.set_attn_processor(processors(pipe.unet))
+    pipe.unet.set_attn_processor(processors(pipe.unet, q_out))
     pipe.text_encoder.get_input_embeddings().weight.requires_grad_(True)
     return pipe
 
 
-def test_losses_are_those_of_diffusers_processors_step_by_step(folder: Path, photos: Path):
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
+def test_losses_are_those_of_diffusers_processors_step_by_step(folder: Path, photos: Path, freeze_model: str):
     """The same weights, noise and timesteps: target plus weighted prior, in the same training of four steps."""
-    task, pipe = prepare(job(folder, photos, PRIOR)), stock(folder)
+    whole = freeze_model == "crossattn"
+    task, pipe = prepare(job(folder, photos, {**PRIOR, "freeze_model": freeze_model})), stock(folder, whole)
     texts = [*task.subjects[0].method.prompts(None), "a photo of a cat"]
     table = pipe.text_encoder.get_input_embeddings().weight
     trained = [p for p in pipe.unet.parameters() if p.requires_grad]
@@ -111,12 +118,18 @@ def test_losses_are_those_of_diffusers_processors_step_by_step(folder: Path, pho
     for name, processor in pipe.unet.attn_processors.items():
         if processor.train_kv:
             site = name.removesuffix(".processor")
-            change = processor.to_k_custom_diffusion.weight - pipe.unet.get_submodule(site).to_k.weight
-            torch.testing.assert_close(tensors[f"unet.{site}.to_k.change"], change.detach(), rtol=1e-2, atol=1e-3)
+            attention = pipe.unet.get_submodule(site)
+            pairs = {"to_k.change": (processor.to_k_custom_diffusion.weight, attention.to_k.weight)}
+            if whole:
+                pairs["to_q.change"] = processor.to_q_custom_diffusion.weight, attention.to_q.weight
+                pairs["to_out.0.bias.d"] = processor.to_out_custom_diffusion[0].bias, attention.to_out[0].bias
+            for name, (now, before) in pairs.items():
+                change = (now - before).detach()
+                torch.testing.assert_close(tensors[f"unet.{site}.{name}"], change, rtol=1e-2, atol=1e-3)
 
 
 def test_what_is_trained_of_stable_diffusion_is_what_the_script_trains():
-    """32 matrices, 19.17 million numbers, by the names and shapes of its processors."""
+    """32 matrices, 19.17 million numbers, or all of the cross-attention, by the names and shapes of its processors."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         made = processors_of(unet)
@@ -128,7 +141,10 @@ def test_what_is_trained_of_stable_diffusion_is_what_the_script_trains():
     }
     assert {site.name: site.shape for site in plan} == theirs
     assert (len(plan), plan.parameters) == (32, 19_169_280)
-    assert plan.parameters == sum(2 * n * c * 768 for n, c in ((5, 320), (5, 640), (6, 1280)))
+    widths = ((5, 320), (5, 640), (6, 1280))
+    assert plan.parameters == sum(2 * n * c * 768 for n, c in widths)
+    whole = text_layers(unet, "crossattn")
+    assert whole.parameters == 19_169_280 + sum(n * (2 * c * c + c) for n, c in widths) and len(whole) == 16 * 5
 
 
 def processors_of(unet: UNet2DConditionModel) -> dict[str, CustomDiffusionAttnProcessor]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.concept_merge import constrained, features, merge_concepts
-from graft.diffusion.custom_diffusion import CustomDiffusion, DenseSlot
+from graft.diffusion.custom_diffusion import CustomDiffusion
 from graft.diffusion.custom_diffusion_files import changes, whole_weights
 from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.cli import main
@@ -27,8 +27,8 @@ def trained(base: DiffusionBase, seed: int = 0, **settings) -> Adapter:
     method = CustomDiffusion(**settings)
     handle = method.attach(base, seed)
     torch.manual_seed(seed)
-    for slot in handle.weights.slots_of(DenseSlot):
-        torch.nn.init.normal_(slot.change, std=0.3)
+    for change in handle.weights.bank.parameters():
+        torch.nn.init.normal_(change, std=0.3)
     for rows in handle.words.bank.rows:
         torch.nn.init.normal_(rows)
     tensors, plan = handle.tensors(), handle.plan.to_list()
@@ -58,7 +58,8 @@ def by_hand(unet: UNet2DConditionModel, file: Path) -> None:
     found, made = load_file(file), {}
     for name in unet.attn_processors:
         attention, text = unet.get_submodule(name.removesuffix(".processor")), name.endswith("attn2.processor")
-        made[name] = CustomDiffusionAttnProcessor(text, False, attention.to_k.out_features, attention.to_k.in_features)
+        q_out = any(key.startswith(f"{name}.to_q") for key in found)
+        made[name] = CustomDiffusionAttnProcessor(text, q_out, attention.to_k.out_features, attention.to_k.in_features)
         own = {key.removeprefix(f"{name}."): value for key, value in found.items() if key.startswith(f"{name}.")}
         made[name].load_state_dict(own)
     unet.set_attn_processor(made)
@@ -68,10 +69,12 @@ def merged_into(unet: UNet2DConditionModel, file: Path) -> None:
     assert not unet.load_state_dict(load_file(file), strict=False).unexpected_keys
 
 
+@pytest.mark.parametrize("freeze_model", ["crossattn_kv", "crossattn"])
 @pytest.mark.parametrize(("format", "put"), [("diffusers", by_hand), ("merged", merged_into)])
 def test_plain_diffusers_draws_the_same(
-    base: DiffusionBase, folder: Path, adapter: Adapter, tmp_path: Path, format: str, put
+    base: DiffusionBase, folder: Path, tmp_path: Path, format: str, put, freeze_model: str
 ):
+    adapter = trained(base, class_word="cat", freeze_model=freeze_model)
     weights, word = adapter.export(tmp_path, format)
     stock = StableDiffusionPipeline.from_pretrained(folder)
     stock.load_textual_inversion(str(word))
@@ -79,12 +82,29 @@ def test_plain_diffusers_draws_the_same(
     ours = attached(adapter, base)
     np.testing.assert_allclose(picture(stock), ours, atol=1e-5)
     assert np.abs(picture(base.pipe, "a photo of red cat on the toy") - ours).max() > 1e-3
+    if format == "diffusers":  # and is read again
+        read = load_adapter(weights)
+        assert read.card.config.get("freeze_model", "crossattn_kv") == freeze_model
+        np.testing.assert_allclose(attached(read, base), ours, atol=1e-5)
+
+
+def test_a_lora_leaves_biases_out_and_keys_alone_can_be_merged(base: DiffusionBase, tmp_path: Path):
+    adapter = trained(base, freeze_model="crossattn")
+    file, _ = adapter.export(tmp_path, "lora-32")
+    found = changes(adapter)
+    size = {dim: sum(float(d.square().sum()) for d in found.values() if d.dim() == dim) for dim in (1, 2)}
+    assert size[1] > 0 and len(load_file(file)) == 2 * sum(d.dim() == 2 for d in found.values())
+    wanted = (size[1] / sum(size.values())) ** 0.5
+    assert float(read_tensors(file)[1]["residual"]) == pytest.approx(wanted, rel=1e-3)
+    with pytest.raises(InputError, match="the merge is of keys and values"):
+        merge_concepts(base, [adapter, trained(base, 1)])
 
 
 def test_a_lora_says_what_it_leaves_out(
     base: DiffusionBase, folder: Path, adapter: Adapter, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     whole, ours = changes(adapter), attached(adapter, base)
+    whole = {name.removesuffix(".weight"): change for name, change in whole.items()}
     for format, kept in (("lora-4", lambda values: 4), ("lora", _most), ("lora-16", len)):
         file, word = adapter.export(tmp_path / format, format)
         factors, lost = load_file(file), 0.0
@@ -128,8 +148,8 @@ def test_the_scripts_files_are_read(base: DiffusionBase, adapter: Adapter, tmp_p
     word.with_suffix(".bin").unlink()
     with pytest.raises(FormatError, match="no file of a word"):
         load_adapter(weights)
-    save_file({"mid_block.attn2.processor.to_q_custom_diffusion.weight": torch.zeros(2, 2)}, weights)
-    with pytest.raises(FormatError, match="freeze_model=crossattn_kv"):
+    save_file({"mid_block.attn2.processor.to_x_custom_diffusion.weight": torch.zeros(2, 2)}, weights)
+    with pytest.raises(FormatError, match="the script writes no such key"):
         load_adapter(weights)
 
 

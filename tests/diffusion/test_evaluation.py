@@ -1,6 +1,8 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,8 +25,9 @@ from transformers import (
 import graft
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.control_scores import following
+from graft.diffusion.controlnet import ControlNet
 from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.evaluation import EvaluationConfig, evaluate, evaluation_settings
+from graft.diffusion.evaluation import EvaluationConfig, FollowerYardstick, evaluate, evaluation_settings
 from graft.diffusion.features import Clip, Eye, MapReader
 from graft.diffusion.jobs import prepare
 from graft.diffusion.measures import kid
@@ -238,6 +241,59 @@ def test_the_score_is_relative_to_real_pictures_and_the_base(base: DiffusionBase
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "figure"), [("canny", "edge_f1"), ("soft_edge", "map_error")])
+def test_a_controlnet_is_measured_on_the_way(
+    base: DiffusionBase, folder: Path, photos: Path, clip_folder: Path, tmp_path: Path, kind: str, figure: str
+):
+    """The score of the result is that of its own figures, and the figures are those of `evaluate` on the saved file."""
+    for file in sorted(photos.glob("*.png")):
+        file.with_suffix(".txt").write_text("a toy")
+    settings: dict[str, Any] = {"clip": str(clip_folder), "seeds": 1, "steps": 1}
+    train = {"steps": 2, "device": "cpu", "threads": 1, "learning_rate": 0.01, "measure_every": 1, "keep": "best"}
+    job = {"base": str(folder), "method": {"name": "controlnet", "condition": kind}, "data": {"path": str(photos)},
+           "train": train, "eval": settings}  # fmt: skip
+    run = graft.train(job, run_dir=tmp_path / "run")
+    rows = {row["step"]: row for row in run.metrics()}
+    adapter = run.adapter()
+    row = rows[adapter.card.metrics["steps"]]
+    again = evaluate(base, adapter, EvaluationConfig(path=str(photos), condition=kind, **settings))
+    plain = evaluate(base, None, EvaluationConfig(path=str(photos), condition=kind, **settings))
+    assert row[figure] == pytest.approx(again[figure], abs=1e-4)
+    assert row["fidelity"] == pytest.approx(again[figure] if kind == "canny" else 1 - again[figure], abs=1e-4)
+    assert row["alignment"] == pytest.approx(again["text_alignment"] / plain["text_alignment"], rel=1e-3)
+    assert row["score"] == max(each["score"] for each in rows.values())
+
+
+def test_followers_are_scored_and_show_samples_as_before(base: DiffusionBase, photos: Path, clip_folder: Path):
+    """Without a caption or a CLIP there is fidelity alone; what an IP-Adapter shows is taken away again."""
+    settings = EvaluationConfig(path=str(photos), condition="canny", seeds=1, steps=1)
+    yardstick = FollowerYardstick(base, settings)
+    handle = ControlNet().attach(base)
+    handle.maps = torch.full((1, 1, 8, 8), 255, dtype=torch.uint8)
+    found = yardstick.score(handle)
+    assert found["score"] == found["fidelity"] == found["edge_f1"] and "alignment" not in found
+    assert handle.maps.shape == (1, 1, 8, 8)
+    handle.detach()
+    with pytest.raises(InputError, match="nothing here reads such a map"):
+        FollowerYardstick(base, replace(settings, condition="pose", path=str(_with_maps(photos))))
+    with pytest.raises(InputError, match="none is named"):
+        FollowerYardstick(base, replace(settings, condition=""))
+    seen: list[int] = []
+    shown = SimpleNamespace(show=lambda rows: seen.append(len(rows)))
+    pictures = FollowerYardstick(base, replace(settings, condition="", clip=str(clip_folder)))
+    found = pictures.score(shown)
+    assert seen == [1, 1, 1, 1, 0] and found["fidelity"] == found["image_similarity"]
+    assert found["alignment"] == pytest.approx(1)  # it changed nothing
+
+
+def _with_maps(photos: Path) -> Path:
+    (photos / "conditions").mkdir()
+    for file in sorted(photos.glob("*.png")):
+        (photos / "conditions" / file.name).write_bytes(file.read_bytes())
+    return photos
+
+
+@pytest.mark.slow
 def test_the_pair_chooses_the_step_that_becomes_the_result(
     base: DiffusionBase, folder: Path, photos: Path, clip_folder: Path, tmp_path: Path
 ):
@@ -257,7 +313,7 @@ def test_the_pair_chooses_the_step_that_becomes_the_result(
     assert again["score"] == pytest.approx(scores[best], rel=1e-2)
     for wrong, said in (
         (job | {"eval": {}}, "eval.clip"),
-        (job | {"method": {"name": "controlnet"}}, "graft eval"),
+        (job | {"method": {"name": "controlnet", "condition": "pose"}}, "there is no conditions/"),
         (job | {"eval": {"clips": 1}}, "eval.clips"),
     ):
         with pytest.raises(InputError, match=said):

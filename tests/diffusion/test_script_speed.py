@@ -1,11 +1,14 @@
 """Both loops of the benches train the same thing: from the same weights, on the same batches, with equal losses."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
-from graft.diffusion.bench.script_loop import Laps, _cut, table
+from graft.diffusion.bench.script_loop import Laps, _cut, on_bases, table
 from graft.diffusion.bench.script_speed import compared
 from graft.studio.registry import BENCHMARKS, find
 
@@ -19,6 +22,21 @@ def test_the_losses_of_both_loops_are_equal(folder: Path, tmp_path: Path, method
     assert found["parts"]["plain"].keys() - found["parts"]["ours"].keys() == left_out
     result = {"threads": 1, "width": 1.0, "side": 8, "limit": 1e9, "bases": {"tiny": found}}
     assert "MISSED" in table(result) and "equal, the last" in table(result)
+
+
+def test_every_base_is_measured_and_the_threads_are_as_before(tmp_path: Path):
+    threads, seen = torch.get_num_threads(), []
+
+    def measure(name: str, base: str, made: bool) -> dict[str, Any]:
+        seen.append((name, base, made, torch.get_num_threads()))
+        parts = {"plain": {"step": 3.0}, "ours": {"step": 2.0}}
+        return {name: {"batch_size": 2, "parts": parts, "ratio": 1.5, "equal": True, "losses apart": 0.0,
+                       "last losses": (1.0, 1.0), "prepared in": 0.0}}  # fmt: skip
+
+    told = on_bases(tmp_path / "speed.json", ("a", "b"), (0.5, 8), threads + 1, 1.4, measure)
+    assert seen == [(name, name, False, threads + 1) for name in "ab"] and torch.get_num_threads() == threads
+    assert told["table"].count("promised 1.4  ok") == 2
+    assert json.loads((tmp_path / "speed.json").read_text())["bases"]["b"]["ratio"] == 1.5
 
 
 def test_parts_come_in_pieces(monkeypatch: pytest.MonkeyPatch):

@@ -26,17 +26,6 @@ SD1 = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
 XL = ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
 
 
-@pytest.fixture
-def mapped(photos: Path) -> Path:
-    """The photos with captions, and with maps of their size beside them."""
-    (photos / "conditions").mkdir()
-    for i in range(5):
-        noise = np.random.default_rng(i + 10).integers(0, 256, (16, 24, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(photos / "conditions" / f"{i}.png")
-        (photos / f"{i}.txt").write_text(["a red cat", "the blue toy"][i % 2])
-    return photos
-
-
 def job(folder: Path, photos: Path, method: dict[str, Any] | None = None, **train: Any) -> dict[str, Any]:
     settings = {"steps": 2, "batch_size": 3, "threads": 1, "device": "cpu", "mixed_precision": "no", **train}
     method = {"name": "t2i_adapter", "condition": "map", **(method or {})}

@@ -16,7 +16,7 @@ import timm
 import torch
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import graft
@@ -27,13 +27,22 @@ from graft.llm_mm.data import DataConfig
 from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
 from graft.llm_mm.llava import LlavaTuning
-from graft.llm_mm.method import LanguageLoRA, LanguagePrefix, LanguagePrompt, sample_logits, save_base, save_merged
+from graft.llm_mm.method import (
+    LanguageIA3,
+    LanguageLoRA,
+    LanguagePrefix,
+    LanguagePrompt,
+    sample_logits,
+    save_base,
+    save_merged,
+)
 from graft.llm_mm.packing import check_packing, together
 from graft.llm_mm.parts import part_of
 from graft.llm_mm.pictures import PictureStore
 from graft.llm_mm.resampler import ResamplerSettings
 from graft.llm_mm.task import Reader
-from graft.studio.adapter import Adapter, Card
+from graft.llm_mm.verification import compare
+from graft.studio.adapter import Adapter, Card, base_hash
 from graft.studio.caches import Cache
 from graft.studio.config import to_dict
 from graft.studio.errors import GraftError, InputError
@@ -429,11 +438,11 @@ def test_other_towers_and_projectors_are_refused(parts: Path):
 
 
 def trained(base: MultimodalBase, method: Any, name: str) -> Adapter:
-    """An adapter whose every number was moved; before that it changes nothing."""
+    """An adapter whose every number was moved; before that it changes nothing, if it is no prompt."""
     _ = base.hash  # before anything is attached
     plain = sample_logits(base)
     handle = method.attach(base.model)
-    assert torch.equal(sample_logits(base), plain)
+    assert isinstance(method, LanguagePrompt | LanguagePrefix) or torch.equal(sample_logits(base), plain)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in handle.bank.parameters():
@@ -480,8 +489,36 @@ def test_a_merge_that_answers_differently_is_told(tiny: Path, tmp_path: Path, mo
             save_merged(base, handle, tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        LanguageLoRA(rank=2),
+        pytest.param(LlavaTuning(rank=2), marks=pytest.mark.slow),
+        pytest.param(LanguageIA3(), marks=pytest.mark.slow),
+        pytest.param(LanguagePrompt(length=3), marks=pytest.mark.slow),
+        pytest.param(LanguagePrefix(length=3, hidden=None), marks=pytest.mark.slow),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_verify_compares_with_peft(method: Any, tiny: Path, tmp_path: Path):
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    names = {LanguageLoRA: "lora", LlavaTuning: "llava", LanguageIA3: "ia3", LanguagePrompt: "prompt_tuning"}
+    adapter = trained(base, method, names.get(type(method), "prefix_tuning"))
+    told = compare(base, adapter)
+    assert isinstance(told, dict) and told["same"], told
+    assert told["library"] == "peft" and told["error"] < 1e-3 and told["change"] > 1e-3
+    if isinstance(method, LanguageLoRA):
+        adapter.export(tmp_path, "peft")
+        file = tmp_path / "adapter_model.safetensors"
+        save_file({k: 2 * t if "lora_B" in k else t for k, t in load_file(file).items()}, file)
+        told = compare(base, adapter, file)
+        assert isinstance(told, dict) and not told["same"] and 0.1 < told["error"] < 10
+    assert base_hash(base.modules) == base.hash
+
+
 def test_what_peft_cannot_hold_is_refused(tiny: Path, tmp_path: Path):
     base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
     adapter = trained(base, LlavaTuning(language="full"), "llava")
     with pytest.raises(InputError, match="to peft this is no adapter"):
         adapter.export(tmp_path / "peft", "peft")
+    assert "to peft this is no adapter" in str(compare(base, adapter))

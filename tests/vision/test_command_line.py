@@ -76,8 +76,10 @@ def test_from_pictures_to_a_model_for_timm(job: str, base: VisionBase, photos: P
     assert code == 0 and len(rows) == 11
     assert rows[0]["label"] == rows[0]["top"][0]["label"]
 
-    code, _ = answer("adapters", "verify", "run")
-    assert code == 0
+    code, told = answer("adapters", "verify", "run")
+    assert code == 0 and told["detaches"] and told["uncompared"] is None
+    assert told["compared"]["library"] == "timm" and told["compared"]["same"]
+    assert told["compared"]["error"] < 1e-3 and told["compared"]["change"] > 0.01
     code, _ = answer("adapters", "merge", "run", "merged")
     assert code == 0
     model = timm.create_model("local-dir:merged", pretrained=True).eval()

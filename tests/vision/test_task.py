@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from graft.studio.adapter import Adapter, base_hash
 from graft.studio.errors import BaseMismatchError, DataError, InputError
 from graft.studio.job import Job
 from graft.vision import AdapterPlus, AdaptFormer, LinearProbe, VisionBase, VisionLoRA
@@ -11,6 +12,7 @@ from graft.vision.base import load_base
 from graft.vision.jobs import prepare
 from graft.vision.method import uncalled
 from graft.vision.task import augmented
+from graft.vision.verification import compare
 
 
 def job(folder: Path, photos: Path, method: dict, data: dict | None = None, **train) -> Job:
@@ -148,6 +150,24 @@ def test_an_adapter_works_on_the_plain_timm_model(folder: Path, photos: Path):
     with adapter.attached(model):
         found = model(task.base.normalise(task.data.val.pixels))
     torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["linear", "ssf", "bitfit"])
+def test_timm_makes_of_a_written_model_what_it_is_here(folder: Path, photos: Path, name: str):
+    adapter = prepare(job(folder, photos, {"name": name})).adapter({})
+    torch.manual_seed(0)
+    moved = Adapter({k: t + torch.randn_like(t) * 0.3 for k, t in adapter.tensors.items()}, adapter.card)
+    base = load_base(str(folder), "cpu")
+    told = compare(base, moved)
+    assert isinstance(told, dict) and told["same"] and told["error"] < 1e-3
+    assert (told["change"] > 0.01) == (name != "linear")  # which has no strength
+    assert base_hash(base.modules) == base.hash
+
+
+def test_a_method_without_a_file_of_another_library_is_not_compared(folder: Path, photos: Path):
+    adapter = prepare(job(folder, photos, {"name": "adaptformer"})).adapter({})
+    told = compare(load_base(str(folder), "cpu"), adapter)
+    assert told == "adaptformer is no change of weights, and is written in no other library's format"
 
 
 def test_in_16_bits_on_a_cpu_short_sequences_take_plain_attention(folder: Path, photos: Path):

@@ -212,3 +212,9 @@ def make() -> Callable[..., ClipBase]:
 def make_open_clip() -> Callable[..., ClipBase]:
     """Makes an open_clip model of other settings."""
     return open_clip_model
+
+
+@pytest.fixture
+def of() -> Callable[[str], ClipBase]:
+    """A model of a family by its name."""
+    return family
