@@ -13,7 +13,8 @@ from PIL import Image
 from graft.app import chat, questions, uploads
 from graft.app.pages import preview, teach
 from graft.app.place import Place
-from graft.llm_mm.data import EXAMPLES, DataConfig, read_rows
+from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.formats import EXAMPLES
 from graft.studio.errors import InputError
 from graft.studio.job import Job
 from graft.studio.runs import create_run
