@@ -32,6 +32,7 @@ def test_sprites_are_new_and_pictures_are_not_shared():
     assert len(train) == 5 and not {p.tobytes() for p in train} & {p.tobytes() for p in held}
 
 
+@pytest.mark.slow
 def test_folders_hold_what_they_say(tmp_path: Path):
     sprite = new_sprites(1)[0]
     write_pictures(tmp_path / "small", sprite)

@@ -262,6 +262,7 @@ def test_jobs_trained_together_equal_each_alone(folder: Path, photos: Path, tmp_
     steps(together, 4, start=3)  # routes are those of training again
 
 
+@pytest.mark.slow
 def test_bf16_trains_close_to_fp32_and_samples(folder: Path, photos: Path, tmp_path: Path, method: dict):
     wide, narrow = (prepare(job(folder, photos, method, mixed_precision=p)) for p in ("no", "bf16"))
     assert narrow.base.dtype == torch.bfloat16 and narrow.base.hash == wide.base.hash
