@@ -42,7 +42,7 @@ def loftq(model: Model, method: LoRA, quantise: Quantise, steps: int = 5) -> Han
 
     Args:
         model: the model or its components, in full precision.
-        method: plain LoRA.
+        method: plain LoRA, or a domain's own, such as `graft.llm_mm.LanguageLoRA` with its parts of the model.
         quantise: called with a dense copy of a layer, ``steps`` times for each.
         steps: T of the paper, at least 1.
 
@@ -52,7 +52,7 @@ def loftq(model: Model, method: LoRA, quantise: Quantise, steps: int = 5) -> Han
     """
     if steps < 1:
         raise InputError(f"steps {steps}", "must be at least 1", "5 is the paper's")
-    if type(method) is not LoRA:
+    if not isinstance(method, LoRA) or type(method).slot is not LoRA.slot:  # a domain's LoRA only chooses sites
         raise InputError(type(method).__name__, "LoftQ starts a plain LoRA", "use LoRA")
     modules: dict[str, Any] = named_modules(model)
     places: dict[str, list[Site]] = {}
