@@ -237,6 +237,7 @@ def test_prior_preservation_adds_the_bases_own_pictures(folder: Path, photos: Pa
     [TI, LORA, {**PIVOTAL, "text_encoder": True}],
     ids=["ti", "lora", "pivotal"],
 )
+@pytest.mark.slow
 def test_jobs_trained_together_equal_each_alone(folder: Path, photos: Path, tmp_path: Path, method: dict):
     other = tmp_path / "others"
     other.mkdir()

@@ -26,6 +26,7 @@ def test_few_shot_measures_methods_on_new_classes(tmp_path: Path):
         few_shot(tmp_path, methods="magic")
 
 
+@pytest.mark.slow
 def test_few_shot_goes_on_where_it_stopped(tmp_path: Path):
     settings: dict[str, Any] = {"classes": 3, "shots": "1", "seeds": 1, "tests": 2, "views": 1}
     before = few_shot(tmp_path, methods="task_res", **settings)["rows"]
