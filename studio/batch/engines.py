@@ -70,16 +70,16 @@ def slurm(batch: Batch, workers: int, show: Show) -> None:
     parameters |= {"slurm_array_parallelism": workers} if cluster == "slurm" else {}
     executor.update_parameters(name=batch.name, **parameters)
     with executor.batch():  # an array
-        started = [executor.submit(run_worker, str(lead.folder)) for lead, _ in _groups(batch)]
+        started = [executor.submit(run_worker, str(lead.folder), _processes(lead)) for lead, _ in _groups(batch)]
     while not all(job.done() for job in started):
         show(batch)
         time.sleep(SECONDS)
 
 
-def run_worker(folder: str) -> int:
-    """What a node does: the program that trains a run folder, as everywhere."""
+def run_worker(folder: str, processes: int = 1) -> int:
+    """What a node does: the program that trains a run folder, as everywhere; on several of its devices if asked."""
     environment = {**os.environ, QUIET: "1"}
-    command = worker_command(Path(folder))
+    command = worker_command(Path(folder), processes)
     return subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, check=False).returncode
 
 
@@ -116,7 +116,9 @@ def ray(batch: Batch, workers: int, show: Show) -> None:
                 except RunError:
                     stack.close()
                     continue  # another command trains it
-                flying[task.remote(pack(members), lead.id)] = (stack, members)
+                count = _processes(lead)
+                wide = task.options(num_cpus=count, num_gpus=count) if count > 1 else task
+                flying[wide.remote(pack(members), lead.id)] = (stack, members)
             done, _ = library.wait(list(flying), timeout=SECONDS)
             for reference in done:
                 stack, members = flying.pop(reference)
@@ -182,7 +184,7 @@ def train_parcel(parcel: Mapping[str, bytes], lead: str) -> dict[str, bytes]:
             state = run.state
             run.write_state(queue={**state["queue"], "cwd": folder, "batch": ""}, status="queued")
         environment = {**os.environ, "GRAFT_STATE": str(root / ".state"), QUIET: "1"}
-        command = worker_command(root / lead)
+        command = worker_command(root / lead, _processes(Run(root / lead)))
         done = subprocess.run(command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True)
         if done.returncode < 0 or any(run.state["status"] == "queued" for run in runs):
             raise RuntimeError(
@@ -217,6 +219,12 @@ def _groups(batch: Batch) -> list[tuple[Run, list[Run]]]:
             members = together(run)
             found.setdefault(frozenset(member.id for member in members), (run, members))
     return list(found.values())
+
+
+def _processes(run: Run) -> int:
+    """Devices that train a run together; the processor is one."""
+    queue = run.state.get("queue") or {}
+    return 1 if str(queue.get("device", "")).startswith("cpu") else int(queue.get("processes", 1))
 
 
 def _gpus(batch: Batch) -> int:

@@ -1,9 +1,11 @@
 """`graft bench jobs`: can a job be lost, and what does the queue cost.
 
-`kills`: trainings of a small regression wait in the queue; at random moments the scheduler, a training or one of its
-data workers gets SIGKILL. At the end every run must be finished, with the bits of one that was left in peace. `lost`:
-not finished; `double`: two attempts at one time, told by the attempts' numbers in its events; `corrupt`: a checkpoint
-that does not match its hashes; `inexact`: other bits. The rest is measured with errands, which train nothing.
+`kills`: trainings of a small regression wait in the queue; at random moments the scheduler, a training, one of its data
+workers or the web server, while it is asked to put a run into the queue, gets SIGKILL. The server is started again and
+must show every run. At the end every run must be finished, with the bits of one that was left in peace. `lost`: not
+finished; `double`: two attempts at one time, told by the attempts' numbers in its events; `corrupt`: a checkpoint that
+does not match its hashes; `inexact`: other bits; `unlisted`: not shown by a server that was started again. The rest is
+measured with errands, which train nothing. Without gradio no server is started, nor killed.
 """
 
 from __future__ import annotations
@@ -20,16 +22,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from graft.studio.bench.errand import errand
+from graft.studio.bench.server import Server
 from graft.studio.errors import FormatError
-from graft.studio.runs.folder import Run, list_runs
+from graft.studio.job import Job
+from graft.studio.runs.folder import Run, create_run, list_runs, new_folder
 from graft.studio.runs.index import Index
 from graft.studio.runs.lock import holder
 from graft.studio.runs.machine import announce, ensure_scheduler, machine_folder
@@ -38,6 +43,8 @@ from graft.studio.runs.scheduler import Scheduler
 
 LIMITS = {"overhead ms": 50.0, "list s": 0.5, "index s": 1.0}
 """What is promised: the scheduler's work for a job, `graft runs list` of the waiting jobs, the index made anew."""
+LATE = 10.0
+"""Seconds that are waited for something to kill, before something else is killed."""
 
 
 def run(
@@ -70,7 +77,7 @@ def run(
         ):
             result |= part()
             print("  ".join(f"{key} {value}" for key, value in result.items()), file=sys.stderr, flush=True)
-    lost = ("lost", "double", "corrupt", "inexact", "crowd lost", "crowd double")
+    lost = ("lost", "double", "corrupt", "inexact", "unlisted", "crowd lost", "crowd double")
     result["passed"] = all(result[key] <= most for key, most in LIMITS.items()) and not any(map(result.get, lost))
     result["table"] = _table(result)
     if out is not None:
@@ -214,28 +221,94 @@ def torment(root: Path, kills: int, moments: random.Random) -> dict[str, Any]:
     root.mkdir()
     peace = submit(job, root)
     wait([peace], 300)
-    expected, given_up = _bits(peace), 0
+    server = Server(root) if find_spec("gradio") else None
+    try:
+        found, made = _kill_at_random(job, root, kills, moments, server)
+    finally:
+        if server is not None:
+            server.kill()
+    return {**found, **_verdict(made, _bits(peace))}
+
+
+def _kill_at_random(
+    job: Mapping[str, Any], root: Path, kills: int, moments: random.Random, server: Server | None
+) -> tuple[dict[str, Any], list[Run]]:
+    """Keep two runs in the queue, and kill what has been killed least when it is there."""
     made: list[Run] = []
-    hits: Counter[str] = Counter()
+    left: list[Run] = []  # those that are not finished
+    asked: list[Run] = []  # the server was killed before it answered
+    shown: list[int] = []  # runs that each server lacked, when it was there again
+    hits = dict.fromkeys([*(["server"] if server else []), "scheduler", "job", "data worker"], 0)
+    given_up, missed = 0, ""
+
+    def new() -> Run:
+        made.append(create_run(Job.load(job), new_folder(Job.load(job), runs=root)))
+        return made[-1]
+
+    def put(run: Run) -> None:
+        if server is None or not server.events:
+            requeue(run)
+        elif not server.put(run):
+            asked.append(run)
+
+    def target(kind: str) -> int | None:
+        pid = _target(kind, left)  # the server has a run's lock while it writes
+        return None if server is not None and pid == server.process.pid else pid
+
+    def look() -> bool:
+        if server is None or server.events or not server.answers():
+            return server is not None and bool(server.events)
+        shown.append(len({run.id for run in made} - server.listed()))
+        return True
+
     while sum(hits.values()) < kills:
-        open_ = [run for run in made if run.status not in ("finished", "failed")]
+        look()
+        for _ in range(len(asked)):
+            if (run := asked.pop(0)).status == "created":
+                put(run)
         for run in (run for run in made if run.status == "failed"):  # poisoned, the queue says: it was us
             given_up += 1
             requeue(run)
-        if len(open_) < 2:
-            made.append(submit(job, root))
+        left = [run for run in made if run.status != "finished"]
+        if len(left) < 2:
+            put(new())
         ensure_scheduler()
-        kind, moment = moments.choice(("scheduler", "job", "data worker")), moments.expovariate(1.2)
-        time.sleep(moment)
-        if _kill(_target(kind, made)):
-            hits[kind] += 1
-            print(f"{sum(hits.values())} kills  {dict(hits)}  {len(made)} runs", file=sys.stderr)
+        kinds = [kind for kind in hits if kind != missed]
+        kind = moments.choice([kind for kind in kinds if hits[kind] == min(hits[each] for each in kinds)])
+        missed = ""
+        time.sleep(moments.expovariate(1.2))
+        late = time.monotonic() + LATE
+        while not (there := look() if kind == "server" else target(kind)) and time.monotonic() < late:
+            time.sleep(0.02)
+        if not there:
+            missed = kind
+            continue
+        moment = moments.uniform(0, 0.2)
+        if kind == "server" and server is not None:
+            killer = threading.Timer(moment / 4, server.kill)  # about as long as its answer takes
+            run = new()
+            killer.start()
+            put(run)
+            killer.join()
+            server.start()
+        else:
+            time.sleep(moment)
+            if not _kill(target(kind)):
+                continue
+        hits[kind] += 1
+        print(f"{sum(hits.values())} kills  {hits}  {len(made)} runs", file=sys.stderr)
+    while server is not None and not look():
+        time.sleep(0.1)
+    for run in asked:
+        if run.status == "created":
+            requeue(run)
     for _ in range(5):
         wait(made, 300)
         for run in (run for run in made if run.status == "failed"):
             given_up += 1
             requeue(run)
-    return {"kills": dict(hits), "runs": len(made), "given up": given_up, **_verdict(made, expected)}
+    again = {"unlisted": sum(shown), "server again": max(len(shown) - 1, 0)}
+    return {"kills": hits, "runs": len(made), "given up": given_up, **again}, made
 
 
 def _verdict(made: list[Run], expected: Mapping[str, bytes]) -> dict[str, int]:
@@ -288,13 +361,14 @@ def _kill(pid: int | None) -> bool:
 
 def _table(result: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{number} of a {kind}" for kind, number in result["kills"].items())
-    found = ", ".join(f"{result[key]} {key}" for key in ("lost", "double", "corrupt", "inexact"))
+    found = ", ".join(f"{result[key]} {key}" for key in ("lost", "double", "corrupt", "inexact", "unlisted"))
     overhead, listing, index = (f"(limit {limit:g} {key[-2:].strip()})" for key, limit in LIMITS.items())
     queue = f"{result['waiting']} waiting"
     return "\n".join(
         [
             f"{sum(result['kills'].values())} kills ({kinds}) in {result['runs']} runs: {found}; "
             f"{result['given up']} times one was given up and put back",
+            f"the web server answered again {result['server again']} times",
             f"{result['crowd']} submissions by clients at once: {result['crowd lost']} lost, "
             f"{result['crowd double']} started twice",
             f"scheduler, a job, {queue:14}{result['overhead ms']:8.1f} ms, "

@@ -8,9 +8,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -77,6 +78,10 @@ class FakeRay(ModuleType):
             def __init__(self, function: Any):
                 self.function = function
 
+            def options(self, **needs: Any) -> Task:
+                fake.settings["wide"] = needs
+                return self
+
             def remote(self, *args: Any) -> int:
                 fake.tasks.append((self.function, args))
                 return len(fake.tasks) - 1
@@ -142,6 +147,47 @@ def test_a_run_that_someone_trains_is_not_shipped(
         run_batch(batch, "ray", 2, lambda shown: None)
     assert not fake.tasks
     assert fake.settings["address"] == "somewhere:6379"
+
+
+class FakeSlurm(ModuleType):
+    """Keeps what is submitted."""
+
+    def __init__(self) -> None:
+        super().__init__("submitit")
+        self.submitted: list[Any] = []
+        self.AutoExecutor = lambda **settings: SimpleNamespace(
+            update_parameters=lambda **more: None, batch=nullcontext, submit=self.submit
+        )
+
+    def submit(self, *what: Any) -> Any:
+        self.submitted.append(what)
+        return SimpleNamespace(done=lambda: True)
+
+
+def test_several_devices_on_a_cluster(make_batch: Callable[[str], Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node starts is `accelerate launch` with so many processes, and Ray is asked for as many GPUs."""
+    commands: list[list[str]] = []
+
+    def launch(command: list[str], **settings: Any) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=-9, stderr=b"killed")
+
+    slurm, fake = FakeSlurm(), FakeRay()
+    monkeypatch.setitem(sys.modules, "submitit", slurm)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setenv("RAY_ADDRESS", "somewhere:6379")
+    batch = make_batch("slurm")
+    for run in batch.runs:
+        run.write_state(queue={**run.state["queue"], "processes": 2, "device": ""})
+    engines.slurm(batch, 1, lambda shown: None)
+    monkeypatch.setattr(engines, "subprocess", SimpleNamespace(run=launch, DEVNULL=subprocess.DEVNULL))
+    for function, *args in slurm.submitted:
+        function(*args)
+    engines.ray(batch, 1, lambda shown: None)  # the fake loses the first of two
+    assert fake.settings["wide"] == {"num_cpus": 2, "num_gpus": 2}
+    assert len(commands) == 2 + 1
+    for command in commands:
+        assert command[command.index("--num_processes") + 1] == "2"
 
 
 @pytest.mark.parametrize("engine", ["ray", "slurm"])
