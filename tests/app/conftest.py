@@ -34,7 +34,8 @@ class Watched:
         page.on("pageerror", lambda error: self._fault(str(error)))
 
     def _fault(self, text: str) -> None:
-        if "AbortError" not in text:  # Gradio gives up its requests when a page is left
+        # Gradio gives up its requests when a page is left, such as the check of a job that goes on meanwhile
+        if "AbortError" not in text and "Connection errored out" not in text:
             self.complaints.append(text)
 
     def outside(self, own: str) -> list[str]:
