@@ -123,10 +123,12 @@ def resident() -> tuple[int, int]:
     import resource
     import sys
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     lines = dict(line.split(":") for line in _read("/proc/self/status").splitlines() if ":" in line)
-    return (int(lines["VmRSS"].split()[0]) * 1024 if "VmRSS" in lines else highest), highest
+    if "VmRSS" in lines:  # getrusage's maximum would have the memory of the process that started this one in it
+        now, highest = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    else:
+        now = highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return now, highest
 
 
 def _read(path: str) -> str:

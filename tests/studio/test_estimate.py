@@ -84,6 +84,15 @@ def test_memory_that_is_free() -> None:
     assert resident()[0] > 50 * MB
 
 
+def test_memory_is_this_process_own() -> None:
+    """Linux hands the highest memory of the process that starts another on to it, in getrusage's figure."""
+    kept = bytearray(400 * MB)
+    kept[::4096] = b"x" * len(kept[::4096])
+    command = "from graft.studio.estimate import resident; print(*resident())"
+    now, highest = map(int, subprocess.check_output([sys.executable, "-c", command]).split())
+    assert now <= highest < len(kept) < resident()[0]
+
+
 def test_the_command(job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "job.toml"
     file.write_text(Job.load(job).to_toml())
