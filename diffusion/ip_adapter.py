@@ -42,6 +42,7 @@ from graft.studio.errors import BaseMismatchError, FormatError, GraftError, Inpu
 from graft.studio.formats import provenance
 from graft.studio.formats.files import write_tensors
 from graft.studio.formats.ip_adapter import FILE
+from graft.studio.method import loaded
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
@@ -174,14 +175,9 @@ class IPAdapter(DiffusionMethod):
         if first is None:
             raise FormatError("image_proj", f"holds no projection of kind {method.kind}", "give a whole adapter")
         name = card.details.get("image_encoder") or method.image_encoder
-        handle = PicturePrompts(base, method, _drawn(base, method, first.shape[1], 0), name, card.details)
-        handle.bank.eval().requires_grad_(False)
-        try:
-            handle.load(tensors)
-        except FormatError:
-            handle.detach()
-            raise
-        return handle
+        return loaded(
+            PicturePrompts(base, method, _drawn(base, method, first.shape[1], 0), name, card.details), tensors
+        )
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:

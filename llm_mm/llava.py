@@ -28,6 +28,7 @@ from graft.llm_mm.method import TRAIN, MultimodalMethod
 from graft.llm_mm.parts import is_dead, part_of
 from graft.studio.config import from_dict, require
 from graft.studio.errors import InputError
+from graft.studio.method import loaded
 from graft.studio.methods.lora import LoRA
 from graft.studio.sites import Model, Plan, Site, plan_sites
 from graft.studio.slots import Handle
@@ -158,14 +159,7 @@ class LlavaTuning:
     def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Joined:
         """Attaches a trained adapter to its base, ready for inference."""
         model = base if isinstance(base, nn.Module) else base.model
-        handle = from_dict(cls, card.config, "adapter.json").attach(model)
-        handle.bank.eval().requires_grad_(False)
-        try:
-            handle.load(tensors)
-        except BaseException:
-            handle.detach()
-            raise
-        return handle
+        return loaded(from_dict(cls, card.config, "adapter.json").attach(model), tensors)
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:

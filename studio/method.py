@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,25 @@ from graft.studio.slots import Handle, attach
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter, Card
+
+
+H = TypeVar("H")
+
+
+def loaded(handle: H, tensors: Mapping[str, Tensor]) -> H:
+    """Puts a trained adapter into what was attached for it; it leaves the base again if that fails.
+
+    Raises:
+        FormatError: tensors that do not fit.
+    """
+    attached: Any = handle
+    attached.bank.eval().requires_grad_(False)
+    try:
+        attached.load(tensors)
+    except BaseException:
+        attached.detach()
+        raise
+    return handle
 
 
 class SiteMethod:
@@ -97,15 +116,13 @@ class SiteMethod:
         method = from_dict(cls, card.config, "adapter.json")
         model = base if isinstance(base, nn.Module) else base.modules
         plan, tensors = _placed(method, model, tensors, card)
-        handle = method.attach_trained(model, plan, tensors)
-        handle.bank.eval().requires_grad_(False)
-        try:
-            handle.load(tensors)
-            if not card.base_hash and hasattr(base, "exercise"):
+        handle = loaded(method.attach_trained(model, plan, tensors), tensors)
+        if not card.base_hash and hasattr(base, "exercise"):
+            try:
                 _check_called(handle, base)
-        except BaseException:
-            handle.detach()
-            raise
+            except BaseException:
+                handle.detach()
+                raise
         return handle
 
     @classmethod

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.studio.errors import BaseMismatchError, FormatError, InputError
+from graft.studio.method import loaded
 from graft.studio.sites import Plan
 from graft.vision.base import picture_side, sample_input
 from graft.vision.head import Adapted, attach_head
@@ -68,14 +69,9 @@ class VisionMethod:
         if side != picture_side(model):
             given = f"adapter for pictures of {side} pixels"
             raise BaseMismatchError(given, f"the model takes {picture_side(model)}", f"Build it with img_size={side}")
-        handle = from_dict(cls, card.config, "adapter.json").on(model, classes, plan=Plan.from_list(card.sites))
-        handle.bank.eval().requires_grad_(False)
-        try:
-            handle.load(tensors)
-        except BaseException:
-            handle.detach()
-            raise
-        return handle
+        return loaded(
+            from_dict(cls, card.config, "adapter.json").on(model, classes, plan=Plan.from_list(card.sites)), tensors
+        )
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
