@@ -18,13 +18,14 @@ demo: setup
 	$(BIN)/graft demo --out demo
 
 test: setup
-	$(PYTEST) -q -n 2 -m "not slow"
+	$(PYTEST) -q -n 2 -m "not slow and not alone"
 
 check: setup browser
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -q -m slow
+	$(PYTEST) -q -n 2 -m slow
+	$(PYTEST) -q -m alone
 
 docs: setup
 	$(BIN)/python docs/tables.py

@@ -48,7 +48,7 @@ def everything(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_every_handler_of_every_page_with_every_path(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,7 +109,7 @@ def test_every_handler_of_every_page_with_every_path(
     assert not list(tmp_path.rglob("*marker*"))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_live_server_goes_on(studio: Any, tmp_path: Path) -> None:
     """Rebinding, too much JSON, and half a gigabyte of pixels as a layer of the desk's drawing."""
     import httpx
@@ -227,7 +227,7 @@ def mutant(chance: random.Random) -> bytes:
     return bytes(data)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_ten_thousand_broken_job_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is a job, or an error of ours that tells the place."""
     (tmp_path / "in").mkdir()

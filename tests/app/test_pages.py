@@ -339,7 +339,7 @@ def test_adapters_are_merged_by_the_command(place: Place, monkeypatch: pytest.Mo
         library.merged(place, "20260101-a", ["../x"], "")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_worker_merges_what_it_trained(tmp_path: Path) -> None:
     """Two LoRAs of zero steps' worth become one adapter; the base takes one."""
     from graft.studio.training import train

@@ -43,7 +43,7 @@ def test_view_leaves_out_steps_without_the_key() -> None:
     assert view.series("similarity") == [(2.0, 0.5)]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("width", [390, 1100])
 def test_report_in_a_browser(new_page, report: Path, width: int) -> None:
     watched = new_page(width, 1600)

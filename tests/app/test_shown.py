@@ -14,7 +14,7 @@ from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.shown import Asked
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from graft.studio.runs import Run, RunLock, create_run, list_runs
 from graft.studio.runs.queue import place
 from graft.studio.runs.stop import stop_run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 SECONDS = 300.0
 
 

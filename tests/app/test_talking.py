@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from graft.studio.runs import list_runs
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 SECONDS = 120.0
 MS = SECONDS * 1000
 HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{alert(3)}} </span><script>alert(4)</script>"

@@ -14,7 +14,7 @@ from graft.studio.errors import DataError
 from graft.studio.registry import BENCHMARKS, find
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_rows_and_checks_of_a_short_run(tmp_path: Path):
     assert find(BENCHMARKS["vqa"]) is run
     methods = ("lora, replay 1:1", "lora for each", "llama_adapter")
@@ -33,7 +33,7 @@ def test_rows_and_checks_of_a_short_run(tmp_path: Path):
     assert json.loads((tmp_path / "vqa.json").read_text())["rows"]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_new_question_is_in_no_kind_that_was_taught():
     asked = {row.turns[0].text for row in built_in("pocket-scenes")}
     taught = {turn.text for row in built_in("pocket-questions") for turn in row.turns if turn.role == "user"}
@@ -44,7 +44,7 @@ def test_the_new_question_is_in_no_kind_that_was_taught():
         built_in("pocket-scene")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_memory_of_a_step_is_what_the_methods_promise(tiny: Path, tmp_path: Path):
     assert find(BENCHMARKS["memory"]) is memory
     result = memory(tmp_path, base=str(tiny), batch_size=2, tiny=True)

@@ -23,7 +23,7 @@ def test_every_command_is_named(root: Path) -> None:
     assert re.findall(r"`(\w+)`", line) == listed
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it, on the embedded model; two steps instead of the default number, since what it draws is not judged."""
     code = block(root, "python")

@@ -30,11 +30,11 @@ def test_import_graft_loads_nothing_heavy() -> None:
     assert not loaded & HEAVY
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_import_graft_is_quick() -> None:
     assert fastest([sys.executable, "-c", "import graft"]) < 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_help_is_quick() -> None:
     assert fastest([str(Path(sysconfig.get_path("scripts")) / "graft"), "--help"]) < 0.5

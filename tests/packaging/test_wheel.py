@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.alone
 FOLDERS = ["studio", "vision", "vlm", "diffusion", "llm_mm", "kernels", "app"]
 
 

@@ -196,7 +196,7 @@ def test_a_parcel_holds_what_a_run_needs_and_nothing_of_this_machine(
         assert engines._groups(batch)[0][0] == batch.runs[0]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_failures_stay_alone_and_a_restart_trains_what_is_missing(
     manifest: Callable[..., Path], tmp_path: Path
 ) -> None:

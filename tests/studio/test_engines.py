@@ -200,7 +200,7 @@ def test_what_is_not_installed_is_told(
         run_batch(make_batch(engine), engine, 1, lambda shown: None)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_slurm_by_the_debug_executor(make_batch: Callable[[str], Batch], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("submitit")
     monkeypatch.setenv("GRAFT_SLURM_CLUSTER", "local")
@@ -211,7 +211,7 @@ def test_slurm_by_the_debug_executor(make_batch: Callable[[str], Batch], monkeyp
     assert not (Path(os.environ["GRAFT_STATE"]) / "lock").exists(), "a node starts no scheduler"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_ray_on_two_nodes(make_batch: Callable[[str], Batch], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two nodes on the loopback interface, with a token; every run goes out and comes back."""
     if find_spec("ray") is None:  # importing it would read the variables too early

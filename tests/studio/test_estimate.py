@@ -121,7 +121,7 @@ def test_it_takes_few_steps(job: dict[str, Any], toy: ModuleType, monkeypatch: p
     assert len(taken) == STEPS + 1
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_it_is_what_the_training_takes(tmp_path: Path) -> None:
     """A LoRA for the embedded diffusion model: memory, time and disk of the process that trains it."""
     from graft.diffusion.bench.pictures import write_pictures

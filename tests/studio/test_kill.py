@@ -13,7 +13,7 @@ import pytest
 from graft.studio.bench.kill import torment
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_dozen_kills(make_job: Callable[..., dict[str, Any]], toy: ModuleType, tmp_path: Path) -> None:
     job = make_job(steps=15, checkpoint_every=1, log_every=1, learning_rate=0.03, measure_every=1, keep="best")
     modules = ["accelerate", "torch._dynamo", "graft.studio.training", toy.__name__]

@@ -251,7 +251,7 @@ def test_a_batch_not_yet_begun_is_of_those_that_wait(runs: Path) -> None:
     assert together(c) == [c], "it was begun alone"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_kill_9_of_the_scheduler_loses_nothing(runs: Path) -> None:
     made = [errand(runs, order=k, seconds=0.1) for k in range(3)]
     announce(runs)

@@ -15,7 +15,7 @@ def sharded_training(monkeypatch):
     return import_module("sharded_training")
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_two_processes_with_a_sharded_base_train_as_one(sharded_training, tmp_path):
     script = sharded_training.__file__
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}

@@ -371,7 +371,7 @@ def test_a_result_that_was_just_written_is_written_again(make_job: Make, tmp_pat
     assert not list(run.folder.glob(".result*"))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_two_processes_train_as_one(make_job: Make, toy: Any, tmp_path: Path) -> None:
     """Started as `accelerate launch` starts GPUs, here with two CPU processes: one run, the mean of their gradients."""
     (tmp_path / "go.py").write_text(

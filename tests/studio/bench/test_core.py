@@ -13,7 +13,7 @@ def short(monkeypatch):
     monkeypatch.setattr(measure, "_SHORTEST", 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_table_compares_equal_work(tmp_path, short):
     result = core.run(tmp_path, rounds=1, models="vit", tiny=True)
     text = result.pop("table")
@@ -42,7 +42,7 @@ def test_the_table_compares_equal_work(tmp_path, short):
     assert "limit 0.95" in text
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_all_models_agree_with_peft(short):
     result = core.run(rounds=1, mha=False, tiny=True)
     for report in result["models"].values():

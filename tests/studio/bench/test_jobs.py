@@ -24,7 +24,7 @@ def test_a_server_that_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
         server.answers()
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_the_server_is_a_client_of_the_queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio")
     monkeypatch.setenv("GRAFT_STATE", str(tmp_path / "state"))
@@ -49,7 +49,7 @@ def test_the_server_is_a_client_of_the_queue(tmp_path: Path, monkeypatch: pytest
         server.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_all_kinds_are_killed(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     try:
