@@ -10,7 +10,6 @@ import re
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from html import escape
 from typing import Any
 
@@ -18,6 +17,7 @@ import gradio as gr
 
 from graft.app import check, desk, forms, questions, uploads
 from graft.app.files import thumb_url
+from graft.app.goals import BASE, GOALS, domain_of
 from graft.app.handlers import QUIET, current_page, note, told
 from graft.app.pages.runs import duration
 from graft.app.place import Place
@@ -26,67 +26,8 @@ from graft.studio import registry
 from graft.studio.config import write_toml
 from graft.studio.errors import InputError
 
-
-@dataclass(frozen=True)
-class Goal:
-    """Something that people want to teach."""
-
-    methods: dict[str, tuple[str, ...]]
-    """Domain -> methods that do it, the usual one first."""
-    bases: tuple[str, ...]
-    """Embedded bases for it."""
-    data: dict[str, Any] = field(default_factory=dict)
-    """What its `[data]` says beside the path."""
-    method: dict[str, Any] = field(default_factory=dict)
-    """What its `[method]` says, of the settings that the method has."""
-    classes: bool = False
-    """Whether every picture has a class."""
-    questions: bool = False
-    """Whether a table of questions or conversations stands beside the pictures."""
-
-    @property
-    def domains(self) -> list[str]:
-        """Those that can train it today."""
-        return [domain for domain, names in self.methods.items() if (domain, names[0]) in registry.METHODS]
-
-
-GOALS = {
-    "A subject": Goal(
-        {"diffusion": ("lora", "textual_inversion", "pivotal", "custom_diffusion", "dora")}, ("pocket-sd",)
-    ),
-    "A style": Goal(
-        {"diffusion": ("lora", "textual_inversion", "pivotal", "dora")},
-        ("pocket-sd",),
-        data={"caption": "a picture in the style of {token}"},
-        method={"templates": "style"},
-    ),
-    "A classifier": Goal(
-        {
-            "vision": ("lora", "vpt", "adaptformer", "adapter_plus", "ssf", "bitfit", "linear", "full"),
-            "vlm": (
-                "clip_lora", "coop", "cocoop", "clip_adapter", "tip_adapter_f", "tip_adapter", "cross_modal",
-                "task_res", "prolip",
-            ),
-        },
-        ("pocket-vit", "pocket-clip"),
-        classes=True,
-    ),
-    "A control (edges)": Goal({"diffusion": ("controlnet",)}, ("pocket-sd",)),
-    "Questions about pictures": Goal(
-        {
-            "llm_mm": (
-                "lora", "llava", "dora", "lora_fa", "ia3", "prefix_tuning", "prompt_tuning", "llama_adapter",
-                "llama_adapter_multimodal", "llama_adapter_v2",
-            )
-        },
-        ("pocket-llava",),
-        questions=True,
-    ),
-}  # fmt: skip
 QUALITY = {"Quick look": 100, "Usual": 300, "Thorough": 1000}
 """Steps."""
-BASE = re.compile(r"[A-Za-z0-9][\w.-]*(:?[/:][\w.-]+){0,2}")
-"""Names of bases that a browser may give: embedded, timm's, or of a hub. No folder of this machine."""
 SHOWN = 24
 """Pictures listed with their captions."""
 
@@ -215,13 +156,6 @@ def build(place: Place) -> None:
                         **QUIET)  # fmt: skip
 
 
-def domain_of(goal: str, base: str) -> str:
-    """The domain that trains a goal on a base."""
-    domains = GOALS[goal].domains
-    of = registry.domain_of_base(base) if BASE.fullmatch(base) else None
-    return of if of in domains else domains[0]
-
-
 def bases_of(goal: str) -> list[Any]:
     """What changes with the goal: bases, methods, and whether pictures have a class."""
     bases = GOALS[goal].bases
@@ -243,7 +177,7 @@ def goal_of(place: Place, kept: str) -> list[Any]:
 
 def methods_of(domain: str, goal: str) -> gr.Dropdown:
     """The methods of a goal in a domain."""
-    known = [name for name in GOALS[goal].methods[domain] if (domain, name) in registry.METHODS]
+    known = GOALS[goal].known(domain)
     return gr.Dropdown(known, value=known[0])
 
 

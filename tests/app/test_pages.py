@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from graft.app import check, files, forms, worker
+from graft.app import check, files, forms, goals, worker
 from graft.app.handlers import changed
 from graft.app.pages import compare, library, preview, runs, teach
 from graft.app.place import Place
@@ -123,7 +123,7 @@ def test_an_empty_studio_offers_the_demo(tmp_path: Path) -> None:
 
 GOAL_METHODS = [
     (goal, each.bases[min(number, len(each.bases) - 1)], method)
-    for goal, each in teach.GOALS.items()
+    for goal, each in goals.GOALS.items()
     for number, (domain, methods) in enumerate(each.methods.items())
     for method in methods
     if (domain, method) in registry.METHODS
