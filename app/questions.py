@@ -77,9 +77,10 @@ def table_of(folder: Path) -> Path | None:
 def _add_table(folder: Path, name: str, data: bytes) -> None:
     if len(data) > MAX_TABLE:
         raise DataError(name, f"more than {MAX_TABLE >> 20} MB", "Leave rows out")
-    if old := table_of(folder):
+    old, new = table_of(folder), folder / TABLES[Path(name).suffix.lower()]
+    write_atomic(new, data)
+    if old is not None and old != new:
         old.unlink()
-    write_atomic(folder / TABLES[Path(name).suffix.lower()], data)
 
 
 def _add_archive(folder: Path, file: Path) -> list[str]:
