@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from graft.llm_mm.data import DataConfig, read_rows
 from graft.llm_mm.formats import EXAMPLES, detected
@@ -111,10 +113,35 @@ def test_rows_of_one_picture_stay_in_one_part(photos: Callable[[str], Path], tmp
 
 def test_a_folder_that_moves_keeps_its_parts(questions: Path):
     folders = [questions.parent, *(questions.parent.with_name(f"{questions.parent.name}-{k}") for k in range(4))]
-    numbers = []
+    numbers, digests = [], set()
     for folder in folders:
         if folder != questions.parent:
             shutil.copytree(questions.parent, folder)
         rows = read_rows(DataConfig(path=str(folder / questions.name), validation=0.3, test=0.3))
         numbers.append([[row.number for row in rows.part(part)] for part in ("train", "val", "test")])
+        digests.add(rows.digest)
     assert all(each == numbers[0] for each in numbers) and all(numbers[0])
+    assert len(digests) == 1
+
+
+def test_other_words_names_or_pictures_are_other_data(
+    questions: Path, photos: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def digest(path: str = questions.name, **more: Any) -> str:
+        return read_rows(DataConfig(path=path, validation=0, test=0, **more)).digest
+
+    whole = digest(str(questions))
+    monkeypatch.chdir(tmp_path)
+    assert digest() == whole == digest(images=".")  # as a path from here
+    shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-pictures"))
+    assert digest(images=str(tmp_path.with_name(f"{tmp_path.name}-pictures"))) == whole  # and apart from their table
+    seen, text = {whole}, questions.read_text()
+    for changed in (text.replace("is it red", "is it blue", 1), text.replace('"no"', '"yes"', 1)):
+        questions.write_text(changed)
+        seen.add(digest())
+    questions.write_text(text.replace("3.png", "4.png"))
+    seen.add(digest())
+    questions.write_text(text)
+    Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(tmp_path / "3.png")
+    seen.add(digest())
+    assert len(seen) == 5

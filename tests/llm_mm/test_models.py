@@ -23,7 +23,8 @@ import graft
 from graft.llm_mm.assembly import assemble
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
-from graft.llm_mm.data import DataConfig
+from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.jobs import checked
 from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
 from graft.llm_mm.llava import LlavaTuning
@@ -32,6 +33,7 @@ from graft.llm_mm.method import (
     LanguageLoRA,
     LanguagePrefix,
     LanguagePrompt,
+    model_inputs,
     sample_logits,
     save_base,
     save_merged,
@@ -45,7 +47,7 @@ from graft.llm_mm.verification import compare
 from graft.studio.adapter import Adapter, Card, base_hash
 from graft.studio.caches import Cache
 from graft.studio.config import to_dict
-from graft.studio.errors import GraftError, InputError
+from graft.studio.errors import DataError, GraftError, InputError, SiteError
 from graft.studio.pocket import models
 from graft.studio.registry import domain_of_base
 from graft.studio.training import train
@@ -189,6 +191,44 @@ def test_lora_learns_on_models_of_the_true_classes(family: str, photos: Callable
     assert tokens[0].answers[0][0] == theirs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("family", [each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in SEES])
+@torch.no_grad()
+def test_prompts_stand_before_rows_whose_positions_turn(family: str, photos: Callable[[str], Path]):
+    """Against the decoder itself, called with the longer rows; positions of pictures' rows and columns move along."""
+    torch.manual_seed(0)
+    base, given = qwen(family), list[dict[str, Any]]()
+    for weight in base.model.parameters():
+        weight.mul_(4 if weight.dim() > 1 else 1)
+    reader = Reader.of(base, DataConfig(path="-"))
+    (batch, _), decoder = reader.batch(rows(photos)), base.model.model.language_model
+    hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    plain, _ = reader.logits(batch, False)
+    hook.remove()
+    (call,), (b, _, d) = given, given[0]["inputs_embeds"].shape
+    P, places = torch.randn(3, d), call["position_ids"]
+    first = torch.arange(3).expand(*places.shape[:-1], 3)
+    longer = {
+        "inputs_embeds": torch.cat([P.expand(b, -1, -1), call["inputs_embeds"]], 1),
+        "position_ids": torch.cat([first, places + 3], -1),
+        "attention_mask": torch.cat([torch.ones(b, 3, dtype=torch.long), batch.mask], 1),
+    }
+    if call.get("visual_pos_masks") is not None:
+        longer["visual_pos_masks"] = torch.cat([torch.zeros(b, 3, dtype=torch.bool), call["visual_pos_masks"]], 1)
+    hidden = decoder(**{**call, **longer}).last_hidden_state[:, 3:]
+    want = base.model.lm_head(hidden[:, :-1][batch.labels[:, 1:] != -100])
+    handle = LanguagePrompt(length=3).attach(base.model)
+    handle.load({"model.language_model.P": P})
+    found, _ = reader.logits(batch, False)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 0.1
+    settings = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    for row in (rows(photos)[0], rows(photos)[2]):
+        ids = torch.tensor([reader.writer.prompt(row.asking(), reader.store.expand)])
+        inputs = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(row.pictures))
+        told = [base.model.generate(**inputs, **settings, use_cache=cache).logits for cache in (True, False)]
+        torch.testing.assert_close(*map(torch.stack, told), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "family", ["Llava", *(each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in FAMILIES)]
 )
@@ -241,6 +281,39 @@ def test_prompts_behind_gates_are_seen_by_every_packed_conversation(tiny: Path, 
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["LlavaNext", "Qwen2_5_VL", pytest.param("Qwen3VL", marks=SLOW)])
+@torch.no_grad()
+def test_a_projector_drawn_anew_has_its_norms_at_one(family: str):
+    base = FAMILIES[family]()
+    own = dict(base.model.named_parameters())
+    before = {name: weight.clone() for name, weight in own.items()}
+    norms = {f"{n}.weight" for n, part in base.model.named_modules() if "Norm" in type(part).__name__}
+    handle = LlavaTuning(stage=1, fresh=True).attach(base.model)
+    for name in handle.tensors():
+        own[name].fill_(7)
+    handle.reset(0, 0)
+    found = {name: own[name] for name in handle.tensors()}
+    assert {part_of(name) for name in found} == {"projector"}
+    for name, weight in found.items():
+        if name in norms:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        elif name.endswith("bias"):
+            assert not weight.any(), name
+        else:  # as long as torch's own linear layer, or a token of the language model
+            limit = 1.0 if weight.dim() == 1 else weight.shape[1] ** -0.5
+            assert 0.1 * limit < weight.abs().max() <= limit and not torch.equal(weight, before[name]), name
+    assert bool(norms & set(found)) == (family != "LlavaNext")
+    assert all(torch.equal(own[name], before[name]) for name in own if name not in found)
+
+
+def test_pictures_in_tiles_are_no_prompt():
+    """Refused when it is attached, not at the first step."""
+    with pytest.raises(SiteError, match="shows a picture as several tiles.*use llama_adapter or lora"):
+        MultimodalLlamaAdapter(num_tokens=2).attach(llava_next().model)
+    with pytest.raises(SiteError, match="reads no pictures, or in a form that is not known.*as Llava"):
+        MultimodalLlamaAdapter(num_tokens=2).plan(smolvlm().model)
+
+
 def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Path]):
     base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
     reader, given = Reader.of(base, DataConfig(path="-")), rows(photos)
@@ -256,6 +329,38 @@ def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Pa
     with pytest.raises(InputError, match="LlavaForConditionalGeneration lets conversations of one row see each other"):
         check_packing(reader, given, (), 90)
     assert together([5, 3, 9, 4, 20], 10) == [[4], [2], [0, 3], [1]]
+
+
+@pytest.mark.parametrize("family", ["Llava", "LlavaNext", pytest.param("Qwen2VL", marks=pytest.mark.slow)])
+def test_no_picture_is_decoded_to_count_its_tokens_and_broken_ones_are_told(
+    family: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The header tells the size, upright and padded; a file that is no picture stops the job with its row."""
+    base: Any = graft.load_base(str(tiny), "cpu", domain="llm_mm") if family == "Llava" else FAMILIES[family]()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "wide.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "square.png")
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=turned)
+    names = ["wide.png", "turned.jpg", "square.png"]
+    for fit in ("crop", "pad"):
+        reader = Reader.of(base, DataConfig(path="-", fit=fit))  # type: ignore[arg-type]
+        pictures = [reader.store.open(str(tmp_path / name)) for name in names]
+        assert [reader.store.size(str(tmp_path / name)) for name in names] == [picture.size for picture in pictures]
+        wanted = [reader.store._expanded(picture) for picture in pictures]
+        with monkeypatch.context() as patch:
+            patch.setattr(PictureStore, "open", lambda *args: pytest.fail("a picture was decoded"))
+            assert [reader.store.expand(str(tmp_path / name)) for name in names] == wanted
+        assert (len(set(map(tuple, wanted))) > 1) == (family != "Llava" and fit == "crop")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "small.png").write_bytes((tmp_path / "wide.png").read_bytes()[:20])
+    table = [{"image": name, "question": "is it ?", "answer": "no"} for name in ("wide.png", "text.png", "small.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(table))
+    found = read_rows(DataConfig(path=str(tmp_path / "rows.json"), validation=0, test=0))
+    with pytest.raises(
+        DataError, match=r"(?s)2 of 3 rows cannot be used.*row 2: .*text.png: not a pic.*row 3: .*small"
+    ):
+        checked(reader, found)
 
 
 @pytest.fixture(scope="module")
