@@ -152,7 +152,7 @@ class Writer:
         """The rendered text, and from where to where in it the assistant speaks.
 
         Raises:
-            InputError: the template changes what it has written when more follows.
+            InputError: the template changes what it has written when more follows, or marks some answers alone.
         """
         if _MARKS.search(self.template):
             from transformers.utils.chat_template_utils import render_jinja_template
@@ -163,6 +163,11 @@ class Writer:
                 return_assistant_tokens_mask=True,
                 **self.tokenizer.special_tokens_map,
             )
+            answers = sum(turn.role == "assistant" for turn in turns)
+            if len(marked[0]) != answers:
+                reason = f"the chat template marks {len(marked[0])} of a conversation's {answers} answers"
+                remedy = "Put {% generation %} and {% endgeneration %} around every answer in it"
+                raise InputError("the base", reason, remedy)
             return texts[0], [(int(start), int(end)) for start, end in marked[0]]
         text, places = self.render(turns), []
         for k, turn in enumerate(turns):

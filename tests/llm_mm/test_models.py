@@ -50,6 +50,7 @@ from graft.studio.config import to_dict
 from graft.studio.errors import DataError, GraftError, InputError, SiteError
 from graft.studio.pocket import models
 from graft.studio.registry import domain_of_base
+from graft.studio.runs import Run
 from graft.studio.training import train
 
 SLOW = pytest.mark.slow
@@ -442,6 +443,31 @@ def test_a_folder_of_each_family_is_trained_and_merged_by_a_job(family: str, tmp
     torch.testing.assert_close(
         sample_logits(graft.load_base(str(tmp_path / "merged"), "cpu")), told, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_both_stages_of_each_family_resume_with_the_same_bits(
+    family: str, tmp_path: Path, questions: Path, resumed: Callable[[Run], dict[str, Any]]
+):
+    """A projector drawn anew, and LoRA of language and tower from there; the projector is whole in both files."""
+    torch.manual_seed(0)
+    save_base(FAMILIES[family](), tmp_path / "base")
+    made: dict[str, Any] = {
+        "base": str(tmp_path / "base"),
+        "domain": "llm_mm",
+        "data": {"path": str(questions), "validation": 0.2, "test": 0.2},
+        "train": {"steps": 4, "batch_size": 4, "device": "cpu", "threads": 1, "log_every": 1, "checkpoint_every": 2},
+    }
+    method: dict[str, Any] = {"name": "llava", "rank": 2, "vision": "lora", "projector_rate": 1e-2}
+    first = train({**made, "method": {"name": "llava", "stage": 1, "fresh": True}}, tmp_path / "first")
+    second = train({**made, "method": {**method, "start": str(first.folder)}}, tmp_path / "second")
+    for run, parts in ((first, {"projector"}), (second, {"vision", "projector", "language"})):
+        whole, cut = run.adapter().tensors, resumed(run)
+        assert {part_of(name) for name in whole} == parts
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    projector = {name for name in first.adapter().tensors if part_of(name) == "projector"}
+    assert projector == {name for name in second.adapter().tensors if part_of(name) == "projector"}
 
 
 @torch.no_grad()
