@@ -7,7 +7,7 @@ Yi-Lin Sung, Jaemin Cho, Mohit Bansal: LST: Ladder Side-Tuning for Parameter and
 
 h_l is the output of layer l, h the model's last hidden state, s starts as D_0 of the embedded words. The blocks are of
 the model's own kind, ``reduction`` times thinner: width, feed-forward part and number of heads, each head as wide as
-the model's. They are cut out of the model's (``start``): rows of a weight that matter most stay, and the columns that
+the model's. They are cut out of the model's (``pruning``): rows of a weight that matter most stay, and the columns that
 read what stays. A row matters as much as the sum of its magnitudes, or of its Fisher information, which is the mean
 over samples of the squared gradient of log p(y | x). a starts at zero, the rest as torch draws it, U at zero, so that
 the model starts as it was.
@@ -56,9 +56,9 @@ class LadderSideTuning(SiteMethod):
     """Takes every so manyth layer's hidden state, the last one among them."""
     temperature: float = 0.1
     """Of the gates between the side and the hidden states; small ones switch sharply."""
-    start: Literal["pruned", "fisher", "drawn"] = "pruned"
-    """Blocks of the side: cut out of the model's where weights are large ("pruned"), or where their Fisher information
-    is, for which some rows pass the model forward and backward before; or drawn by torch."""
+    pruning: Literal["magnitude", "fisher", "none"] = "magnitude"
+    """What of the model's blocks the side's are cut out of: where weights are large, or where their Fisher information
+    is, for which some rows pass the model forward and backward before; with "none" torch draws them."""
     targets: str | tuple[str, ...] = ()
     """Paths of decoders; found by themselves when not given."""
     towers: tuple[str, ...] | None = None
@@ -87,9 +87,9 @@ class LadderSideTuning(SiteMethod):
             known = {owner for owners in _CUT.values() for owner in owners}
             inside = [name for name, part in decoder.layers[0].named_modules() if isinstance(part, nn.Linear)]
             strange = [name for name in inside if name.rpartition(".")[2] not in known]
-            if self.start != "drawn" and strange:
+            if self.pruning != "none" and strange:
                 reason = f"its layers have {', '.join(strange)}, of which it is not known what to cut out"
-                raise SiteError(site.name, reason, "set start = 'drawn'")
+                raise SiteError(site.name, reason, "set pruning = 'none'")
             with torch.device("meta"):
                 side = self.side(decoder)
             count = sum(parameter.numel() for parameter in side.parameters())
@@ -100,7 +100,7 @@ class LadderSideTuning(SiteMethod):
     @property
     def needs_losses(self) -> bool:
         """Whether `attach` asks for losses."""
-        return self.start == "fisher"
+        return self.pruning == "fisher"
 
     def attach(
         self, model: Model, slots: int = 1, plan: Plan | None = None, losses: Iterable[Tensor] | None = None
@@ -111,8 +111,8 @@ class LadderSideTuning(SiteMethod):
             model: the model or its components.
             slots: how many at once.
             plan: instead of the method's own.
-            losses: with ``start`` "fisher", negative log-likelihoods of one sample each, computed as they are asked for
-                (a generator).
+            losses: with ``pruning`` "fisher", negative log-likelihoods of one sample each, computed as they are asked
+                for (a generator).
 
         Raises:
             InputError: no losses where there must be some, or losses that were computed before.
@@ -121,11 +121,11 @@ class LadderSideTuning(SiteMethod):
         if not self.needs_losses:
             return super().attach(model, slots, plan)
         if losses is None:
-            remedy = "give attach(losses=...), or set start = 'pruned'"
-            raise InputError("start = 'fisher'", "it cuts out what losses say, and there are none", remedy)
+            remedy = "give attach(losses=...), or set pruning = 'magnitude'"
+            raise InputError("pruning = 'fisher'", "it cuts out what losses say, and there are none", remedy)
         modules = named_modules(model)
         found = _fisher({site.name: modules[site.name] for site in self.sites(model)}, losses)
-        handle = replace(self, start="drawn").attach(model, slots, plan)
+        handle = replace(self, pruning="none").attach(model, slots, plan)
         handle.rule = self
         for each in handle.slots_of(SideSlot):
             each.make = partial(self.side, modules[each.site.name], found[each.site.name])
@@ -135,12 +135,12 @@ class LadderSideTuning(SiteMethod):
 
     def attach_trained(self, model: Model, plan: Plan, tensors: Mapping[str, Tensor]) -> Handle:
         """Attaches what a trained adapter's tensors will be loaded into, so nothing is cut out."""
-        return replace(self, start="drawn").attach(model, plan=plan)
+        return replace(self, pruning="none").attach(model, plan=plan)
 
     def side(self, decoder: Any, sizes: Sequence[Mapping[str, Tensor]] | None = None) -> Side:
         """Returns a new side of a decoder; ``sizes`` as in `cut_out`."""
         side = Side(decoder, self.reduction, self.every, self.temperature)
-        if self.start != "drawn" and not side.up.weight.is_meta:
+        if self.pruning != "none" and not side.up.weight.is_meta:
             cut_out(side, decoder, sizes)
         return side
 
@@ -221,7 +221,7 @@ def _fisher(decoders: Mapping[str, Any], losses: Iterable[Tensor]) -> dict[str, 
         for i, layer in enumerate(decoder.layers)
         for name, part in _linears(layer).items()
     }
-    found = fisher(weights, losses, "set start = 'pruned'")
+    found = fisher(weights, losses, "set pruning = 'magnitude'")
     return {
         where: [
             {name: found[f"{where}.layers.{i}.{name}"] for name in _linears(layer)}

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,11 +110,13 @@ def resumed(tmp_path: Path) -> Callable[[Run], dict[str, Any]]:
         folder = tmp_path / f"{whole.folder.name}-cut"
         shutil.copytree(whole.folder, folder)
         cut = open_run(folder)
-        shutil.rmtree(folder / "checkpoints" / "000004")
+        shutil.rmtree(folder / "checkpoints" / "00000004")
         shutil.rmtree(folder / "result")
-        (folder / "checkpoints" / "LATEST").write_text("000002")
+        (folder / "checkpoints" / "LATEST").write_text("00000002")
         cut.write_state(status="stopped")
         tensors: dict[str, Any] = resume(cut).adapter().tensors
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines if line["attempt"] == 2] == [3, 4]  # and not all four again
         return tensors
 
     return go_on

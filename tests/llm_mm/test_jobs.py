@@ -60,7 +60,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "o_lora": {"rank": 2},
     "ia3": {},
     "ladder_side_tuning": {"reduction": 2},
-    "ladder_side_tuning, fisher": {"reduction": 2, "start": "fisher"},
+    "ladder_side_tuning, fisher": {"reduction": 2, "pruning": "fisher"},
     "prefix_tuning": {"length": 2},
     "prompt_tuning": {"length": 2},
     "llava": {"rank": 2, "vision": "full"},
@@ -100,7 +100,7 @@ def test_every_method_resumes_with_the_same_bits(
     made = job(case.partition(",")[0], **settings)
     if "resampler" in case:
         made["base"] = str(resampled)
-    if settings.get("start") == "stage 1":
+    if "start" in settings:
         first = {**made, "method": {"name": "llava", "stage": 1, "fresh": True, "projector_rate": 1e-2}}
         made["method"]["start"] = str(train(first, tmp_path / "first").folder)
     made["train"] |= {"checkpoint_every": 2, **TRAINED.get(case, {})}

@@ -156,7 +156,7 @@ def test_blocks_are_cut_out_where_the_fisher_information_is():
 
     model = make()
     before = model(IDS).logits
-    handle = LadderSideTuning(reduction=4, every=3, start="fisher").attach(model, losses=losses(model))
+    handle = LadderSideTuning(reduction=4, every=3, pruning="fisher").attach(model, losses=losses(model))
     assert torch.equal(model(IDS).logits, before) and not any(p.requires_grad for p in model.parameters())
     stream = torch.stack([rows(i, part) for i in (0, 3) for part in ("self_attn.o_proj", "mlp.down_proj")])
     kept = stream.sum(0).topk(8).indices.sort().values
@@ -178,28 +178,28 @@ def test_blocks_are_cut_out_where_the_fisher_information_is():
     with torch.no_grad():
         pruned: Any = LadderSideTuning(reduction=4, every=3).side(model.model)
     assert not torch.equal(pruned.blocks[0].mlp.up_proj.weight, t["model.blocks_0_mlp_up_proj_weight"])
-    with pytest.raises(InputError, match=r"start = 'fisher'.*attach\(losses=...\), or set start = 'pruned'"):
-        LadderSideTuning(start="fisher").attach(make())
+    with pytest.raises(InputError, match=r"pruning = 'fisher'.*attach\(losses=...\), or set pruning = 'magnitude'"):
+        LadderSideTuning(pruning="fisher").attach(make())
     with pytest.raises(InputError, match="give a generator"):
-        LadderSideTuning(start="fisher").attach(make(), losses=[torch.zeros(())])
+        LadderSideTuning(pruning="fisher").attach(make(), losses=[torch.zeros(())])
 
 
 @torch.no_grad()
 def test_a_start_may_be_drawn_and_neither_changes_the_model():
-    for start in ("pruned", "drawn"):
+    for pruning in ("magnitude", "none"):
         model = make()
         before = model(IDS).logits
-        handle = LadderSideTuning(reduction=2, start=start).attach(model)  # type: ignore[arg-type]
+        handle = LadderSideTuning(reduction=2, pruning=pruning).attach(model)  # type: ignore[arg-type]
         assert torch.equal(model(IDS).logits, before)
         own = handle.tensors()["model.blocks_0_self_attn_q_proj_weight"]
         pieces = [row[:, None] == model.model.layers[0].self_attn.q_proj.weight.flatten() for row in own]
-        assert all(bool(piece.any(1).all()) == (start == "pruned") for piece in pieces)
+        assert all(bool(piece.any(1).all()) == (pruning == "magnitude") for piece in pieces)
         handle.reset(0, 5)
-        assert torch.equal(handle.tensors()["model.blocks_0_self_attn_q_proj_weight"], own) == (start == "pruned")
+        assert torch.equal(handle.tensors()["model.blocks_0_self_attn_q_proj_weight"], own) == (pruning == "magnitude")
     packed = make("Phi3", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0})
-    with pytest.raises(SiteError, match="qkv_proj.*not known what to cut out; set start = 'drawn'|start = 'drawn'"):
+    with pytest.raises(SiteError, match="qkv_proj.*not known what to cut out.*set pruning = 'none'"):
         LadderSideTuning(reduction=2).attach(packed)
-    assert len(LadderSideTuning(reduction=2, start="drawn").plan(packed)) == 1
+    assert len(LadderSideTuning(reduction=2, pruning="none").plan(packed)) == 1
 
 
 class Kept:
