@@ -145,7 +145,7 @@ def measured(
     for control in ("rotated", "blank"):
         figures[control] = exact_match(reader, rows, control, frozen_tower, batch_size)  # type: ignore[arg-type]
     figures["questions"] = len(hits)
-    choosing = [row for row in single if len(row.choices) > 1]
+    choosing = [row for row in single if len(row.choices) > 1 and row.answers[-1] in row.choices]
     if choosing:
         figures["choice"] = _mean([chosen(reader, row, frozen_tower) == row.answers[-1] for row in choosing])
     binary = [row for row in single if _plain(row.answers[-1]) in ("yes", "no")]

@@ -382,6 +382,22 @@ def test_an_end_is_learnt_where_the_template_writes_none(processors: dict[str, A
     assert learnt == [words("red apple").input_ids, [*words("no").input_ids, words.eos_token_id]]
 
 
+def test_templates_that_do_not_write_a_conversation_say_so(processors: dict[str, Any]):
+    words = processors["chatml"].tokenizer
+    told = Conversation(1, (Turn("system", ("be short .",)), *talk("is it ?", "no").turns))
+    gemma = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    for template, why in (
+        (gemma + CHATML, r"\(System role not supported\).*Leave out .*the system's words"),
+        ("{% generation %}{% endgeneration %}" + gemma, r"\(System role not supported\)"),
+        ("{% for m in messages %}", "does not write this conversation .*end of template"),
+    ):
+        writer = Writer(type("P", (), {"chat_template": template, "tokenizer": words})())
+        with pytest.raises(InputError, match=why):
+            writer.tokens(told, expand)
+    with pytest.raises(InputError, match="its processor has no chat template. Set processor.chat_template"):
+        Writer(type("P", (), {"chat_template": None, "tokenizer": type("T", (), {"chat_template": None})()})())
+
+
 def test_nothing_to_learn_is_refused_with_the_sample(processors: dict[str, Any], base: MultimodalBase):
     words = processors["chatml"].tokenizer
 

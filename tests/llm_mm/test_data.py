@@ -58,6 +58,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "row 2: a part is .* neither text nor image",
     ),
     "split": ({"question": "a", "answer": "b", "split": "dev"}, "row 2: split 'dev' is none of"),
+    "choices": ({"question": "a", "answer": "b", "choices": 5}, "row 2: its choices are 5, no list"),
+    "answer of choices": (
+        {"question": "a", "answer": "b", "choices": ["c", "d"]},
+        "row 2: its answer 'b' is none of its choices c, d",
+    ),
+    "input": ({"instruction": "a", "input": 5, "output": "b"}, "row 2: 'input' is 5, not text"),
+    "history": (
+        {"instruction": "a", "output": "b", "history": [["x"]]},
+        "row 2: 'history' is .*, no list of",
+    ),
+    "content": (
+        {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "b"}]},
+        "row 2: the user's words are 5, neither text nor parts",
+    ),
+    "role": (
+        {"messages": [{"role": ["user"], "content": [{"type": "text", "text": "a"}]}]},
+        r"row 2: \['user'\] is nobody who speaks",
+    ),
+    "name": ({"image": "a\0b", "question": "a", "answer": "b"}, "row 2: .* is no name of a file"),
+    "long name": ({"image": "a" * 5000, "question": "a", "answer": "b"}, "row 2: .* is no name of a file"),
 }
 
 
@@ -79,6 +99,10 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path):
         read_rows(saved("[", tmp_path))
     with pytest.raises(DataError, match=r"row 2: it is no JSON"):
         read_rows(saved('{"question": "a", "answer": "b"}\n{', tmp_path, "data.jsonl"))
+    with pytest.raises(DataError, match=r"\.png is not read. Give a .json, .jsonl or .csv file"):
+        read_rows(saved("", tmp_path, "cat.png"))
+    with pytest.raises(DataError, match="it holds no rows"):
+        read_rows(saved("", tmp_path, "data.jsonl"))
     with pytest.raises(DataError, match="there is no such file"):
         read_rows(DataConfig(path=str(tmp_path / "none.json")))
     with pytest.raises(DataError, match=r"the folder has none of .*metadata.jsonl"):
