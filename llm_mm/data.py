@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from PIL import ImageColor
+
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.formats import read_file
 from graft.studio.config import require
@@ -69,6 +71,7 @@ class DataConfig:
         require("data.replay", self.replay, 0 <= self.replay < 1, "0 up to but not 1")
         require("data.limit", self.limit, self.limit >= 0, "0 or more")
         require("data.checked", self.checked, self.checked >= 1, "1 or more")
+        require("data.background", self.background, _is_colour(self.background), "a colour's name or #rrggbb")
         if bool(self.path) == bool(self.dataset):
             given = f"data.path = {self.path!r}, data.dataset = {self.dataset!r}"
             raise DataError(given, "exactly one of them says where the rows are", "Set one of the two")
@@ -85,6 +88,13 @@ class DataConfig:
             self, path=self.replay_path, dataset=self.replay_dataset, format="auto", images="",
             replay=0.0, replay_path="", replay_dataset="",
         )  # fmt: skip
+
+
+def _is_colour(name: str) -> bool:
+    try:
+        return bool(ImageColor.getrgb(name))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def checked(reader: Reader, rows: Rows) -> int:
     """
     problems, longest, shortened = list[str](), 0, 0
     found: Sequence[Conversation] = [row for part in ("train", "val", "test") for row in rows.part(part)]
-    for row in found:
+    for row in sorted(found, key=lambda row: row.number):
         try:
             for picture in row.pictures:
                 reader.store.size(picture)
@@ -168,7 +168,7 @@ def checked(reader: Reader, rows: Rows) -> int:
     if problems:
         shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         reason = "\n  ".join([f"{len(problems)} of {len(found)} rows cannot be used:", *shown])
-        raise DataError(rows.where, reason + "\n", "Correct these rows; graft data preview JOB shows the others")
+        raise DataError(rows.where, reason + "\n", "Correct these rows; graft data preview JOB shows them")
     if shortened:
         log.warning("%d of %d rows lose their last turns to data.length = %d", shortened, len(found), reader.length)
     return longest

@@ -109,6 +109,8 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path):
         read_rows(DataConfig(path=str(tmp_path / "..")))
     with pytest.raises(DataError, match="exactly one"):
         DataConfig()
+    with pytest.raises(InputError, match=r"data.background.*a colour's name or #rrggbb"):
+        DataConfig(path="x", background="whitish")
     with pytest.raises(InputError, match="replay"):
         DataConfig(path="x", replay=0.5)
 
