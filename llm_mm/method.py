@@ -8,6 +8,7 @@ nobody reads.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +83,8 @@ class MultimodalMethod:
 
         base = load_base(adapter.card.base, "cpu")
         with adapter.attached(base) as handle:
-            save_merged(base, handle, folder)
+            off = save_merged(base, handle, folder)
+        print(f"logits are within {off:.2g} of the attached adapter's", file=sys.stderr, flush=True)
         return sorted(folder.iterdir())
 
 

@@ -69,9 +69,10 @@ def show_rows(job: Job, count: int = 8) -> Shown:
             tokens = reader.tokens(row)
             shown = _images(reader, row)
         except DataError as error:
-            text.append(_plain(f"row {row.number} cannot be used: {error}"))
-            page.append(f"<section><h2>row {row.number} cannot be used</h2><p>{html.escape(str(error))}</p></section>")
-            told.append({"row": row.number, "problem": str(error)})
+            why = str(error).removeprefix(f"row {row.number}: ")
+            text.append(_plain(f"row {row.number} cannot be used: {why}"))
+            page.append(f"<section><h2>row {row.number} cannot be used</h2><p>{html.escape(why)}</p></section>")
+            told.append({"row": row.number, "problem": why})
             continue
         runs = _runs(reader, tokens)
         learnt = sum(label != IGNORED for label in tokens.labels)

@@ -115,6 +115,8 @@ def complaint(error: Exception) -> str:
         return "not a picture, whatever its name says"
     if isinstance(error, Image.DecompressionBombError):
         return f"far too many pixels ({error})"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
     if isinstance(error, PermissionError):
         return "it may not be read"
     return str(error)

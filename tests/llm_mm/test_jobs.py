@@ -114,6 +114,7 @@ def test_every_method_resumes_with_the_same_bits(
         assert all(torch.allclose(other[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
     assert ("projector" in parts) == (case.startswith("llava") or case == "lora")
     assert ("language" in parts) == ("stage 1" not in case)
+    assert ("vision" in parts) == (case in ("lora", "llava"))  # where it is asked for, and nowhere else
     start = graft.load_base(made["base"], "cpu", domain="llm_mm")
     before = start.hash
     with Adapter.load(tmp_path / "whole" / "result").attached(start):
@@ -134,6 +135,10 @@ def test_parts_are_told_by_whole_paths_and_dead_layers_left_out(
     assert is_dead("model.vision_tower.post_layernorm", task.reader.base.model)
     scales = {group["lr_scale"] for group in task.param_groups()}
     assert {round(scale * task.default_learning_rate, 6) for scale in scales} == {2e-3, 1e-3, 2e-4}
+    by_role = LanguageLoRA(targets=("q", "v")).plan(task.reader.base.model)  # the tower has layers of these names, too
+    assert [site.name for site in by_role] == [
+        f"model.language_model.layers.{k}.self_attn.{name}_proj" for k in (0, 1) for name in "qv"
+    ]
     with pytest.raises(InputError, match="the targets name nothing that acts in vision"):
         LanguageLoRA(targets="lm_head", towers=("vision",)).plan(task.reader.base.model)
     with pytest.raises(InputError, match="a part that is not frozen"):
@@ -392,6 +397,11 @@ def test_figures_are_those_counted_by_hand(tiny: Path, monkeypatch: pytest.Monke
     assert figures["exact"] == 3 / 5 and figures["exact a"] == 2 / 4 and figures["exact b"] == 1
     assert figures["choice"] == 1 and figures["blank"] == 0 and figures["questions"] == 5
     assert (figures["yes_no"], figures["precision"], figures["recall"], figures["yes_rate"]) == (0.5, 0.5, 0.5, 0.5)
+    more = [rows[k] for k in (0, 2, 3)]  # right, right, and yes where no is right
+    figures = evaluation.measured(reader, more)
+    assert [round(figures[name], 4) for name in ("yes_no", "precision", "recall", "f1", "yes_rate")] == [
+        0.6667, 0.5, 1.0, 0.6667, 0.6667,
+    ]  # fmt: skip
     turned = rotated(reader, rows[:4])
     assert [row.pictures[0] for row in turned] == [*pictures[1:], pictures[0]]
     assert exact_match(reader, rows, "rotated") == 0

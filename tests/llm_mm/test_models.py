@@ -27,6 +27,7 @@ from graft.llm_mm.data import DataConfig, read_rows
 from graft.llm_mm.jobs import checked
 from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
+from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import (
     LanguageIA3,
@@ -190,6 +191,35 @@ def test_lora_learns_on_models_of_the_true_classes(family: str, photos: Callable
     )  # fmt: skip
     assert theirs["input_ids"][0].tolist() == reader.writer.prompt(row.asking(), reader.store.expand)
     assert tokens[0].answers[0][0] == theirs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("family", [each if each == "SmolVLM" else pytest.param(each, marks=SLOW) for each in FAMILIES])
+@pytest.mark.parametrize("method", [LlamaAdapter(num_tokens=3), LlamaAdapterV2(num_tokens=2, fusion="none")])
+@torch.no_grad()
+def test_llama_adapter_acts_inside_models_that_read_pictures(family: str, method: Any, photos: Callable[[str], Path]):
+    """On the language model alone: the same bits at the start, and then a generation with its cache as without."""
+    torch.manual_seed(0)
+    base = FAMILIES[family]()
+    for weight in base.model.parameters():
+        weight.mul_(4 if weight.dim() > 1 else 1)
+    reader = Reader.of(base, DataConfig(path="-"))
+    batch, _ = reader.batch(rows(photos))
+    plain, _ = reader.logits(batch, False)
+    handle = method.attach(base.model)
+    assert {part_of(site.name) for site in handle.plan} == {"language"}
+    assert torch.equal(reader.logits(batch, False)[0], plain)
+    for name, parameter in handle.bank.named_parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=1.0 if name.endswith(".g") else 0.1)
+    assert (reader.logits(batch, False)[0] - plain).abs().max() > 1e-2
+    settings = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    for row in (rows(photos)[0], rows(photos)[2]):
+        ids = torch.tensor([reader.writer.prompt(row.asking(), reader.store.expand)])
+        inputs = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(row.pictures))
+        told = [base.model.generate(**inputs, **settings, use_cache=cache) for cache in (True, False)]
+        assert torch.equal(told[0].sequences, told[1].sequences)
+        torch.testing.assert_close(*(torch.stack(each.logits) for each in told), rtol=1e-4, atol=1e-4)
+    handle.detach()
+    assert torch.equal(reader.logits(batch, False)[0], plain)
 
 
 @pytest.mark.parametrize("family", [each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in SEES])
