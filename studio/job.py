@@ -224,7 +224,9 @@ def anchor(data: dict[str, Any], folder: Path) -> None:
     """Make paths of pictures and splits absolute: the job will be read again from another folder."""
     for name, key in PATHS:
         section = data.get(name)
-        value = section.get(key) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            continue
+        value = section.get(key)
         if isinstance(value, str) and value:
             section[key] = str(folder / _at_home(f"{name}.{key}", value))
         elif isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):

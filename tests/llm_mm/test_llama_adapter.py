@@ -86,7 +86,7 @@ def test_one_attention_is_the_formula(family):
     """Keys shared by heads, heads of any width, and keys that are normalised, the prompt's too."""
     model = make(family, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
     attention = model.model.layers[2].self_attn
-    norms = {name: getattr(attention, f"{name}_norm", lambda x: x) for name in "qk"}
+    norms: dict[str, Any] = {name: getattr(attention, f"{name}_norm", lambda x: x) for name in "qk"}
     if family == "Qwen3":
         for norm in norms.values():
             norm.weight.normal_()
