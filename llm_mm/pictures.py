@@ -26,6 +26,8 @@ MEGAPIXELS = 120.0
 """Larger pictures are refused from their header."""
 KEPT = 1 << 30
 """Bytes of the tower's answers that stay in memory; the others are read from the cache's files."""
+READS = ("vision_feature_layer", "vision_feature_select_strategy")
+"""What a model's config says of its tower's answers that is in no weight."""
 TOGETHER = 64
 """Pictures that the tower sees at once."""
 
@@ -52,6 +54,8 @@ class PictureStore:
         self._fixed = wide if wide == high and base.is_llava else None
         image: Any = getattr(self.processor, "image_processor", None)
         self._settings = json.dumps(image.to_dict(), sort_keys=True, default=str) if image is not None else ""
+        config: Any = base.model.config
+        self._reads = str({name: getattr(config, name, None) for name in READS}) if base.is_llava else ""
 
     def open(self, picture: Any) -> Image.Image:
         """Returns a picture as RGB in the shape that the processor gets.
@@ -143,7 +147,7 @@ class PictureStore:
 
     def _name(self, key: str) -> str:
         """Name of a cache entry: all that the answer depends on."""
-        return content_key("vision-1", self.base.hash, self._settings, self.fit, self.background, key)
+        return content_key("vision-2", self.base.hash, self._reads, self._settings, self.fit, self.background, key)
 
     @torch.no_grad()
     def _asked(self, pictures: Sequence[Any]) -> Tensor:

@@ -192,6 +192,10 @@ def test_the_towers_words_are_kept_by_content(job: Make):
     other = Reader.of(reader.base, DataConfig(**{**job()["data"], "fit": "pad"}), cache)
     assert not torch.equal(other.store.features([rows[0].pictures[0]])[0], one[0])
     assert cache.counts["vision", "miss"] == 4
+    reader.base.model.config.vision_feature_layer = -1  # the same weights, of which more are read
+    later = Reader.of(reader.base, data, cache).store
+    assert not torch.equal(later.features([rows[0].pictures[0]])[0], one[0])
+    assert cache.counts["vision", "miss"] == 5
 
 
 def test_old_rows_have_their_share_of_a_batch(job: Make, tmp_path: Path):
