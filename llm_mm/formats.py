@@ -111,13 +111,17 @@ def _raw(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]
     except UnicodeDecodeError:
         raise DataError(str(path), "it is not UTF-8 text", "Save it as UTF-8") from None
     if path.suffix == ".csv":
-        for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
-            yield number, {str(key).strip().lower(): value for key, value in cells.items() if key}
+        number = 0
+        try:
+            for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
+                yield number, {str(key).strip().lower(): value for key, value in cells.items() if key}
+        except csv.Error as error:
+            problems.append(f"row {number + 1}: it is no CSV ({error})")
         return
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 str(path), f"it is no JSON ({error})", "Correct it, or save one row a line as .jsonl"
             ) from None
@@ -129,7 +133,7 @@ def _raw(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]
         for number, line in enumerate(text.splitlines(), 1):
             try:
                 found += [(number, json.loads(line))] if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"row {number}: it is no JSON ({error})")
     for number, row in found:
         if isinstance(row, dict):
@@ -287,10 +291,12 @@ def _checked(row: Conversation, root: Path) -> Conversation:
             raise _Wrong(f"a turn of the {turn.role} is empty")
         if turn.role != "user" and any(isinstance(part, int) for part in turn.parts):
             raise _Wrong(f"the {turn.role} shows a picture; only the user can")
-    if any("://" in name or name.startswith("data:") for name in row.pictures):
-        raise _Wrong(f"{row.pictures[0][:40]} is on the network; nothing is fetched from there")
     paths = []
     for name in row.pictures:
+        if name.startswith("data:"):
+            raise _Wrong(f"{name[:30]}... is a picture itself; save it as a file and name that")
+        if "://" in name.removeprefix("file:"):
+            raise _Wrong(f"{name[:40]} is on the network; nothing is fetched from there")
         try:
             path = (root / name.removeprefix("file:")).resolve()
             there = path.is_file()

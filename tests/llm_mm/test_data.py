@@ -39,6 +39,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"image": "https://x/y.png", "question": "a", "answer": "b"},
         "row 2: https://x/y.png is on the network",
     ),
+    "written out": (
+        {"image": "data:image/png;base64,AAAA", "question": "a", "answer": "b"},
+        "row 2: data:image/png;base64,AAAA... is a picture itself; save it as a file",
+    ),
     "no answer": ({"question": "a", "answer": " "}, "row 2: 'answer' is empty"),
     "who": ({"conversations": [{"from": "me", "value": "a"}]}, "row 2: 'me' is nobody who speaks"),
     "value": ({"conversations": [{"from": "human", "text": "a"}]}, "row 2: turn 1 has no 'value'"),
@@ -101,6 +105,8 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path):
         read_rows(saved('{"question": "a", "answer": "b"}\n{', tmp_path, "data.jsonl"))
     with pytest.raises(DataError, match=r"\.png is not read. Give a .json, .jsonl or .csv file"):
         read_rows(saved("", tmp_path, "cat.png"))
+    with pytest.raises(DataError, match=r"row 2: it is no CSV \(field larger than field limit"):
+        read_rows(saved("question,answer\na,b\na," + "b" * 200_000, tmp_path, "data.csv"))
     with pytest.raises(DataError, match="it holds no rows"):
         read_rows(saved("", tmp_path, "data.jsonl"))
     with pytest.raises(DataError, match="there is no such file"):
