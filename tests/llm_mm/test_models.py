@@ -592,6 +592,22 @@ def test_the_language_model_of_parts_says_what_it_said(family: str, parts: Path,
 def test_other_towers_and_projectors_are_refused(parts: Path):
     with pytest.raises(InputError, match="projector = 'q-former': .*ResamplerSettings"):
         assemble(str(parts / "timm"), str(parts / "llama"), "q-former")  # type: ignore[arg-type]
+    for layer in (-4, 0, 3):
+        with pytest.raises(InputError, match=f"layer = {layer}: expected 1 to 2, or from -1 on"):
+            assemble(str(parts / "clip"), str(parts / "llama"), layer=layer)
+    tower: dict[str, Any] = {**json.loads((parts / "timm" / "config.json").read_text())}
+    for more in ({"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}):
+        folder = parts / f"timm-{len(more)}"
+        folder.mkdir()
+        settings = {**tower["model_args"], **more}
+        (folder / "config.json").write_text(json.dumps({**tower, "model_args": settings}))
+        model = timm.create_model(tower["architecture"], **settings)
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match="it is no plain ViT"):
+            assemble(str(folder), str(parts / "llama"))
+    (folder / "config.json").write_text(json.dumps({**tower, "architecture": "vit_none"}))
+    with pytest.raises(InputError, match=r"the tower cannot be loaded \(Unknown model"):
+        assemble(str(folder), str(parts / "llama"))
     with pytest.raises(InputError, match="its kind is llama"):
         assemble(str(parts / "llama"), str(parts / "llama"))
     with pytest.raises(InputError, match="the language model cannot be loaded"):
