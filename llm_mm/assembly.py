@@ -57,10 +57,8 @@ def assemble(
     tower, images, classed = _tower(vision)
     words, tokenizer = _language(language)
     settings = tower.config
-    read = layer if layer >= 0 else settings.num_hidden_layers + 1 + layer
-    require(
-        "layer", layer, 1 <= read <= settings.num_hidden_layers, f"1 to {settings.num_hidden_layers}, or from -1 on"
-    )
+    last = settings.num_hidden_layers
+    require("layer", layer, 1 <= (layer if layer >= 0 else last + 1 + layer) <= last, f"1 to {last}, or from -1 on")
     patches = (settings.image_size // settings.patch_size) ** 2
     kind, config_kind, shape = _projector(projector)
     count = shape.get("resampler_queries", patches)

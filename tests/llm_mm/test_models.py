@@ -589,7 +589,7 @@ def test_the_language_model_of_parts_says_what_it_said(family: str, parts: Path,
         torch.testing.assert_close(each.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
-def test_other_towers_and_projectors_are_refused(parts: Path):
+def test_other_towers_and_projectors_are_refused(parts: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InputError, match="projector = 'q-former': .*ResamplerSettings"):
         assemble(str(parts / "timm"), str(parts / "llama"), "q-former")  # type: ignore[arg-type]
     for layer in (-4, 0, 3):
@@ -608,6 +608,12 @@ def test_other_towers_and_projectors_are_refused(parts: Path):
     (folder / "config.json").write_text(json.dumps({**tower, "architecture": "vit_none"}))
     with pytest.raises(InputError, match=r"the tower cannot be loaded \(Unknown model"):
         assemble(str(folder), str(parts / "llama"))
+    with monkeypatch.context() as patch:
+        asked = list[str]()
+        patch.setattr(timm, "create_model", lambda name, **settings: asked.append(name))
+        with pytest.raises(AttributeError):
+            assemble("timm/vit", str(parts / "llama"))
+        assert asked == ["hf-hub:timm/vit"]  # a hub's name, as timm wants it
     with pytest.raises(InputError, match="its kind is llama"):
         assemble(str(parts / "llama"), str(parts / "llama"))
     with pytest.raises(InputError, match="the language model cannot be loaded"):
