@@ -16,7 +16,7 @@ import graft
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, read_rows
-from graft.llm_mm.evaluation import EvaluationConfig, evaluate, exact_match, rotated
+from graft.llm_mm.evaluation import EvaluationConfig, evaluate, exact_match, measured, rotated
 from graft.llm_mm.jobs import check_sight, prepare
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA
@@ -410,6 +410,24 @@ def test_figures_are_those_counted_by_hand(tiny: Path, monkeypatch: pytest.Monke
     assert [row.pictures[0] for row in turned] == [*pictures[1:], pictures[0]]
     assert exact_match(reader, rows, "rotated") == 0
     assert exact_match(reader, [rows[k] for k in (2, 1)], "rotated") == 0.5  # picture 1 is told "no", too
+
+
+def test_turns_that_do_not_fit_are_not_asked(tiny: Path, photos: Callable[[str], Path]):
+    """With fewer tokens, the figures are those of the rows without their last turns."""
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    said = [Turn("user", (0, "is it ?")), Turn("assistant", ("yes",))]
+    said += [Turn("user", ("is it blue ?",)), Turn("assistant", ("no",))]
+    choices = ("yes", "no, and this is a long answer")
+
+    def row(number: int, turns: int) -> Conversation:
+        return Conversation(number, tuple(said[:turns]), (str(photos("a.png")),), f"kind {number}", choices)
+
+    whole = Reader.of(base, DataConfig(path="-"))
+    limited = Reader.of(base, DataConfig(path="-", length=len(whole.tokens(row(1, 4)).ids) - 1))
+    found, want = measured(limited, [row(1, 2), row(2, 4)]), measured(whole, [row(1, 2), row(2, 2)])
+    assert found.keys() == want.keys() and found["questions"] == 2
+    assert [found[name] for name in want] == pytest.approx([want[name] for name in want], nan_ok=True)
+    assert measured(whole, [row(1, 4), row(2, 4)])["questions"] == 4
 
 
 @torch.no_grad()
