@@ -139,9 +139,9 @@ def measured(
     reader: Reader, rows: Sequence[Conversation], frozen_tower: bool = True, batch_size: int = 32
 ) -> dict[str, Any]:
     """All figures of some rows by one model; see `evaluate`. Turns that ``data.length`` leaves out are not asked."""
-    found = _hits(reader, rows, frozen_tower, batch_size)
-    single = [each for row, own in zip(rows, found, strict=True) for each in row.split()[: len(own)]]
-    hits = [hit for own in found for hit in own]
+    reader, rows = _fitting(reader, rows)
+    single = [each for row in rows for each in row.split()]
+    hits = [hit for row in _hits(reader, rows, frozen_tower, batch_size) for hit in row]
     figures: dict[str, Any] = {"exact": _mean(hits)}
     for control in ("rotated", "blank"):
         figures[control] = exact_match(reader, rows, control, frozen_tower, batch_size)  # type: ignore[arg-type]
@@ -164,8 +164,16 @@ def exact_match(
     reader: Reader, rows: Sequence[Conversation], control: Control = "", frozen_tower: bool = True, batch_size: int = 32
 ) -> float:
     """Share of answers that are right to the letter; under a control, of rows with pictures. NaN without any."""
+    reader, rows = _fitting(reader, rows)
     rows = controlled(reader, rows, control)
     return _mean([hit for row in _hits(reader, rows, frozen_tower, batch_size) for hit in row])
+
+
+def _fitting(reader: Reader, rows: Sequence[Conversation]) -> tuple[Reader, Sequence[Conversation]]:
+    """Rows without the turns that do not fit, and a reader that takes all: other answers and pictures may be longer."""
+    if not reader.length:
+        return reader, rows
+    return replace(reader, length=0), [row.split()[len(reader.tokens(row).answers) - 1] for row in rows]
 
 
 def controlled(reader: Reader, rows: Sequence[Conversation], control: Control) -> Sequence[Conversation]:
@@ -216,7 +224,7 @@ def _hits(reader: Reader, rows: Sequence[Conversation], frozen_tower: bool, batc
 @torch.no_grad()
 def chosen(reader: Reader, row: Conversation, frozen_tower: bool = True) -> str:
     """The likeliest of a row's choices as its last answer, by the mean log-probability of its tokens."""
-    batch, tokens = replace(reader, length=0).batch([row.answering(choice) for choice in row.choices])
+    batch, tokens = reader.batch([row.answering(choice) for choice in row.choices])
     logits, labels = reader.logits(batch, frozen_tower)
     scores = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     sizes = [sum(b - a for a, b in each.answers) for each in tokens]
@@ -236,7 +244,7 @@ def yes_no(
         scores = []
         for word in ("yes", "no"):
             written = [row.answering(_like(row.answers[-1], word)) for row in part]
-            batch, tokens = replace(reader, length=0).batch(written)
+            batch, tokens = reader.batch(written)
             logits, labels = reader.logits(batch, frozen_tower)
             each = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
             sizes = [sum(b - a for a, b in one.answers) for one in tokens]

@@ -24,6 +24,7 @@ from graft.llm_mm.assembly import assemble
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.evaluation import measured, rotated
 from graft.llm_mm.jobs import checked
 from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
@@ -258,6 +259,25 @@ def test_prompts_stand_before_rows_whose_positions_turn(family: str, photos: Cal
         inputs = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(row.pictures))
         told = [base.model.generate(**inputs, **settings, use_cache=cache).logits for cache in (True, False)]
         torch.testing.assert_close(*map(torch.stack, told), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_picture_of_another_row_may_have_more_tokens(tmp_path: Path):
+    """Asked with it, a row that just fits is longer than `data.length`, and is asked all the same."""
+    base, answer = llava_next(), Turn("assistant", ("red",))
+    for name, width in (("small", 16), ("large", 64)):
+        Image.new("RGB", (width, 16), "red").save(tmp_path / f"{name}.png")
+    asked = {"small": "which is red , this one or that one ?", "large": "is it ?"}
+    small, large = (
+        Conversation(1, (Turn("user", (0, text)), answer), (str(tmp_path / f"{name}.png"),))
+        for name, text in asked.items()
+    )
+    whole = Reader.of(base, DataConfig(path="-"))
+    counts = [len(whole.tokens(row).ids) for row in (small, large)]
+    turned = [len(whole.tokens(row).ids) for row in rotated(whole, [small, large])]
+    assert max(turned) > max(counts)
+    limited = Reader.of(base, DataConfig(path="-", length=max(counts)))
+    assert measured(limited, [small, large]) == measured(whole, [small, large])
 
 
 @pytest.mark.parametrize(
