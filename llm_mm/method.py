@@ -158,7 +158,8 @@ def model_inputs(
     import inspect
 
     given = {"input_ids": ids, "attention_mask": mask, **pictures}
-    if "mm_token_type_ids" in inspect.signature(base.model.forward).parameters and pictures:
+    own = base.model.get_base_model() if hasattr(base.model, "get_base_model") else base.model  # in peft's, the model
+    if "mm_token_type_ids" in inspect.signature(own.forward).parameters and pictures:
         image = base.processor.tokenizer.convert_tokens_to_ids(base.processor.image_token)
         given["mm_token_type_ids"] = (ids == image).int()
     return given

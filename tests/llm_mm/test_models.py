@@ -719,6 +719,18 @@ def test_verify_compares_with_peft(method: Any, tiny: Path, tmp_path: Path):
     assert base_hash(base.modules) == base.hash
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["SmolVLM", "Qwen2_5_VL", "Qwen3VL"])
+def test_verify_compares_with_peft_on_other_models(family: str, tmp_path: Path):
+    torch.manual_seed(0)
+    save_base(FAMILIES[family](), tmp_path / "base")
+    base = graft.load_base(str(tmp_path / "base"), "cpu", domain="llm_mm")
+    assert isinstance(base, MultimodalBase)
+    told = compare(base, trained(base, LanguageLoRA(rank=2, towers=("language", "projector", "vision")), "lora"))
+    assert isinstance(told, dict) and told["same"], told
+    assert told["library"] == "peft" and told["error"] < 1e-3 and told["change"] > 1e-3
+
+
 def test_what_peft_cannot_hold_is_refused(tiny: Path, tmp_path: Path):
     base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
     adapter = trained(base, LlavaTuning(language="full"), "llava")
