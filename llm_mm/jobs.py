@@ -104,9 +104,10 @@ LOOKED = 64
 
 
 def losses(reader: Reader, rows: Sequence[Conversation]) -> Iterator[Tensor]:
-    """Gives the base's loss of some rows, evenly spread over all, each by itself."""
+    """Gives - log p(answers | all before) by the base, for some rows, evenly spread over all, each by itself."""
     for row in rows[:: -(-len(rows) // LOOKED)]:
-        yield torch.nn.functional.cross_entropy(*reader.logits(reader.batch([row])[0], frozen_tower=True))
+        logits, labels = reader.logits(reader.batch([row])[0], frozen_tower=True)
+        yield torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 class DryStep:
