@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import graft
+from graft.llm_mm import jobs
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, read_rows
@@ -311,6 +312,24 @@ def test_pictures_are_opened_when_they_are_needed(job: Make, monkeypatch: pytest
         task(task.batch(step, torch.Generator().manual_seed(step)))
     files = [name for name in opened if name.endswith(".png")]
     assert len(files) == len(set(files)) and len(files) > 2
+
+
+def test_a_method_that_looks_at_data_sees_rows_from_all_over_it(job: Make, monkeypatch: pytest.MonkeyPatch):
+    """- log p of their answers, all tokens of them together, by the whole model."""
+    base = graft.load_base(job()["base"], "cpu", domain="llm_mm")
+    reader = Reader.of(base, DataConfig(**job()["data"]), Cache())
+    rows = read_rows(DataConfig(**{**job()["data"], "validation": 0, "test": 0})).train
+    monkeypatch.setattr(jobs, "LOOKED", 5)
+    found = [float(loss) for loss in jobs.losses(reader, rows)]
+    want = []
+    for row in rows[::3]:
+        tokens = reader.tokens(row)
+        given = {"input_ids": torch.tensor([tokens.ids]), **reader.store.inputs(row.pictures)}
+        with torch.no_grad():
+            told = base.model(**given).logits[0].log_softmax(-1)
+        ((start, end),) = tokens.answers
+        want.append(-sum(float(told[k - 1, tokens.ids[k]]) for k in range(start, end)))
+    assert len(rows) == 12 and found == pytest.approx(want, rel=1e-4)
 
 
 def test_rows_that_lose_turns_are_counted_before_the_first_step(
