@@ -263,11 +263,11 @@ class Writer:
 @contextmanager
 def _refusals() -> Iterator[None]:
     """Tells what a chat template says against a conversation, or what is wrong with it itself."""
-    from jinja2 import TemplateError
-
     try:
         yield
-    except TemplateError as error:
+    except Exception as error:  # of jinja2, which transformers writes templates with, if it is there
+        if not type(error).__module__.startswith("jinja2"):
+            raise
         reason = f"its chat template does not write this conversation ({error})"
         remedy = "Leave out what it has no place for, such as the system's words, or set another template"
         raise InputError("the base", reason, remedy) from error

@@ -79,9 +79,10 @@ class FishMask(SiteMethod):
             SiteError: a weight that is quantised or sharded.
         """
         plan, modules = self.sites(model), named_modules(model)
-        names = {site: f"{site.name}.{weight_names(modules[site.name])[site.kind == 'bias']}" for site in plan}
+        names = {site: f"{site.name}.bias" if site.kind == "bias" else site.name for site in plan}
         whole: dict[str, Any] = {
-            name: modules[site.name]._parameters[name.rpartition(".")[2]] for site, name in names.items()
+            name: modules[site.name]._parameters[weight_names(modules[site.name])[site.kind == "bias"]]
+            for site, name in names.items()
         }
         found = fisher(whole, losses, "use lora, or other targets")
         return largest({site.key: found[names[site]][slice(*(site.rows or (None,)))] for site in plan}, self.density)
