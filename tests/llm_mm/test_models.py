@@ -412,6 +412,8 @@ def test_no_picture_is_decoded_to_count_its_tokens_and_broken_ones_are_told(
         DataError, match=r"(?s)2 of 3 rows cannot be used.*row 2: .*text.png: not a pic.*row 3: .*small"
     ):
         checked(reader, found)
+    with pytest.raises(DataError, match="none.png: there is no such file"):
+        reader.store.open(str(tmp_path / "none.png"))
 
 
 @pytest.fixture(scope="module")
