@@ -57,6 +57,8 @@ def assemble(
     tower, images, classed = _tower(vision)
     words, tokenizer = _language(language)
     settings = tower.config
+    last = settings.num_hidden_layers
+    require("layer", layer, 1 <= (layer if layer >= 0 else last + 1 + layer) <= last, f"1 to {last}, or from -1 on")
     patches = (settings.image_size // settings.patch_size) ** 2
     kind, config_kind, shape = _projector(projector)
     count = shape.get("resampler_queries", patches)
@@ -175,7 +177,11 @@ def _from_timm(source: str) -> tuple[Any, Any]:
 
         name = str(resolve(source))
     name = f"local-dir:{name}" if Path(name).is_dir() else name
-    model: Any = timm.create_model(name, pretrained=True).eval()
+    name = f"hf-hub:{name}" if name.startswith("timm/") else name
+    try:
+        model: Any = timm.create_model(name, pretrained=True).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(source, f"the tower cannot be loaded ({str(error).splitlines()[0]})", REMEDY) from error
     patches: Any = getattr(model, "patch_embed", None)
     if type(model).__name__ != "VisionTransformer" or not hasattr(patches, "num_patches"):
         raise InputError(source, f"timm calls it a {type(model).__name__}", REMEDY)
@@ -192,10 +198,13 @@ def _from_timm(source: str) -> tuple[Any, Any]:
     )
     with torch.random.fork_rng(devices=[]):
         tower = ViTModel(config, add_pooling_layer=False).eval()
-    missing, unknown = tower.load_state_dict(_renamed(model.state_dict(), len(model.blocks)), strict=False)
     x = torch.linspace(-1, 1, 3 * side * side).view(1, 3, side, side)
-    with torch.no_grad():
+    try:
+        missing, unknown = tower.load_state_dict(_renamed(model.state_dict(), len(model.blocks)), strict=False)
         same = not missing and not unknown
+    except (KeyError, RuntimeError):  # no class token, or others beside it
+        same = False
+    with torch.no_grad():
         same = same and torch.allclose(tower(x).last_hidden_state, model.forward_features(x), rtol=1e-3, atol=1e-3)
     if not same:
         raise InputError(source, "it is no plain ViT: transformers' ViTModel computes something else", REMEDY)

@@ -127,7 +127,10 @@ def load_base(
         from graft.studio.pocket import resolve
 
         source = str(resolve(name))
-    source = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else source
+    found = Path(source).expanduser().is_dir()
+    source = str(Path(source).expanduser()) if found else source
+    if not found and "/" not in source:  # no hub's either: asked for it, transformers tries for minutes
+        raise InputError(name, "there is no such folder here, and no embedded model of that name", REMEDY)
     try:
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32, use_safetensors=True)

@@ -9,7 +9,8 @@ labels are never counted again or searched for, and a picture's tokens are put i
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -143,26 +144,33 @@ class Writer:
 
     def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
         """The turns as text; with `prompt`, up to where the assistant would begin."""
-        text: str = self.tokenizer.apply_chat_template(
-            self.messages(turns), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
-        )
+        with _refusals():
+            text: str = self.tokenizer.apply_chat_template(
+                self.messages(turns), chat_template=self.template, tokenize=False, add_generation_prompt=prompt
+            )
         return text
 
     def said(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered text, and from where to where in it the assistant speaks.
 
         Raises:
-            InputError: the template changes what it has written when more follows.
+            InputError: the template changes what it has written when more follows, or marks some answers alone.
         """
         if _MARKS.search(self.template):
             from transformers.utils.chat_template_utils import render_jinja_template
 
-            texts, marked = render_jinja_template(
-                conversations=[self.messages(turns)],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
-            )
+            with _refusals():
+                texts, marked = render_jinja_template(
+                    conversations=[self.messages(turns)],
+                    chat_template=self.template,
+                    return_assistant_tokens_mask=True,
+                    **self.tokenizer.special_tokens_map,
+                )
+            answers = sum(turn.role == "assistant" for turn in turns)
+            if len(marked[0]) != answers:
+                reason = f"the chat template marks {len(marked[0])} of a conversation's {answers} answers"
+                remedy = "Put {% generation %} and {% endgeneration %} around every answer in it"
+                raise InputError("the base", reason, remedy)
             return texts[0], [(int(start), int(end)) for start, end in marked[0]]
         text, places = self.render(turns), []
         for k, turn in enumerate(turns):
@@ -250,6 +258,19 @@ class Writer:
             out += piece
             told += [-1 if token == self.image_id else answer] * len(piece)
         return out, told
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Tells what a chat template says against a conversation, or what is wrong with it itself."""
+    try:
+        yield
+    except Exception as error:  # of jinja2, which transformers writes templates with, if it is there
+        if not type(error).__module__.startswith("jinja2"):
+            raise
+        reason = f"its chat template does not write this conversation ({error})"
+        remedy = "Leave out what it has no place for, such as the system's words, or set another template"
+        raise InputError("the base", reason, remedy) from error
 
 
 _LISTS: dict[str, bool] = {}

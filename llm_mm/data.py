@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+from PIL import ImageColor
 
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.formats import read_file
@@ -68,6 +71,7 @@ class DataConfig:
         require("data.replay", self.replay, 0 <= self.replay < 1, "0 up to but not 1")
         require("data.limit", self.limit, self.limit >= 0, "0 or more")
         require("data.checked", self.checked, self.checked >= 1, "1 or more")
+        require("data.background", self.background, _is_colour(self.background), "a colour's name or #rrggbb")
         if bool(self.path) == bool(self.dataset):
             given = f"data.path = {self.path!r}, data.dataset = {self.dataset!r}"
             raise DataError(given, "exactly one of them says where the rows are", "Set one of the two")
@@ -86,12 +90,21 @@ class DataConfig:
         )  # fmt: skip
 
 
+def _is_colour(name: str) -> bool:
+    try:
+        return bool(ImageColor.getrgb(name))
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class Rows:
     """The conversations of a data set, by part."""
 
     where: str
     """For messages."""
+    folder: Path
+    """That the pictures' files lie in."""
     train: tuple[Conversation, ...]
     """What is trained on."""
     val: tuple[Conversation, ...]
@@ -104,13 +117,18 @@ class Rows:
         found: tuple[Conversation, ...] = getattr(self, name)
         return found
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the texts and the pictures' names, or bytes if they are in memory, part by part."""
+        """SHA-256 of the texts, and of the pictures' names in their folder and sizes in bytes, part by part.
+
+        The same wherever the folder stands. No picture is read for it; those in memory go by their content.
+        """
         total = hashlib.sha256()
         for name in ("train", "val", "test"):
             for row in self.part(name):
-                total.update(f"{name} {row.turns} {row.kind} {row.choices} {_names(row)}\n".encode())
+                sizes = [Path(each).stat().st_size for each in row.pictures if isinstance(each, str | Path)]
+                shown = f"{_names(row, self.folder)} {sizes}"
+                total.update(f"{name} {row.turns} {row.kind} {row.choices} {shown}\n".encode())
         return total.hexdigest()
 
 
@@ -129,21 +147,18 @@ def read_rows(config: DataConfig) -> Rows:
     if config.system:
         told = Turn("system", (config.system,))
         found = [row if row.turns[0].role == "system" else replace(row, turns=(told, *row.turns)) for row in found]
-    parts = _shared(found, config)
+    place = Path(config.images or config.path or ".").expanduser()
+    folder = (place if place.is_dir() else place.parent).resolve()
+    parts = _shared(found, config, folder)
     train = parts["train"][: config.limit or None]
     if not train:
         raise DataError(where, "no row is left to train on", "Lower data.validation and data.test, or add rows")
-    return Rows(where, tuple(train), tuple(parts["val"]), tuple(parts["test"]))
+    return Rows(where, folder, tuple(train), tuple(parts["val"]), tuple(parts["test"]))
 
 
-def _shared(rows: Sequence[Conversation], config: DataConfig) -> dict[str, list[Conversation]]:
-    """Rows by part; those of one picture stay together. Nothing is drawn where the data declare parts.
-
-    Pictures go by their names in the data's folder, so that the parts are the same wherever it stands.
-    """
-    where = Path(config.images or config.path or ".").expanduser().resolve()
-    root = f"{where if where.is_dir() else where.parent}/"
-    names = [_names(row).replace(root, "") for row in rows]
+def _shared(rows: Sequence[Conversation], config: DataConfig, folder: Path) -> dict[str, list[Conversation]]:
+    """Rows by part; those of one picture stay together. Nothing is drawn where the data declare parts."""
+    names = [_names(row, folder) for row in rows]
     parts: dict[str, list[Conversation]] = {"train": [], "val": [], "test": []}
     groups = sorted(set(names), key=lambda name: hashlib.sha256(f"{config.seed}{name}".encode()).hexdigest())
     declared = any(row.part in ("val", "test") for row in rows)
@@ -157,12 +172,14 @@ def _shared(rows: Sequence[Conversation], config: DataConfig) -> dict[str, list[
     return parts
 
 
-def _names(row: Conversation) -> str:
-    """What tells a row's pictures from another's; of a row without, its text."""
+def _names(row: Conversation, folder: Path) -> str:
+    """What tells a row's pictures from another's, wherever their folder stands; of a row without, its text."""
     if not row.pictures:
         return str(row.turns)
     told = (
-        str(each) if isinstance(each, str | Path) else hashlib.sha256(each.tobytes()).hexdigest()
+        Path(each).relative_to(folder).as_posix()
+        if isinstance(each, str | Path)
+        else hashlib.sha256(each.tobytes()).hexdigest()
         for each in row.pictures
     )
     return "\n".join(told)

@@ -3,8 +3,8 @@
 *Exact match* counts answers that are right to the letter, end mark included: every token of the right answer is the
 likeliest one after those before it, which is the case where greedy decoding writes it. *Choice accuracy* takes the
 likeliest of the answers offered. Yes/no questions are counted as by POPE (Li et al., Evaluating Object Hallucination in
-Large Vision-Language Models, 2023, arXiv:2305.10355): the likelier word of the two; precision and recall of "yes", and
-how often it is said. Later turns of a conversation see the right answers before them.
+Large Vision-Language Models, 2023, arXiv:2305.10355): the likelier word of the two; precision, recall and F1 of "yes",
+and how often it is said. Later turns of a conversation see the right answers before them.
 
 Two controls stand beside: every question with the picture of another row (`rotated`), and with a grey one (`blank`).
 What is right then was guessed. Old data, if a run has some, are asked too: what falls there was forgotten.
@@ -106,8 +106,8 @@ def evaluate(base: MultimodalBase, adapter: Adapter | None, settings: Evaluation
         settings: the rows.
 
     Returns:
-        `exact`, `rotated`, `blank` and `questions`; `choice`, `yes_no`, `precision`, `recall` and `yes_rate` where
-        there are such questions; `exact NAME` of each kind, and `old` and `old rotated` of old data.
+        `exact`, `rotated`, `blank` and `questions`; `choice`, `yes_no`, `precision`, `recall`, `f1` and `yes_rate`
+        where there are such questions; `exact NAME` of each kind, and `old` and `old rotated` of old data.
 
     Raises:
         InputError: no rows, or none of that part.
@@ -138,14 +138,15 @@ def _asked(data: DataConfig, settings: EvaluationConfig) -> Sequence[Conversatio
 def measured(
     reader: Reader, rows: Sequence[Conversation], frozen_tower: bool = True, batch_size: int = 32
 ) -> dict[str, Any]:
-    """All figures of some rows by one model; see `evaluate`."""
+    """All figures of some rows by one model; see `evaluate`. Turns that ``data.length`` leaves out are not asked."""
+    reader, rows = _fitting(reader, rows)
     single = [each for row in rows for each in row.split()]
     hits = [hit for row in _hits(reader, rows, frozen_tower, batch_size) for hit in row]
     figures: dict[str, Any] = {"exact": _mean(hits)}
     for control in ("rotated", "blank"):
         figures[control] = exact_match(reader, rows, control, frozen_tower, batch_size)  # type: ignore[arg-type]
     figures["questions"] = len(hits)
-    choosing = [row for row in single if len(row.choices) > 1]
+    choosing = [row for row in single if len(row.choices) > 1 and row.answers[-1] in row.choices]
     if choosing:
         figures["choice"] = _mean([chosen(reader, row, frozen_tower) == row.answers[-1] for row in choosing])
     binary = [row for row in single if _plain(row.answers[-1]) in ("yes", "no")]
@@ -163,8 +164,16 @@ def exact_match(
     reader: Reader, rows: Sequence[Conversation], control: Control = "", frozen_tower: bool = True, batch_size: int = 32
 ) -> float:
     """Share of answers that are right to the letter; under a control, of rows with pictures. NaN without any."""
+    reader, rows = _fitting(reader, rows)
     rows = controlled(reader, rows, control)
     return _mean([hit for row in _hits(reader, rows, frozen_tower, batch_size) for hit in row])
+
+
+def _fitting(reader: Reader, rows: Sequence[Conversation]) -> tuple[Reader, Sequence[Conversation]]:
+    """Rows without the turns that do not fit, and a reader that takes all: other answers and pictures may be longer."""
+    if not reader.length:
+        return reader, rows
+    return replace(reader, length=0), [row.split()[len(reader.tokens(row).answers) - 1] for row in rows]
 
 
 def controlled(reader: Reader, rows: Sequence[Conversation], control: Control) -> Sequence[Conversation]:
@@ -228,7 +237,7 @@ def chosen(reader: Reader, row: Conversation, frozen_tower: bool = True) -> str:
 def yes_no(
     reader: Reader, rows: Sequence[Conversation], frozen_tower: bool = True, batch_size: int = 32
 ) -> dict[str, float]:
-    """Accuracy, precision and recall of "yes", and how often it is said, for rows whose last answer is yes or no."""
+    """Accuracy, precision, recall and F1 of "yes", and how often it is said; of rows whose last answer is yes or no."""
     said, truth = list[bool](), [_plain(row.answers[-1]) == "yes" for row in rows]
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -247,6 +256,7 @@ def yes_no(
         "yes_no": _mean([a == b for a, b in zip(said, truth, strict=True)]),
         "precision": both / sum(said) if any(said) else float("nan"),
         "recall": both / sum(truth) if any(truth) else float("nan"),
+        "f1": 2 * both / (sum(said) + sum(truth)) if any((*said, *truth)) else float("nan"),
         "yes_rate": _mean(said),
     }
 

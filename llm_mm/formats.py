@@ -104,33 +104,37 @@ class _Wrong(Exception):
 
 def _raw(path: Path, problems: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered rows of a file, counted from 1."""
+    if path.suffix not in (".json", ".jsonl", ".csv"):
+        raise DataError(str(path), f"{path.suffix or 'no suffix'} is not read", "Give a .json, .jsonl or .csv file")
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(str(path), "it is not UTF-8 text", "Save it as UTF-8") from None
     if path.suffix == ".csv":
-        for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
-            yield number, {str(key).strip().lower(): value for key, value in cells.items() if key}
+        number = 0
+        try:
+            for number, cells in enumerate(csv.DictReader(io.StringIO(text)), 1):
+                yield number, {str(key).strip().lower(): value for key, value in cells.items() if key}
+        except csv.Error as error:
+            problems.append(f"row {number + 1}: it is no CSV ({error})")
         return
     if path.suffix == ".json":
         try:
             rows = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 str(path), f"it is no JSON ({error})", "Correct it, or save one row a line as .jsonl"
             ) from None
         if not isinstance(rows, list):
             raise DataError(str(path), "it is no list of rows", f"Write [{EXAMPLES['llava']}]")
         found: list[tuple[int, Any]] = list(enumerate(rows, 1))
-    elif path.suffix == ".jsonl":
+    else:
         found = []
         for number, line in enumerate(text.splitlines(), 1):
             try:
                 found += [(number, json.loads(line))] if line.strip() else []
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 problems.append(f"row {number}: it is no JSON ({error})")
-    else:
-        raise DataError(str(path), f"{path.suffix or 'no suffix'} is not read", "Give a .json, .jsonl or .csv file")
     for number, row in found:
         if isinstance(row, dict):
             yield number, row
@@ -155,8 +159,7 @@ def _placed(
     turns, used = list[Turn](), 0
     marked = any(_PLACE in str(text) for _, text in sides)
     for role, text in sides:
-        if role not in _ROLES:
-            raise _Wrong(f"{role!r} is nobody who speaks; there are {', '.join(_ROLES)}")
+        side = _side(role)
         if not isinstance(text, str):
             raise _Wrong(f"the {role}'s words are {json.dumps(text)[:40]}, not text")
         parts: list[str | int] = []
@@ -166,12 +169,19 @@ def _placed(
                 used += 1
             if piece.strip():
                 parts.append(piece.strip())
-        if pictures and not marked and _ROLES[role] == "user":
+        if pictures and not marked and side == "user":
             parts, used, marked = [*range(len(pictures)), *parts], len(pictures), True
-        turns.append(Turn(_ROLES[role], tuple(parts)))
+        turns.append(Turn(side, tuple(parts)))
     if used != len(pictures):
         raise _Wrong(f"{_PLACE} stands {used} times in it, and it names {len(pictures)} pictures")
     return _row(number, turns, pictures, row)
+
+
+def _side(role: Any) -> Role:
+    """Who speaks, by any of the names in use."""
+    if not isinstance(role, str) or role not in _ROLES:
+        raise _Wrong(f"{role!r} is nobody who speaks; there are {', '.join(_ROLES)}")
+    return _ROLES[role]
 
 
 def _row(number: int, turns: Sequence[Turn], pictures: Sequence[str], row: Mapping[str, Any]) -> Conversation:
@@ -179,10 +189,13 @@ def _row(number: int, turns: Sequence[Turn], pictures: Sequence[str], row: Mappi
     if part and part not in PARTS:
         raise _Wrong(f"split {part!r} is none of {', '.join(PARTS)}")
     choices = row.get("choices") or ()
-    if isinstance(choices, str):
-        choices = [choice.strip() for choice in choices.split("|")]
+    if not isinstance(choices, str | list | tuple):
+        raise _Wrong(f"its choices are {json.dumps(choices)[:40]}, no list")
+    choices = [str(choice).strip() for choice in (choices.split("|") if isinstance(choices, str) else choices)]
+    if choices and turns[-1].text not in choices:
+        raise _Wrong(f"its answer {turns[-1].text[:40]!r} is none of its choices {', '.join(choices)[:80]}")
     kind = str(row.get("kind") or row.get("category") or "")
-    return Conversation(number, tuple(turns), tuple(pictures), kind, tuple(map(str, choices)), PARTS.get(part, ""))
+    return Conversation(number, tuple(turns), tuple(pictures), kind, tuple(choices), PARTS.get(part, ""))
 
 
 def _sides(row: Mapping[str, Any], key: str, names: tuple[str, str]) -> list[tuple[Any, Any]]:
@@ -211,14 +224,14 @@ def _messages(number: int, row: Mapping[str, Any]) -> Conversation:
         return _placed(sides, _listed(row.get("images", row.get("image"))), number, row)
     turns, pictures, beside = list[Turn](), list[str](), _listed(row.get("images"))
     for role, content in sides:
-        if role not in _ROLES:
-            raise _Wrong(f"{role!r} is nobody who speaks; there are {', '.join(_ROLES)}")
+        if not isinstance(content, str | list | None):
+            raise _Wrong(f"the {role}'s words are {json.dumps(content)[:40]}, neither text nor parts")
         parts: list[str | int] = []
         for piece in [{"type": "text", "text": content}] if isinstance(content, str) else content or ():
             if not isinstance(piece, dict) or piece.get("type") not in ("text", "image", "image_url"):
                 raise _Wrong(f"a part is {json.dumps(piece)[:60]}, neither text nor image")
             if piece["type"] == "text":
-                parts += [str(piece.get("text", "")).strip()] if str(piece.get("text", "")).strip() else []
+                parts += [text] if (text := str(piece.get("text") or "").strip()) else []
                 continue
             named = piece.get("image_url", piece.get("image", piece.get("path", piece.get("url"))))
             named = named.get("url") if isinstance(named, dict) else named
@@ -228,7 +241,7 @@ def _messages(number: int, row: Mapping[str, Any]) -> Conversation:
                 raise _Wrong(f"an image part names no file: {json.dumps(piece)[:60]}")
             parts.append(len(pictures))
             pictures.append(named)
-        turns.append(Turn(_ROLES[role], tuple(parts)))
+        turns.append(Turn(_side(role), tuple(parts)))
     return _row(number, turns, pictures, row)
 
 
@@ -236,12 +249,13 @@ def _alpaca(number: int, row: Mapping[str, Any]) -> Conversation:
     for key in ("instruction", "output"):
         if not isinstance(row.get(key), str) or not row[key].strip():
             raise _Wrong(f"{key!r} is empty")
-    asked = "\n".join(text for text in (row["instruction"], row.get("input") or "") if text.strip())
-    history = [
-        (side, text)
-        for pair in row.get("history") or ()
-        for side, text in zip(("user", "assistant"), pair, strict=True)
-    ]
+    more, past = row.get("input") or "", row.get("history") or []
+    if not isinstance(more, str):
+        raise _Wrong(f"'input' is {json.dumps(more)[:40]}, not text")
+    if not isinstance(past, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in past):
+        raise _Wrong(f"'history' is {json.dumps(past)[:60]}, no list of [question, answer]")
+    asked = "\n".join(text for text in (row["instruction"], more) if text.strip())
+    history = [(side, text) for pair in past for side, text in zip(("user", "assistant"), pair, strict=True)]
     system = [("system", row["system"])] if row.get("system") else []
     sides = [*system, *history, ("user", asked), ("assistant", row["output"])]
     return _placed(sides, _listed(row.get("images", row.get("image"))), number, row)
@@ -277,14 +291,20 @@ def _checked(row: Conversation, root: Path) -> Conversation:
             raise _Wrong(f"a turn of the {turn.role} is empty")
         if turn.role != "user" and any(isinstance(part, int) for part in turn.parts):
             raise _Wrong(f"the {turn.role} shows a picture; only the user can")
-    if any("://" in name or name.startswith("data:") for name in row.pictures):
-        raise _Wrong(f"{row.pictures[0][:40]} is on the network; nothing is fetched from there")
     paths = []
     for name in row.pictures:
-        path = (root / name.removeprefix("file:")).resolve()
+        if name.startswith("data:"):
+            raise _Wrong(f"{name[:30]}... is a picture itself; save it as a file and name that")
+        if "://" in name.removeprefix("file:"):
+            raise _Wrong(f"{name[:40]} is on the network; nothing is fetched from there")
+        try:
+            path = (root / name.removeprefix("file:")).resolve()
+            there = path.is_file()
+        except (OSError, ValueError):
+            raise _Wrong(f"{name[:40]!r} is no name of a file") from None
         if not path.is_relative_to(root.resolve()):
             raise _Wrong(f"{name} lies outside {root}; name its folder with data.images")
-        if not path.is_file():
+        if not there:
             raise _Wrong(f"there is no {name} in {root}")
         paths.append(str(path))
     return replace(row, pictures=tuple(paths))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +56,8 @@ def prepare(job: Job, run_folder: Path | None = None) -> LanguageTask:
     longest = max(checked(reader, rows), checked(reader, old) if old is not None else 0)
     if base.device.type == "cpu" and job.train.attention == "auto" and max(longest, data.packing) <= PLAIN_TOKENS:
         base.model.set_attn_implementation("eager")
-    handle = method.attach(base.model)
+    looked = {"losses": losses(reader, rows.train)} if getattr(method, "needs_losses", False) else {}
+    handle = method.attach(base.model, **looked)
     try:
         if data.packing:
             check_packing(reader, rows.train[:DRY], handle.plan, data.packing)
@@ -98,6 +99,15 @@ def _facts(job: Job, task: LanguageTask, longest: int, dry: DryStep) -> str:
 
 DRY = 4
 """Rows of the dry step."""
+LOOKED = 64
+"""Rows that a method sees which looks at the data before it is attached."""
+
+
+def losses(reader: Reader, rows: Sequence[Conversation]) -> Iterator[Tensor]:
+    """Gives - log p(answers | all before) by the base, for some rows, evenly spread over all, each by itself."""
+    for row in rows[:: -(-len(rows) // LOOKED)]:
+        logits, labels = reader.logits(reader.batch([row])[0], frozen_tower=True)
+        yield torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
 class DryStep:
@@ -142,7 +152,13 @@ def checked(reader: Reader, rows: Rows) -> int:
     """
     problems, longest, shortened = list[str](), 0, 0
     found: Sequence[Conversation] = [row for part in ("train", "val", "test") for row in rows.part(part)]
-    for row in found:
+    for row in sorted(found, key=lambda row: row.number):
+        try:
+            for picture in row.pictures:
+                reader.store.size(picture)
+        except DataError as error:
+            problems.append(f"row {row.number}: {error}")
+            continue
         try:
             tokens = reader.tokens(row)
         except DataError as error:
@@ -153,7 +169,7 @@ def checked(reader: Reader, rows: Rows) -> int:
     if problems:
         shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
         reason = "\n  ".join([f"{len(problems)} of {len(found)} rows cannot be used:", *shown])
-        raise DataError(rows.where, reason + "\n", "Correct these rows; graft data preview JOB shows the others")
+        raise DataError(rows.where, reason + "\n", "Correct these rows; graft data preview JOB shows them")
     if shortened:
         log.warning("%d of %d rows lose their last turns to data.length = %d", shortened, len(found), reader.length)
     return longest

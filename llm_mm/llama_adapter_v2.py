@@ -17,9 +17,9 @@ s starts at 1, b at 0 and the gates at 0: the model starts as it was. What the p
   with late fusion these are the two parts. In a loop of your own, `learning` lets one part learn.
 
 A picture's tokens come from learnt queries that pass ``visual_blocks`` transformer blocks together with the tower's
-features. Here these are the features that the base's own projector gets; the code takes CLIP's last layer, after its
-projection. A norm's factor stands beside its frozen weight: the same functions as a trained weight. LoRA of the
-authors' V2.1 is `graft.studio.methods.lora`, attached beside.
+features, its class token among them. Here these are of the layer that the base's own projector reads; the code takes
+CLIP's last, after its projection. A norm's factor stands beside its frozen weight: the same functions as a trained
+weight. LoRA of the authors' V2.1 is `graft.studio.methods.lora`, attached beside.
 """
 
 from __future__ import annotations

@@ -153,6 +153,7 @@ class LlavaTuning:
             self.lora.attach(root, plan=lora) if len(lora) else None,
             WeightsHandle(root, weights) if len(weights) else None,
             self,
+            {f"{name}.weight" for name, module in root.named_modules() if "Norm" in type(module).__name__},
         )
 
     @classmethod
@@ -186,8 +187,9 @@ class _Merged(MultimodalMethod):
 class Joined:
     """LoRA on some parts and the weights of others; has what `graft.studio.slots.Handle` has."""
 
-    def __init__(self, lora: Handle | None, weights: WeightsHandle | None, method: LlavaTuning):
+    def __init__(self, lora: Handle | None, weights: WeightsHandle | None, method: LlavaTuning, scales: set[str]):
         self.lora, self.weights, self.method = lora, weights, method
+        self.scales = scales  # weights of norms, which a projector drawn anew has at one
         self.handles: list[Any] = [each for each in (lora, weights) if each is not None]
         self.plan = Plan(tuple(site for each in self.handles for site in each.plan))
         self.slots, self.bank = 1, nn.Module()
@@ -235,7 +237,10 @@ class Joined:
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """Draws the projector's matrices as torch does a linear layer's; its biases are zero, its scales one."""
+        """Draws the projector's matrices as torch does a linear layer's; its biases are zero, its scales one.
+
+        What else it has is a vector that stands among the tokens, and as long as one (LLaVA-NeXT's line break).
+        """
         assert self.weights is not None
         generator = torch.Generator().manual_seed(seed)
         for name, weight in self.weights.bank.named_parameters():
@@ -244,8 +249,10 @@ class Joined:
             if weight.dim() > 1:
                 limit = weight[0].numel() ** -0.5
                 weight.copy_((torch.rand(weight.shape, generator=generator) * 2 - 1) * limit)
+            elif name in self.scales or name.endswith("bias"):
+                weight.fill_(float(name in self.scales))
             else:
-                weight.fill_(float("norm" in name and name.endswith("weight")))
+                weight.copy_(torch.randn(weight.shape, generator=generator) * len(weight) ** -0.5)
 
     def _take(self, start: str) -> None:
         """Takes the projector of another adapter.

@@ -8,6 +8,7 @@ nobody reads.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +83,8 @@ class MultimodalMethod:
 
         base = load_base(adapter.card.base, "cpu")
         with adapter.attached(base) as handle:
-            save_merged(base, handle, folder)
+            off = save_merged(base, handle, folder)
+        print(f"logits are within {off:.2g} of the attached adapter's", file=sys.stderr, flush=True)
         return sorted(folder.iterdir())
 
 
@@ -156,7 +158,8 @@ def model_inputs(
     import inspect
 
     given = {"input_ids": ids, "attention_mask": mask, **pictures}
-    if "mm_token_type_ids" in inspect.signature(base.model.forward).parameters and pictures:
+    own = base.model.get_base_model() if hasattr(base.model, "get_base_model") else base.model  # in peft's, the model
+    if "mm_token_type_ids" in inspect.signature(own.forward).parameters and pictures:
         image = base.processor.tokenizer.convert_tokens_to_ids(base.processor.image_token)
         given["mm_token_type_ids"] = (ids == image).int()
     return given

@@ -20,12 +20,14 @@ from torch import Tensor
 from graft.llm_mm.base import MultimodalBase
 from graft.studio.caches import Cache, content_key
 from graft.studio.errors import DataError
-from graft.studio.pictures import BROKEN, checked_bytes, complaint, open_picture
+from graft.studio.pictures import BROKEN, check_header, checked_bytes, complaint, open_picture, upright_size
 
 MEGAPIXELS = 120.0
 """Larger pictures are refused from their header."""
 KEPT = 1 << 30
 """Bytes of the tower's answers that stay in memory; the others are read from the cache's files."""
+READS = ("vision_feature_layer", "vision_feature_select_strategy")
+"""What a model's config says of its tower's answers that is in no weight."""
 TOGETHER = 64
 """Pictures that the tower sees at once."""
 
@@ -46,12 +48,14 @@ class PictureStore:
         self.features_kept = cache is not None and base.is_llava
         self._answers: dict[str, Tensor] = {}
         self._keys: dict[str, str] = {}
-        self._ids: dict[str, list[int]] = {}
+        self._ids: dict[tuple[int, int], list[int]] = {}
         self._size = 0
         wide, high = (self._expanded(Image.new("RGB", size)) for size in ((96, 64), (64, 96)))
         self._fixed = wide if wide == high and base.is_llava else None
         image: Any = getattr(self.processor, "image_processor", None)
         self._settings = json.dumps(image.to_dict(), sort_keys=True, default=str) if image is not None else ""
+        config: Any = base.model.config
+        self._reads = str({name: getattr(config, name, None) for name in READS}) if base.is_llava else ""
 
     def open(self, picture: Any) -> Image.Image:
         """Returns a picture as RGB in the shape that the processor gets.
@@ -71,14 +75,30 @@ class PictureStore:
             found = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture.convert("RGB")
         return padded(found, self._mean()) if self.fit == "pad" else found
 
+    def size(self, picture: Any) -> tuple[int, int]:
+        """Returns width and height of what `open` returns; of a file, only the header is read.
+
+        Raises:
+            DataError: a file whose header is no picture's.
+        """
+        if isinstance(picture, str | Path):
+            try:
+                check_header(Path(picture), MEGAPIXELS)
+                width, height = upright_size(Path(picture))
+            except BROKEN as error:
+                raise DataError(str(picture), complaint(error), "Replace or remove it") from error
+        else:
+            width, height = picture.shape[1::-1] if isinstance(picture, np.ndarray) else picture.size
+        return (max(width, height),) * 2 if self.fit == "pad" else (width, height)
+
     def expand(self, picture: Any) -> list[int]:
-        """Returns the ids that stand for a picture in a conversation."""
+        """Returns the ids that stand for a picture in a conversation: its size alone decides about them."""
         if self._fixed is not None:
             return self._fixed
-        key = self.key(picture)
-        if key not in self._ids:
-            self._ids[key] = self._expanded(self.open(picture))
-        return self._ids[key]
+        size = self.size(picture)
+        if size not in self._ids:
+            self._ids[size] = self._expanded(Image.new("RGB", size))
+        return self._ids[size]
 
     def key(self, picture: Any) -> str:
         """Returns the SHA-256 of a picture's content."""
@@ -127,7 +147,7 @@ class PictureStore:
 
     def _name(self, key: str) -> str:
         """Name of a cache entry: all that the answer depends on."""
-        return content_key("vision-1", self.base.hash, self._settings, self.fit, self.background, key)
+        return content_key("vision-2", self.base.hash, self._reads, self._settings, self.fit, self.background, key)
 
     @torch.no_grad()
     def _asked(self, pictures: Sequence[Any]) -> Tensor:

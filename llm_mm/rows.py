@@ -12,7 +12,8 @@ from graft.llm_mm.base import load_base
 from graft.llm_mm.conversations import IGNORED, Conversation, Tokens
 from graft.llm_mm.data import DataConfig, read_rows
 from graft.llm_mm.task import Reader
-from graft.studio.config import from_dict
+from graft.studio.config import from_dict, require
+from graft.studio.errors import DataError
 
 if TYPE_CHECKING:
     from graft.studio.job import Job
@@ -53,17 +54,26 @@ class Shown:
 
 
 def show_rows(job: Job, count: int = 8) -> Shown:
-    """Returns the first rows that a job would be trained on.
+    """Returns the first rows that a job would be trained on; of one that it would refuse, why.
 
     Raises:
         InputError: anything wrong with base or data.
     """
+    require("rows", count, count >= 1, "1 or more")
     data = from_dict(DataConfig, dict(job.data), "data")
     rows = read_rows(data).train[:count]
     reader = Reader.of(load_base(job.base, "cpu"), data)
-    found = [(row, reader.tokens(row)) for row in rows]
     text, page, told = [], [], []
-    for row, tokens in found:
+    for row in rows:
+        try:
+            tokens = reader.tokens(row)
+            shown = _images(reader, row)
+        except DataError as error:
+            why = str(error).removeprefix(f"row {row.number}: ")
+            text.append(_plain(f"row {row.number} cannot be used: {why}"))
+            page.append(f"<section><h2>row {row.number} cannot be used</h2><p>{html.escape(why)}</p></section>")
+            told.append({"row": row.number, "problem": why})
+            continue
         runs = _runs(reader, tokens)
         learnt = sum(label != IGNORED for label in tokens.labels)
         pictures = f"{len(row.pictures)} picture{'s' * (len(row.pictures) != 1)}"
@@ -73,7 +83,7 @@ def show_rows(job: Job, count: int = 8) -> Shown:
         spans = "".join(
             f'<span class="{kind}" title="{_title(ids)}">{html.escape(piece)}</span>' for kind, piece, ids in runs
         )
-        page.append(f"<section><h2>{head}</h2><p>{_images(reader, row)}</p><p>{spans}</p></section>")
+        page.append(f"<section><h2>{head}</h2><p>{shown}</p><p>{spans}</p></section>")
         told.append(
             {"row": row.number, "tokens": len(tokens.ids), "learnt": learnt, "runs": [list(run[:2]) for run in runs]}
         )

@@ -69,6 +69,9 @@ def plan_eyes(model: Model) -> tuple[Site, Site]:
     if not parts:
         raise SiteError("the model", "it reads no pictures, or in a form that is not known", _REMEDY)
     ((name, module), *_) = parts.items()
+    if getattr(module.config, "image_grid_pinpoints", None):
+        reason = "it shows a picture as several tiles, and these prompts are made of one view"
+        raise SiteError(type(module).__name__, reason, "use llama_adapter or lora there, or a model that does not")
     if not name:
         raise SiteError(type(module).__name__, "the part that sees is the model itself", "attach to the whole model")
     config: Any = module.config

@@ -215,7 +215,7 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 PATHS = (
     ("data", "path"), ("data", "split"), ("data", "validation"), ("data", "images"), ("data", "replay_path"),
-    ("method", "class_path"), ("method", "start"), ("eval", "path"), ("eval", "prior_path"),
+    ("method", "class_path"), ("method", "start"), ("method", "earlier"), ("eval", "path"), ("eval", "prior_path"),
 )  # fmt: skip
 """Sections and keys that may name files."""
 
@@ -224,8 +224,13 @@ def anchor(data: dict[str, Any], folder: Path) -> None:
     """Make paths of pictures and splits absolute: the job will be read again from another folder."""
     for name, key in PATHS:
         section = data.get(name)
-        if isinstance(section, dict) and isinstance(section.get(key), str) and section[key]:
-            section[key] = str(folder / _at_home(f"{name}.{key}", section[key]))
+        if not isinstance(section, dict):
+            continue
+        value = section.get(key)
+        if isinstance(value, str) and value:
+            section[key] = str(folder / _at_home(f"{name}.{key}", value))
+        elif isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+            section[key] = [str(folder / _at_home(f"{name}.{key}", each)) for each in value]
 
 
 def _at_home(name: str, value: str) -> Path:

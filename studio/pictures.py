@@ -27,7 +27,13 @@ def find_pictures(root: Path) -> list[Path]:
 
 
 def checked_bytes(path: Path, max_megapixels: float, setting: str = "data.max_megapixels") -> bytes:
-    """Returns a file's bytes, once its header says that it is a picture of a sane size. Nothing is decoded.
+    """Returns a file's bytes, once its header says that it is a picture of a sane size; see `check_header`."""
+    check_header(path, max_megapixels, setting)
+    return path.read_bytes()
+
+
+def check_header(path: Path, max_megapixels: float, setting: str = "data.max_megapixels") -> None:
+    """Refuses a file whose header says that it is no picture, or none of a sane size. Nothing is decoded.
 
     Args:
         path: the file.
@@ -46,7 +52,6 @@ def checked_bytes(path: Path, max_megapixels: float, setting: str = "data.max_me
         raise ValueError(f"{width:,} x {height:,} pixels, above {setting} = {max_megapixels:g}")
     if min(width, height) < 8:
         raise ValueError(f"{width} x {height} pixels are too few to learn from")
-    return path.read_bytes()
 
 
 def open_picture(data: bytes, background: str = "white", near: int = 0) -> Image.Image:
@@ -70,11 +75,11 @@ def open_picture(data: bytes, background: str = "white", near: int = 0) -> Image
             return opaque(ImageOps.exif_transpose(opened), background)
 
 
-def upright_size(data: bytes) -> tuple[int, int]:
+def upright_size(source: bytes | Path) -> tuple[int, int]:
     """Returns width and height of a picture that is turned as its EXIF entry says; only its header is read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             width, height = image.size
             return (height, width) if image.getexif().get(0x0112, 1) >= 5 else (width, height)
 
@@ -110,6 +115,8 @@ def complaint(error: Exception) -> str:
         return "not a picture, whatever its name says"
     if isinstance(error, Image.DecompressionBombError):
         return f"far too many pixels ({error})"
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
     if isinstance(error, PermissionError):
         return "it may not be read"
     return str(error)

@@ -79,26 +79,13 @@ class FishMask(SiteMethod):
             SiteError: a weight that is quantised or sharded.
         """
         plan, modules = self.sites(model), named_modules(model)
-        names = {site.key: weight_names(modules[site.name])[site.kind == "bias"] for site in plan}
-        whole: dict[str, Any] = {site.key: modules[site.name]._parameters[names[site.key]] for site in plan}
-        for key, parameter in whole.items():
-            if not is_dense(parameter):
-                raise SiteError(key, told(parameter), "use lora, or other targets")
-        flags = {key: parameter.requires_grad for key, parameter in whole.items()}
-        sums, samples = [torch.zeros(site.covered) for site in plan], 0
-        try:
-            for parameter in whole.values():
-                parameter.requires_grad_(True)
-            with torch.enable_grad():
-                for loss in losses:
-                    _add_squares(sums, plan, loss, list(whole.values()))
-                    samples += 1
-        finally:
-            for key, parameter in whole.items():
-                parameter.requires_grad_(flags[key])
-        if not samples:
-            raise InputError("the losses", "there are none", "give at least one")
-        return largest({site.key: total for site, total in zip(plan, sums, strict=True)}, self.density)
+        names = {site: f"{site.name}.bias" if site.kind == "bias" else site.name for site in plan}
+        whole: dict[str, Any] = {
+            name: modules[site.name]._parameters[weight_names(modules[site.name])[site.kind == "bias"]]
+            for site, name in names.items()
+        }
+        found = fisher(whole, losses, "use lora, or other targets")
+        return largest({site.key: found[names[site]][slice(*(site.rows or (None,)))] for site in plan}, self.density)
 
     def attach(
         self,
@@ -146,14 +133,42 @@ def attach_at(model: Model, plan: Plan, places: Mapping[str, Tensor], slots: int
     )
 
 
-def _add_squares(sums: list[Tensor], plan: Plan, loss: Tensor, parameters: list[Tensor]) -> None:
-    """Adds the squared gradient of one sample's loss in the rows of each site."""
-    if not loss.requires_grad:
-        raise InputError("the losses", "they were computed before", "give a generator")
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    for total, site, grad in zip(sums, plan, grads, strict=True):
-        if grad is not None:
-            total += grad[slice(*(site.rows or (None,)))].cpu().float().square()
+def fisher(weights: Mapping[str, Any], losses: Iterable[Tensor], remedy: str) -> dict[str, Tensor]:
+    """Returns the empirical Fisher information of weights: the sum over losses of their squared gradients, float32.
+
+    Args:
+        weights: by name; their ``requires_grad`` flags are as before at the end.
+        losses: negative log-likelihoods of one sample each, computed as they are asked for (a generator), so that the
+            weights can have gradients.
+        remedy: of weights that have none.
+
+    Raises:
+        InputError: no losses, or losses that were computed before.
+        SiteError: a weight that is quantised or sharded.
+    """
+    for name, weight in weights.items():
+        if not is_dense(weight):
+            raise SiteError(name, told(weight), remedy)
+    flags = {name: weight.requires_grad for name, weight in weights.items()}
+    sums, samples = {name: torch.zeros(weight.shape) for name, weight in weights.items()}, 0
+    try:
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            for loss in losses:
+                if not loss.requires_grad:
+                    raise InputError("the losses", "they were computed before", "give a generator")
+                slopes = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                for total, slope in zip(sums.values(), slopes, strict=True):
+                    if slope is not None:
+                        total += slope.cpu().float().square()
+                samples += 1
+    finally:
+        for name, weight in weights.items():
+            weight.requires_grad_(flags[name])
+    if not samples:
+        raise InputError("the losses", "there are none", "give at least one")
+    return sums
 
 
 class ChangeSlot(Slot):

@@ -7,24 +7,24 @@ Yi-Lin Sung, Jaemin Cho, Mohit Bansal: LST: Ladder Side-Tuning for Parameter and
 
 h_l is the output of layer l, h the model's last hidden state, s starts as D_0 of the embedded words. The blocks are of
 the model's own kind, ``reduction`` times thinner: width, feed-forward part and number of heads, each head as wide as
-the model's. They are cut out of the model's (``start``): rows of a weight that have a large sum of magnitudes stay, and
-the columns that read what stays. a starts at zero, the rest as torch draws it, U at zero, so that the model starts as
-it was.
+the model's. They are cut out of the model's (``pruning``): rows of a weight that matter most stay, and the columns that
+read what stays. A row matters as much as the sum of its magnitudes, or of its Fisher information, which is the mean
+over samples of the squared gradient of log p(y | x). a starts at zero, the rest as torch draws it, U at zero, so that
+the model starts as it was.
 
 Memory: the model runs without autograd. Kept for the backward pass is what the thin blocks compute, and the hidden
 states themselves, which the D_l have as input. Generation keeps keys and values of the blocks in the model's own cache.
 
-Differs from the authors' code: the side's output is added to the model's instead of replacing it; importance is always
-magnitude, which needs no data, where theirs may be Fisher information; heads stay or go whole, and all blocks keep the
-same part of the stream between them, where theirs choose rows of each weight in turn; ``every`` leaves out layers
-evenly instead of by hand. Sites are decoders of transformers with a list of ``layers``.
+Differs from the authors' code: the side's output is added to the model's instead of replacing it; heads stay or go
+whole, and all blocks keep the same part of the stream between them, where theirs choose rows of each weight in turn;
+``every`` leaves out layers evenly instead of by hand. Sites are decoders of transformers with a list of ``layers``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
 from typing import Any, Literal
@@ -32,12 +32,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from graft.studio.errors import SiteError
+from graft.studio.errors import InputError, SiteError
 from graft.studio.method import SiteMethod, check
+from graft.studio.methods.fish_mask import fisher
 from graft.studio.methods.prompt_tuning import by_name, cached, plan_sequences
 from graft.studio.network_slot import NetworkSlot
 from graft.studio.sites import Model, Plan, Site, named_modules
 from graft.studio.slot import Slot
+from graft.studio.slots import Handle
 from graft.studio.slotted import Slotted, dense_weight
 
 
@@ -54,8 +56,9 @@ class LadderSideTuning(SiteMethod):
     """Takes every so manyth layer's hidden state, the last one among them."""
     temperature: float = 0.1
     """Of the gates between the side and the hidden states; small ones switch sharply."""
-    start: Literal["pruned", "drawn"] = "pruned"
-    """Blocks of the side: cut out of the model's, or drawn by torch."""
+    pruning: Literal["magnitude", "fisher", "none"] = "magnitude"
+    """What of the model's blocks the side's are cut out of: where weights are large, or where their Fisher information
+    is, for which some rows pass the model forward and backward before; with "none" torch draws them."""
     targets: str | tuple[str, ...] = ()
     """Paths of decoders; found by themselves when not given."""
     towers: tuple[str, ...] | None = None
@@ -84,9 +87,9 @@ class LadderSideTuning(SiteMethod):
             known = {owner for owners in _CUT.values() for owner in owners}
             inside = [name for name, part in decoder.layers[0].named_modules() if isinstance(part, nn.Linear)]
             strange = [name for name in inside if name.rpartition(".")[2] not in known]
-            if self.start == "pruned" and strange:
+            if self.pruning != "none" and strange:
                 reason = f"its layers have {', '.join(strange)}, of which it is not known what to cut out"
-                raise SiteError(site.name, reason, "set start = 'drawn'")
+                raise SiteError(site.name, reason, "set pruning = 'none'")
             with torch.device("meta"):
                 side = self.side(decoder)
             count = sum(parameter.numel() for parameter in side.parameters())
@@ -94,11 +97,51 @@ class LadderSideTuning(SiteMethod):
             found.append(Site(site.name, "kv", shape, role="decoder"))
         return Plan(tuple(found))
 
-    def side(self, decoder: Any) -> Side:
-        """Returns a new side of a decoder."""
+    @property
+    def needs_losses(self) -> bool:
+        """Whether `attach` asks for losses."""
+        return self.pruning == "fisher"
+
+    def attach(
+        self, model: Model, slots: int = 1, plan: Plan | None = None, losses: Iterable[Tensor] | None = None
+    ) -> Handle:
+        """Attaches as every method.
+
+        Args:
+            model: the model or its components.
+            slots: how many at once.
+            plan: instead of the method's own.
+            losses: with ``pruning`` "fisher", negative log-likelihoods of one sample each, computed as they are asked
+                for (a generator).
+
+        Raises:
+            InputError: no losses where there must be some, or losses that were computed before.
+            SiteError: as `SiteMethod.attach`; with "fisher", weights that are quantised or sharded.
+        """
+        if not self.needs_losses:
+            return super().attach(model, slots, plan)
+        if losses is None:
+            remedy = "give attach(losses=...), or set pruning = 'magnitude'"
+            raise InputError("pruning = 'fisher'", "it cuts out what losses say, and there are none", remedy)
+        modules = named_modules(model)
+        found = _fisher({site.name: modules[site.name] for site in self.sites(model)}, losses)
+        handle = replace(self, pruning="none").attach(model, slots, plan)
+        handle.rule = self
+        for each in handle.slots_of(SideSlot):
+            each.make = partial(self.side, modules[each.site.name], found[each.site.name])
+            for slot in range(slots):
+                each.reset(slot)
+        return handle
+
+    def attach_trained(self, model: Model, plan: Plan, tensors: Mapping[str, Tensor]) -> Handle:
+        """Attaches what a trained adapter's tensors will be loaded into, so nothing is cut out."""
+        return replace(self, pruning="none").attach(model, plan=plan)
+
+    def side(self, decoder: Any, sizes: Sequence[Mapping[str, Tensor]] | None = None) -> Side:
+        """Returns a new side of a decoder; ``sizes`` as in `cut_out`."""
         side = Side(decoder, self.reduction, self.every, self.temperature)
-        if self.start == "pruned" and not side.up.weight.is_meta:
-            cut_out(side, decoder)
+        if self.pruning != "none" and not side.up.weight.is_meta:
+            cut_out(side, decoder, sizes)
         return side
 
     def count(self, site: Site) -> int:
@@ -165,22 +208,46 @@ _READ = {"o_proj": "queries", "down_proj": "inside"}
 """What their columns read, where it is not the stream."""
 
 
+def _linears(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The projections of a layer by the last part of their paths."""
+    return {path.rpartition(".")[2]: part for path, part in layer.named_modules() if isinstance(part, nn.Linear)}
+
+
+def _fisher(decoders: Mapping[str, Any], losses: Iterable[Tensor]) -> dict[str, list[dict[str, Tensor]]]:
+    """Fisher information of the weights of each decoder's layers' projections."""
+    weights = {
+        f"{where}.layers.{i}.{name}": part._parameters["weight"]
+        for where, decoder in decoders.items()
+        for i, layer in enumerate(decoder.layers)
+        for name, part in _linears(layer).items()
+    }
+    found = fisher(weights, losses, "set pruning = 'magnitude'")
+    return {
+        where: [
+            {name: found[f"{where}.layers.{i}.{name}"] for name in _linears(layer)}
+            for i, layer in enumerate(decoder.layers)
+        ]
+        for where, decoder in decoders.items()
+    }
+
+
 @torch.no_grad()
-def cut_out(side: Any, decoder: Any) -> None:
-    """Fills a side's blocks, and the norm behind them, with the parts of a decoder's that have the largest weights."""
+def cut_out(side: Any, decoder: Any, sizes: Sequence[Mapping[str, Tensor]] | None = None) -> None:
+    """Fills a side's blocks, and the norm behind them, with the parts of a decoder's that matter most.
+
+    Args:
+        side: whose blocks are filled.
+        decoder: of transformers.
+        sizes: of each of its layers, what each number of a projection's weight counts, by the projection's name; None
+            is its magnitude.
+    """
     layers = [decoder.layers[i] for i in side.taken]
-    weights = [
-        {
-            name.rpartition(".")[2]: dense_weight(part)
-            for name, part in layer.named_modules()
-            if isinstance(part, nn.Linear)
-        }
-        for layer in layers
-    ]
-    stream = _largest(sum(_rows(each[name]) for each in weights for name in _CUT["stream"]), side.up.in_features)
-    for block, layer, own in zip(side.blocks, layers, weights, strict=True):
-        kept = {"stream": stream, **_heads(block, layer, own, stream)}
-        inside = sum(_rows(own[name][:, stream]) for name in _CUT["inside"])
+    weights = [{name: dense_weight(part) for name, part in _linears(layer).items()} for layer in layers]
+    loud = weights if sizes is None else [sizes[i] for i in side.taken]
+    stream = _largest(sum(_rows(each[name]) for each in loud for name in _CUT["stream"]), side.up.in_features)
+    for block, layer, own, size in zip(side.blocks, layers, weights, loud, strict=True):
+        kept = {"stream": stream, **_heads(block, layer, size, stream)}
+        inside = sum(_rows(size[name][:, stream]) for name in _CUT["inside"])
         kept["inside"] = _largest(inside, block.mlp.down_proj.in_features)
         for name, parameter in block.named_parameters():
             path, _, end = name.rpartition(".")
@@ -198,7 +265,7 @@ def cut_out(side: Any, decoder: Any) -> None:
         parameter.copy_(_whole(decoder.norm._parameters[name])[stream])
 
 
-def _heads(block: Any, layer: Any, own: dict[str, Tensor], stream: Tensor) -> dict[str, Tensor]:
+def _heads(block: Any, layer: Any, own: Mapping[str, Tensor], stream: Tensor) -> dict[str, Tensor]:
     """Rows of the heads that stay: the largest of keys and values, and with each the largest of its queries."""
     wide, thin, width = layer.self_attn, block.self_attn, block.self_attn.head_dim
     size = {name: _rows(own[name][:, stream]).view(-1, width).sum(1) for name in ("q_proj", "k_proj", "v_proj")}

@@ -119,6 +119,8 @@ class DecoderPrompt(PromptSlot):
         embeds = given.pop("inputs_embeds", None)
         ids = given.pop("input_ids", None)
         embeds = module.get_input_embeddings()(ids) if embeds is None else embeds
+        if (seen := given.get("visual_pos_masks")) is not None:  # where Qwen 3 VL adds what its tower sees
+            given["visual_pos_masks"] = torch.cat([seen.new_zeros(len(seen), length), seen], 1)
         out = call(**given, inputs_embeds=torch.cat([self.prompts(embeds), embeds], 1))
         out["last_hidden_state"] = out["last_hidden_state"][:, length:]
         return out
@@ -174,5 +176,5 @@ def lengthen(given: dict[str, Any], length: int, where: str, within: bool) -> No
         given["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], length), mask], 1)
     positions = given.get("position_ids")
     if positions is not None:
-        first = torch.arange(length, device=positions.device).expand(positions.shape[0], -1)
-        given["position_ids"] = torch.cat([first, positions + length], 1) if within else positions + length
+        first = torch.arange(length, device=positions.device).expand(*positions.shape[:-1], -1)
+        given["position_ids"] = torch.cat([first, positions + length], -1) if within else positions + length

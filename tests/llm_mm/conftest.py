@@ -1,8 +1,9 @@
-"""Processors with other chat templates on the tokenizer of pocket-llava, and pictures on disk."""
+"""Small models with the processor of pocket-llava, and pictures and questions on disk."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,50 +15,8 @@ from PIL import Image
 import graft
 from graft.llm_mm.base import MultimodalBase
 from graft.studio.pocket import models
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['content'] is string %}{{ m['content'] }}"
-    "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{% if m['content'] is string %}{{ m['content'] | trim }}"
-    "{% else %}{% for p in m['content'] %}"
-    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] | trim }}{% endif %}"
-    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-VICUNA = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'system' %}{{ m['content'] }} "
-    "{% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
-    "{% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-"""Takes text only, as those of language models do."""
-MARKS = {
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "vicuna": (),
-    "pocket": (),
-}
-TEMPLATES = {"pocket": "", "chatml": CHATML, "llama3": LLAMA3, "vicuna": VICUNA}
-
-
-@pytest.fixture(scope="session")
-def processors() -> dict[str, Any]:
-    """Processors by the kind of their template."""
-    made = {}
-    for name, template in TEMPLATES.items():
-        processor = models.llava_processor()
-        if template:
-            processor.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS[name])})
-            processor.chat_template = template
-        made[name] = processor
-    return made
+from graft.studio.runs import Run, open_run
+from graft.studio.training import resume
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +100,26 @@ def resampled(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def resumed(tmp_path: Path) -> Callable[[Run], dict[str, Any]]:
+    """Cuts a copy of a run of four steps behind its second, goes on with it, and returns what was learnt."""
+
+    def go_on(whole: Run) -> dict[str, Any]:
+        folder = tmp_path / f"{whole.folder.name}-cut"
+        shutil.copytree(whole.folder, folder)
+        cut = open_run(folder)
+        shutil.rmtree(folder / "checkpoints" / "00000004")
+        shutil.rmtree(folder / "result")
+        (folder / "checkpoints" / "LATEST").write_text("00000002")
+        cut.write_state(status="stopped")
+        tensors: dict[str, Any] = resume(cut).adapter().tensors
+        lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        assert [line["step"] for line in lines if line["attempt"] == 2] == [3, 4]  # and not all four again
+        return tensors
+
+    return go_on
 
 
 @pytest.fixture

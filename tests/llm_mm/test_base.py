@@ -54,6 +54,8 @@ def test_lora_attaches_and_leaves_no_trace(base: MultimodalBase):
 
 
 def test_what_is_no_multimodal_model_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="nowhere: there is no such folder here.*Give pocket-llava, a folder"):
+        graft.load_base("nowhere", domain="llm_mm")
     folder = models.export("pocket-clip", tmp_path / "clip")
     with pytest.raises(InputError, match="cannot be loaded"):
         graft.load_base(str(folder), domain="llm_mm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,64 @@ from typing import Any
 import pytest
 import torch
 
+from graft.llm_mm.assembly import TEMPLATE
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import IGNORED, Conversation, Turn, Writer
-from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.data import DataConfig, Rows, read_rows
+from graft.llm_mm.jobs import checked
+from graft.llm_mm.pictures import PictureStore
+from graft.llm_mm.task import Reader
 from graft.studio.errors import DataError, InputError
+from graft.studio.pocket import models
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}"
+    "{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] | trim }}{% endif %}"
+    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+QWEN_VL = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<|vision_start|><image><|vision_end|>{% else %}{{ p['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for p in m['content'] %}"
+    "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] | trim }}{% endif %}{% endfor %}{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+VICUNA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'system' %}{{ m['content'] }} "
+    "{% elif m['role'] == 'user' %}USER: {{ m['content'] }} "
+    "{% else %}ASSISTANT: {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+"""Takes text only, as those of language models do."""
+MARKS = {
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "vicuna": (),
+    "pocket": (),
+}
+TEMPLATES = {"pocket": "", "chatml": CHATML, "llama3": LLAMA3, "vicuna": VICUNA}
 PICTURE = 3
 """Tokens of a picture here."""
 LEARNT, READ = "+", "-"
@@ -57,6 +111,19 @@ AROUND: dict[str, dict[str, list[str]]] = {
 }
 
 
+@pytest.fixture(scope="session")
+def processors() -> dict[str, Any]:
+    """Processors by the kind of their template."""
+    made = {}
+    for name, template in TEMPLATES.items():
+        processor = models.llava_processor()
+        if template:
+            processor.tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS[name])})
+            processor.chat_template = template
+        made[name] = processor
+    return made
+
+
 def by_hand(template: str, shape: str, tokenizer: Any) -> tuple[list[int], list[str]]:
     """Ids and marks of a shape, laid out piece by piece."""
     around = AROUND[template]
@@ -87,10 +154,9 @@ def written(format: str, shape: str, photos: Callable[[str], Path]) -> Any:
         (_, question, answer) = sides[0]
         return {"image": "|".join(names), "question": question, "answer": answer}
     if format == "alpaca":
-        row: dict[str, Any] = {"instruction": sides[-1][1], "input": "", "output": sides[-1][2], "images": names}
-        if len(sides) > 1:
-            row["history"] = [[question, answer] for _, question, answer in sides[:-1]]
-        return row
+        marked = [("<image>" * shown * (len(names) > 1) + question, answer) for shown, question, answer in sides]
+        row: dict[str, Any] = {"instruction": marked[-1][0], "input": "", "output": marked[-1][1], "images": names}
+        return row | ({"history": [list(side) for side in marked[:-1]]} if len(sides) > 1 else {})
     if format == "messages":
         turns, left = [], iter(names)
         for shown, question, answer in sides:
@@ -109,7 +175,7 @@ FITTING = {
     "llava": tuple(SHAPES),
     "sharegpt": tuple(SHAPES),
     "messages": tuple(SHAPES),
-    "alpaca": ("one", "two", "bare", "text"),
+    "alpaca": tuple(SHAPES),
     "questions": ("one", "two", "bare"),
 }
 """The shapes that a format has a place for."""
@@ -135,6 +201,91 @@ def test_masks_are_those_written_by_hand(
         [*writer.tokenizer(answer).input_ids, writer.tokenizer.convert_tokens_to_ids(AROUND[template]["end"][0])]
         for _, _, answer in SHAPES[shape]
     ]
+
+
+class Spelt:
+    """A processor whose tokens are single characters, spaces and line breaks too, but for marks and a word.
+
+    Args:
+        template: of conversations.
+        marks: tokens of their own.
+    """
+
+    image_token = "<image>"
+
+    def __init__(self, template: str, marks: tuple[str, ...]):
+        from tokenizers import Tokenizer
+        from tokenizers.decoders import ByteLevel as Spelling
+        from tokenizers.models import BPE
+        from tokenizers.pre_tokenizers import ByteLevel
+        from transformers import PreTrainedTokenizerFast
+
+        merges = [("\u0120", "r"), ("\u0120r", "e"), ("\u0120re", "d")]  # " red", with the space before it
+        letters = [*sorted(ByteLevel.alphabet()), *map("".join, merges)]
+        spelt = Tokenizer(BPE(vocab={letter: k for k, letter in enumerate(letters)}, merges=merges))
+        spelt.pre_tokenizer, spelt.decoder = ByteLevel(add_prefix_space=False), Spelling()
+        self.chat_template = template
+        self.tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=spelt, bos_token="<|startoftext|>", eos_token="<|endoftext|>"
+        )
+        self.tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", *marks]})
+
+
+BETWEEN: dict[str, tuple[str, ...]] = {
+    # template, start, before a question, a picture, behind a question, before an answer (learnt), its end, behind it
+    "chatml": (CHATML, "", "<|im_start|>user\n", "*", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
+    "llama3": (
+        LLAMA3, "<|startoftext|>", "<|start_header_id|>user<|end_header_id|>\n\n", "*",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>", "",
+    ),
+    "vicuna": (VICUNA, "<|startoftext|>", "USER: ", "*\n", " ASSISTANT:", " ", "<|endoftext|>", ""),
+    "qwen-vl": (
+        QWEN_VL, "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n", "<|im_start|>user\n",
+        "<|vision_start|>*<|vision_end|>", "<|im_end|>\n<|im_start|>assistant\n", "", "<|im_end|>", "\n",
+    ),
+    "gemma": (
+        GEMMA, "<|startoftext|>", "<start_of_turn>user\n", "*", "<end_of_turn>\n<start_of_turn>model\n", "",
+        "<end_of_turn>", "\n",
+    ),
+    "mistral": (MISTRAL, "<|startoftext|>", "[INST] ", "*\n", " [/INST]", " ", "<|endoftext|>", ""),
+    "from parts": (TEMPLATE, "<|startoftext|>", "USER: ", "*\n", " ASSISTANT:", " ", "<|endoftext|>", ""),
+}  # fmt: skip
+"""What stands in a conversation by each template, written by hand; `*` are the tokens of a picture."""
+SPECIAL = re.compile(r"(<[^<>]*>)")
+
+
+@pytest.mark.parametrize(
+    ("format", "shape"), [(format, shape) for format, shapes in FITTING.items() for shape in shapes]
+)
+def test_masks_are_right_to_the_space_and_the_line_break(
+    format: str, shape: str, photos: Callable[[str], Path], tmp_path: Path, spelt: dict[str, Writer]
+):
+    """Where these are tokens: those of the template are not learnt, but for the one that an answer begins with."""
+    (tmp_path / "data.json").write_text(json.dumps([written(format, shape, photos)]))
+    (row,) = read_rows(DataConfig(path=str(tmp_path / "data.json"), validation=0, test=0)).train
+    for name, (_, start, ask, picture, asked, say, end, behind) in BETWEEN.items():
+        writer = spelt[name]
+        pieces = [(start, READ)]
+        for shown, question, answer in SHAPES[shape]:
+            pictures = picture.replace("*", "<image>" * PICTURE) * shown
+            pieces += [(ask + pictures + question + asked, READ), (say + answer + end, LEARNT), (behind, READ)]
+        words = [(word, mark) for piece, mark in pieces for word in SPECIAL.split(piece) if word]
+        encoded = [(writer.tokenizer(word, add_special_tokens=False).input_ids, mark) for word, mark in words]
+        image = [writer.image_id] * PICTURE
+        found = writer.tokens(row, dict.fromkeys(row.pictures, image).__getitem__)
+        assert found.ids == [token for ids, _ in encoded for token in ids], writer.tokenizer.decode(found.ids)
+        marks = "".join(mark * len(ids) for ids, mark in encoded)
+        told = "".join(READ if label == IGNORED else LEARNT for label in found.labels)
+        assert told == marks, [writer.tokenizer.decode(found.ids[a:b]) for a, b in found.answers]
+
+
+@pytest.fixture(scope="module")
+def spelt() -> dict[str, Writer]:
+    """Writers by the name of their template."""
+    return {
+        name: Writer(Spelt(template, tuple({mark for text in rest for mark in SPECIAL.findall(text)})))
+        for name, (template, *rest) in BETWEEN.items()
+    }
 
 
 @pytest.mark.parametrize("template", AROUND)
@@ -169,6 +320,44 @@ def test_whole_turns_are_dropped_and_pictures_never_cut(processors: dict[str, An
         writer.tokens(row, lambda picture: image, limit=12)
 
 
+def test_no_limit_cuts_a_picture_or_a_turn(spelt: dict[str, Writer]):
+    row = Conversation(
+        7,
+        tuple(
+            Turn("assistant" if k % 2 else "user", parts)
+            for k, parts in enumerate(((0, "which ?", 1), ("one",), (2, "and here ?"), ("none",), ("sure ?",), ("no",)))
+        ),
+        ("a", "b", "c"),
+    )
+    for writer in spelt.values():
+
+        def image(picture: Any, writer: Writer = writer) -> list[int]:
+            return [writer.image_id] * PICTURE
+
+        wholes = [writer.tokens(each, image) for each in row.split()]
+        for limit in (len(whole.ids) + more for whole in wholes for more in (-1, 0, 1)):
+            fits = [whole for whole in wholes if len(whole.ids) <= limit]
+            if not fits:
+                with pytest.raises(DataError, match=f"row 7: its first answer ends .* beyond the limit of {limit}"):
+                    writer.tokens(row, image, limit)
+                continue
+            found = writer.tokens(row, image, limit)
+            assert (found.ids, found.labels, found.answers) == (fits[-1].ids, fits[-1].labels, fits[-1].answers)
+            assert found.dropped == 3 - len(fits)
+            assert found.ids.count(writer.image_id) == PICTURE * (2 if len(fits) == 1 else 3)
+
+
+def test_pictures_of_dropped_turns_are_not_shown(base: MultimodalBase, photos: Callable[[str], Path]):
+    shown = (str(photos("a.png")), str(photos("b.png")))
+    first, second = (Turn("user", (k, "is it ?")) for k in (0, 1))
+    row = Conversation(1, (first, Turn("assistant", ("no",)), second, Turn("assistant", ("yes",))), shown)
+    whole = Reader.of(base, DataConfig(path="-"))
+    length = len(whole.tokens(row).ids)
+    assert whole.batch([row])[0].pictures == shown
+    batch, _ = Reader.of(base, DataConfig(path="-", length=length - 1)).batch([row])
+    assert batch.pictures == shown[:1] and torch.isfinite(whole.logits(batch, False)[0]).all()
+
+
 def test_the_prompt_is_what_stands_before_the_last_answer(processors: dict[str, Any]):
     for name in ("pocket", "chatml", "llama3", "vicuna"):
         writer = Writer(processors[name])
@@ -194,15 +383,45 @@ def test_an_end_is_learnt_where_the_template_writes_none(processors: dict[str, A
     assert learnt == [words("red apple").input_ids, [*words("no").input_ids, words.eos_token_id]]
 
 
-def test_nothing_to_learn_is_refused_with_the_sample(processors: dict[str, Any]):
-    writer = Writer(processors["chatml"])
-    processor = processors["chatml"]
-    silent = talk("is it ?", "no")
-    broken = Writer(
-        type("P", (), {"chat_template": "{{ messages[0]['content'] }}", "tokenizer": processor.tokenizer})()
+def test_templates_that_do_not_write_a_conversation_say_so(processors: dict[str, Any]):
+    words = processors["chatml"].tokenizer
+    told = Conversation(1, (Turn("system", ("be short .",)), *talk("is it ?", "no").turns))
+    gemma = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    for template, why in (
+        (gemma + CHATML, r"\(System role not supported\).*Leave out .*the system's words"),
+        ("{% generation %}{% endgeneration %}" + gemma, r"\(System role not supported\)"),
+        ("{% for m in messages %}", "does not write this conversation .*end of template"),
+    ):
+        writer = Writer(type("P", (), {"chat_template": template, "tokenizer": words})())
+        with pytest.raises(InputError, match=why):
+            writer.tokens(told, expand)
+    with pytest.raises(InputError, match="its processor has no chat template. Set processor.chat_template"):
+        Writer(type("P", (), {"chat_template": None, "tokenizer": type("T", (), {"chat_template": None})()})())
+
+
+def test_nothing_to_learn_is_refused_with_the_sample(processors: dict[str, Any], base: MultimodalBase):
+    words = processors["chatml"].tokenizer
+
+    def by(template: str) -> Writer:
+        return Writer(type("P", (), {"chat_template": template, "tokenizer": words})())
+
+    with pytest.raises(InputError, match="writes a turn differently when more turns follow"):
+        by("{{ messages | length }} {{ messages[0]['content'] }}").tokens(talk("is it ?", "no"), expand)
+    last = (  # marks the last answer alone
+        "{% for m in messages %}{% if loop.last %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+        "{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
     )
-    with pytest.raises(InputError, match="differently when more turns follow|no token that would be learnt"):
-        broken.tokens(silent, expand)
+    with pytest.raises(InputError, match="the chat template marks 1 of a conversation's 2 answers.*every answer"):
+        by(last).tokens(talk("is it ?", "no", "is it ?", "yes"), expand)
+    silent = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% generation %}{% endgeneration %}"
+    for template in ("{{ messages[0]['content'] }}", silent):
+        with pytest.raises(DataError, match="row 7: an answer of it has no token that would be learnt: 'is it"):
+            by(template).tokens(talk("is it ?", "no"), expand)
+    reader = Reader(base, PictureStore(base), by("{{ messages[0]['content'] }}"))
+    rows = Rows("rows.json", Path(), (talk("is it ?", "no"), talk("how many ?", "two")), (), ())
+    with pytest.raises(DataError, match=r"(?s)2 of 2 rows cannot be used.*row 7: .*'is it .*row 7: .*'how many "):
+        checked(reader, rows)
+    writer = Writer(processors["chatml"])
     with pytest.raises(DataError, match="row 7: its text holds 1 image tokens for 0 pictures"):
         writer.tokens(talk("is it <image> ?", "no"), expand)
 
@@ -210,8 +429,6 @@ def test_nothing_to_learn_is_refused_with_the_sample(processors: dict[str, Any])
 @torch.no_grad()
 def test_tokens_of_pictures_are_the_processors_own(base: MultimodalBase, photos: Callable[[str], Path]):
     """Ids and pixel values against transformers' processor, which expands pictures in the text."""
-    from graft.llm_mm.task import Reader
-
     row = Conversation(1, (Turn("user", (0, 1, "which is red ?")), Turn("assistant", ("none",))),
                        (str(photos("a.png")), str(photos("b.png"))))  # fmt: skip
     reader = Reader.of(base, DataConfig(path="-"))

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from graft.llm_mm.data import DataConfig, read_rows
 from graft.llm_mm.formats import EXAMPLES, detected
@@ -37,6 +39,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"image": "https://x/y.png", "question": "a", "answer": "b"},
         "row 2: https://x/y.png is on the network",
     ),
+    "written out": (
+        {"image": "data:image/png;base64,AAAA", "question": "a", "answer": "b"},
+        "row 2: data:image/png;base64,AAAA... is a picture itself; save it as a file",
+    ),
     "no answer": ({"question": "a", "answer": " "}, "row 2: 'answer' is empty"),
     "who": ({"conversations": [{"from": "me", "value": "a"}]}, "row 2: 'me' is nobody who speaks"),
     "value": ({"conversations": [{"from": "human", "text": "a"}]}, "row 2: turn 1 has no 'value'"),
@@ -56,6 +62,26 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "row 2: a part is .* neither text nor image",
     ),
     "split": ({"question": "a", "answer": "b", "split": "dev"}, "row 2: split 'dev' is none of"),
+    "choices": ({"question": "a", "answer": "b", "choices": 5}, "row 2: its choices are 5, no list"),
+    "answer of choices": (
+        {"question": "a", "answer": "b", "choices": ["c", "d"]},
+        "row 2: its answer 'b' is none of its choices c, d",
+    ),
+    "input": ({"instruction": "a", "input": 5, "output": "b"}, "row 2: 'input' is 5, not text"),
+    "history": (
+        {"instruction": "a", "output": "b", "history": [["x"]]},
+        "row 2: 'history' is .*, no list of",
+    ),
+    "content": (
+        {"messages": [{"role": "user", "content": 5}, {"role": "assistant", "content": "b"}]},
+        "row 2: the user's words are 5, neither text nor parts",
+    ),
+    "role": (
+        {"messages": [{"role": ["user"], "content": [{"type": "text", "text": "a"}]}]},
+        r"row 2: \['user'\] is nobody who speaks",
+    ),
+    "name": ({"image": "a\0b", "question": "a", "answer": "b"}, "row 2: .* is no name of a file"),
+    "long name": ({"image": "a" * 5000, "question": "a", "answer": "b"}, "row 2: .* is no name of a file"),
 }
 
 
@@ -77,12 +103,20 @@ def test_files_that_cannot_be_read_say_why(tmp_path: Path):
         read_rows(saved("[", tmp_path))
     with pytest.raises(DataError, match=r"row 2: it is no JSON"):
         read_rows(saved('{"question": "a", "answer": "b"}\n{', tmp_path, "data.jsonl"))
+    with pytest.raises(DataError, match=r"\.png is not read. Give a .json, .jsonl or .csv file"):
+        read_rows(saved("", tmp_path, "cat.png"))
+    with pytest.raises(DataError, match=r"row 2: it is no CSV \(field larger than field limit"):
+        read_rows(saved("question,answer\na,b\na," + "b" * 200_000, tmp_path, "data.csv"))
+    with pytest.raises(DataError, match="it holds no rows"):
+        read_rows(saved("", tmp_path, "data.jsonl"))
     with pytest.raises(DataError, match="there is no such file"):
         read_rows(DataConfig(path=str(tmp_path / "none.json")))
     with pytest.raises(DataError, match=r"the folder has none of .*metadata.jsonl"):
         read_rows(DataConfig(path=str(tmp_path / "..")))
     with pytest.raises(DataError, match="exactly one"):
         DataConfig()
+    with pytest.raises(InputError, match=r"data.background.*a colour's name or #rrggbb"):
+        DataConfig(path="x", background="whitish")
     with pytest.raises(InputError, match="replay"):
         DataConfig(path="x", replay=0.5)
 
@@ -111,10 +145,35 @@ def test_rows_of_one_picture_stay_in_one_part(photos: Callable[[str], Path], tmp
 
 def test_a_folder_that_moves_keeps_its_parts(questions: Path):
     folders = [questions.parent, *(questions.parent.with_name(f"{questions.parent.name}-{k}") for k in range(4))]
-    numbers = []
+    numbers, digests = [], set()
     for folder in folders:
         if folder != questions.parent:
             shutil.copytree(questions.parent, folder)
         rows = read_rows(DataConfig(path=str(folder / questions.name), validation=0.3, test=0.3))
         numbers.append([[row.number for row in rows.part(part)] for part in ("train", "val", "test")])
+        digests.add(rows.digest)
     assert all(each == numbers[0] for each in numbers) and all(numbers[0])
+    assert len(digests) == 1
+
+
+def test_other_words_names_or_pictures_are_other_data(
+    questions: Path, photos: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def digest(path: str = questions.name, **more: Any) -> str:
+        return read_rows(DataConfig(path=path, validation=0, test=0, **more)).digest
+
+    whole = digest(str(questions))
+    monkeypatch.chdir(tmp_path)
+    assert digest() == whole == digest(images=".")  # as a path from here
+    shutil.copytree(tmp_path, tmp_path.with_name(f"{tmp_path.name}-pictures"))
+    assert digest(images=str(tmp_path.with_name(f"{tmp_path.name}-pictures"))) == whole  # and apart from their table
+    seen, text = {whole}, questions.read_text()
+    for changed in (text.replace("is it red", "is it blue", 1), text.replace('"no"', '"yes"', 1)):
+        questions.write_text(changed)
+        seen.add(digest())
+    questions.write_text(text.replace("3.png", "4.png"))
+    seen.add(digest())
+    questions.write_text(text)
+    Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3)).save(tmp_path / "3.png")
+    seen.add(digest())
+    assert len(seen) == 5

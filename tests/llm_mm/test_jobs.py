@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import graft
+from graft.llm_mm import jobs
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
 from graft.llm_mm.data import DataConfig, read_rows
-from graft.llm_mm.evaluation import EvaluationConfig, evaluate, exact_match, rotated
+from graft.llm_mm.evaluation import EvaluationConfig, evaluate, exact_match, measured, rotated
 from graft.llm_mm.jobs import check_sight, prepare
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import LanguageLoRA
@@ -31,8 +32,8 @@ from graft.studio.cli import main
 from graft.studio.config import write_toml
 from graft.studio.errors import BaseMismatchError, InputError
 from graft.studio.job import Job
-from graft.studio.runs import open_run
-from graft.studio.training import resume, train
+from graft.studio.runs import Run
+from graft.studio.training import train
 
 Make = Callable[..., dict[str, Any]]
 
@@ -60,40 +61,52 @@ METHODS: dict[str, dict[str, Any]] = {
     "o_lora": {"rank": 2},
     "ia3": {},
     "ladder_side_tuning": {"reduction": 2},
+    "ladder_side_tuning, fisher": {"reduction": 2, "pruning": "fisher"},
     "prefix_tuning": {"length": 2},
     "prompt_tuning": {"length": 2},
     "llava": {"rank": 2, "vision": "full"},
     "llava, stage 1": {"stage": 1, "fresh": True},
     "llava, full": {"language": "full"},
+    "llama_adapter": {"num_tokens": 2},
+    "llama_adapter_multimodal": {"num_tokens": 2, "levels": 2, "hidden": 4},
+    "llama_adapter_v2": {"num_tokens": 2, "visual_tokens": 2, "visual_blocks": 1},
+    "llama_adapter_v2, late": {"num_tokens": 2, "visual_blocks": 1, "fusion": "late", "scale_at": "input"},
     "llama_adapter_v2, disjoint": {"num_tokens": 2, "visual_tokens": 2, "visual_blocks": 1, "disjoint": True},
     "lora, packed": {"rank": 2, "data": {"packing": 200}},
+    "lora, replay": {"rank": 2},
+    "lora, mezo": {"rank": 2},
+    "llava, galore": {"language": "full"},
     "llava, stage 1 of a resampler": {"stage": 1, "fresh": True},
     "llava, with a resampler": {"rank": 2, "start": "stage 1"},
 }
 
 
+TRAINED: dict[str, dict[str, Any]] = {
+    "lora, mezo": {"optimiser": "mezo"},
+    "llava, galore": {"optimiser": "galore", "galore_rank": 2, "galore_every": 2},
+}
+"""What `[train]` says for some of them."""
+
+
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=[] if "stage 1" in case else pytest.mark.slow) for case in METHODS]
 )
-def test_every_method_resumes_with_the_same_bits(case: str, job: Make, resampled: Path, tmp_path: Path):
+def test_every_method_resumes_with_the_same_bits(
+    case: str, job: Make, resampled: Path, tmp_path: Path, resumed: Callable[[Run], dict[str, Any]]
+):
     """Cut behind its second step, projector included, a run ends as one that was not."""
-    made = job(case.partition(",")[0], **METHODS[case])
+    settings = {**METHODS[case]}
+    if case == "lora, replay":
+        settings["data"] = {"replay": 0.5, "replay_path": job()["data"]["path"]}
+    made = job(case.partition(",")[0], **settings)
     if "resampler" in case:
         made["base"] = str(resampled)
-    if "start" in METHODS[case]:
+    if "start" in settings:
         first = {**made, "method": {"name": "llava", "stage": 1, "fresh": True, "projector_rate": 1e-2}}
         made["method"]["start"] = str(train(first, tmp_path / "first").folder)
-    made["train"] |= {"checkpoint_every": 2}
+    made["train"] |= {"checkpoint_every": 2, **TRAINED.get(case, {})}
     whole = train(made, tmp_path / "whole")
-    shutil.copytree(whole.folder, tmp_path / "cut")
-    cut = open_run(tmp_path / "cut")
-    for old in (cut.folder / "checkpoints").glob("*4"):
-        shutil.rmtree(old)
-    shutil.rmtree(cut.folder / "result")
-    (cut.folder / "checkpoints" / "LATEST").write_text("000002")
-    cut.write_state(status="stopped")
-    resume(cut)
-    one, two = (Adapter.load(tmp_path / name / "result").tensors for name in ("whole", "cut"))
+    one, two = whole.adapter().tensors, resumed(whole)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     parts = {part_of(name) for name in one}
     if case == "lora, packed":
@@ -102,6 +115,7 @@ def test_every_method_resumes_with_the_same_bits(case: str, job: Make, resampled
         assert all(torch.allclose(other[name], one[name], rtol=1e-4, atol=1e-5) for name in one)
     assert ("projector" in parts) == (case.startswith("llava") or case == "lora")
     assert ("language" in parts) == ("stage 1" not in case)
+    assert ("vision" in parts) == (case in ("lora", "llava"))  # where it is asked for, and nowhere else
     start = graft.load_base(made["base"], "cpu", domain="llm_mm")
     before = start.hash
     with Adapter.load(tmp_path / "whole" / "result").attached(start):
@@ -122,6 +136,10 @@ def test_parts_are_told_by_whole_paths_and_dead_layers_left_out(
     assert is_dead("model.vision_tower.post_layernorm", task.reader.base.model)
     scales = {group["lr_scale"] for group in task.param_groups()}
     assert {round(scale * task.default_learning_rate, 6) for scale in scales} == {2e-3, 1e-3, 2e-4}
+    by_role = LanguageLoRA(targets=("q", "v")).plan(task.reader.base.model)  # the tower has layers of these names, too
+    assert [site.name for site in by_role] == [
+        f"model.language_model.layers.{k}.self_attn.{name}_proj" for k in (0, 1) for name in "qv"
+    ]
     with pytest.raises(InputError, match="the targets name nothing that acts in vision"):
         LanguageLoRA(targets="lm_head", towers=("vision",)).plan(task.reader.base.model)
     with pytest.raises(InputError, match="a part that is not frozen"):
@@ -175,6 +193,10 @@ def test_the_towers_words_are_kept_by_content(job: Make):
     other = Reader.of(reader.base, DataConfig(**{**job()["data"], "fit": "pad"}), cache)
     assert not torch.equal(other.store.features([rows[0].pictures[0]])[0], one[0])
     assert cache.counts["vision", "miss"] == 4
+    reader.base.model.config.vision_feature_layer = -1  # the same weights, of which more are read
+    later = Reader.of(reader.base, data, cache).store
+    assert not torch.equal(later.features([rows[0].pictures[0]])[0], one[0])
+    assert cache.counts["vision", "miss"] == 5
 
 
 def test_old_rows_have_their_share_of_a_batch(job: Make, tmp_path: Path):
@@ -292,6 +314,24 @@ def test_pictures_are_opened_when_they_are_needed(job: Make, monkeypatch: pytest
     assert len(files) == len(set(files)) and len(files) > 2
 
 
+def test_a_method_that_looks_at_data_sees_rows_from_all_over_it(job: Make, monkeypatch: pytest.MonkeyPatch):
+    """- log p of their answers, all tokens of them together, by the whole model."""
+    base = graft.load_base(job()["base"], "cpu", domain="llm_mm")
+    reader = Reader.of(base, DataConfig(**job()["data"]), Cache())
+    rows = read_rows(DataConfig(**{**job()["data"], "validation": 0, "test": 0})).train
+    monkeypatch.setattr(jobs, "LOOKED", 5)
+    found = [float(loss) for loss in jobs.losses(reader, rows)]
+    want = []
+    for row in rows[::3]:
+        tokens = reader.tokens(row)
+        given = {"input_ids": torch.tensor([tokens.ids]), **reader.store.inputs(row.pictures)}
+        with torch.no_grad():
+            told = base.model(**given).logits[0].log_softmax(-1)
+        ((start, end),) = tokens.answers
+        want.append(-sum(float(told[k - 1, tokens.ids[k]]) for k in range(start, end)))
+    assert len(rows) == 12 and found == pytest.approx(want, rel=1e-4)
+
+
 def test_rows_that_lose_turns_are_counted_before_the_first_step(
     job: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -380,10 +420,33 @@ def test_figures_are_those_counted_by_hand(tiny: Path, monkeypatch: pytest.Monke
     assert figures["exact"] == 3 / 5 and figures["exact a"] == 2 / 4 and figures["exact b"] == 1
     assert figures["choice"] == 1 and figures["blank"] == 0 and figures["questions"] == 5
     assert (figures["yes_no"], figures["precision"], figures["recall"], figures["yes_rate"]) == (0.5, 0.5, 0.5, 0.5)
+    more = [rows[k] for k in (0, 2, 3)]  # right, right, and yes where no is right
+    figures = evaluation.measured(reader, more)
+    assert [round(figures[name], 4) for name in ("yes_no", "precision", "recall", "f1", "yes_rate")] == [
+        0.6667, 0.5, 1.0, 0.6667, 0.6667,
+    ]  # fmt: skip
     turned = rotated(reader, rows[:4])
     assert [row.pictures[0] for row in turned] == [*pictures[1:], pictures[0]]
     assert exact_match(reader, rows, "rotated") == 0
     assert exact_match(reader, [rows[k] for k in (2, 1)], "rotated") == 0.5  # picture 1 is told "no", too
+
+
+def test_turns_that_do_not_fit_are_not_asked(tiny: Path, photos: Callable[[str], Path]):
+    """With fewer tokens, the figures are those of the rows without their last turns."""
+    base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
+    said = [Turn("user", (0, "is it ?")), Turn("assistant", ("yes",))]
+    said += [Turn("user", ("is it blue ?",)), Turn("assistant", ("no",))]
+    choices = ("yes", "no, and this is a long answer")
+
+    def row(number: int, turns: int) -> Conversation:
+        return Conversation(number, tuple(said[:turns]), (str(photos("a.png")),), f"kind {number}", choices)
+
+    whole = Reader.of(base, DataConfig(path="-"))
+    limited = Reader.of(base, DataConfig(path="-", length=len(whole.tokens(row(1, 4)).ids) - 1))
+    found, want = measured(limited, [row(1, 2), row(2, 4)]), measured(whole, [row(1, 2), row(2, 2)])
+    assert found.keys() == want.keys() and found["questions"] == 2
+    assert [found[name] for name in want] == pytest.approx([want[name] for name in want], nan_ok=True)
+    assert measured(whole, [row(1, 4), row(2, 4)])["questions"] == 4
 
 
 @torch.no_grad()

@@ -80,27 +80,35 @@ def test_generation_with_a_cache_is_that_without_and_padding_changes_nothing(fam
     torch.testing.assert_close(padded, model(IDS[1:2, 3:]).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_one_attention_is_the_formula():
-    model = make("Llama", rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", pytest.param("Mistral", marks=pytest.mark.slow)])
+@torch.no_grad()
+def test_one_attention_is_the_formula(family):
+    """Keys shared by heads, heads of any width, and keys that are normalised, the prompt's too."""
+    model = make(family, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
     attention = model.model.layers[2].self_attn
+    norms: dict[str, Any] = {name: getattr(attention, f"{name}_norm", lambda x: x) for name in "qk"}
+    if family == "Qwen3":
+        for norm in norms.values():
+            norm.weight.normal_()
     handle = opened(model)
     P, g = (handle.tensors()[f"model.layers.2.self_attn.{name}"] for name in ("P", "g"))
-    x, d = torch.randn(2, 6, 32), 8
+    x, d = torch.randn(2, 6, 32), attention.head_dim
     cos, sin = model.model.rotary_emb(x, torch.arange(6)[None])
     found, _ = attention(x, position_embeddings=(cos, sin), attention_mask=None)
 
-    def heads(layer, x):
-        h = layer(x).unflatten(-1, (-1, d)).transpose(1, 2)
+    def heads(name, x):
+        h = getattr(attention, f"{name}_proj")(x).unflatten(-1, (-1, d))
+        h = norms.get(name, lambda x: x)(h).transpose(1, 2)
         return h.repeat_interleave(4 // h.shape[1], 1)
 
     def rotated(h):
         a, b = h.chunk(2, -1)
         return h * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
 
-    q, k, v = rotated(heads(attention.q_proj, x)), rotated(heads(attention.k_proj, x)), heads(attention.v_proj, x)
+    q, k, v = rotated(heads("q", x)), rotated(heads("k", x)), heads("v", x)
     mask = torch.full((6, 6), float("-inf")).triu(1)
     words = ((q @ k.mT / d**0.5 + mask).softmax(-1)) @ v
-    prompt = (q @ heads(attention.k_proj, P[None]).mT / d**0.5).softmax(-1) @ heads(attention.v_proj, P[None])
+    prompt = (q @ heads("k", P[None]).mT / d**0.5).softmax(-1) @ heads("v", P[None])
     expected = attention.o_proj((words + g.tanh()[None, :, None, None] * prompt).transpose(1, 2).flatten(2))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

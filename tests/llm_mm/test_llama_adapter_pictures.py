@@ -138,6 +138,56 @@ def test_early_pictures_and_late_prompts_never_meet():
     torch.testing.assert_close(model(**mixed, position_ids=positions).logits[:1, 4:], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("method", [EARLY, LATE], ids=["early", "late"])
+@torch.no_grad()
+def test_a_pictures_tokens_are_learnt_queries_that_pass_blocks_with_its_features(method):
+    """Composed of torch's own layers from the saved tensors; then what the first attention makes of them."""
+    model = llava()
+    handle = opened(method, model)
+    seen, k = prompts(model), method.tokens
+    attended: list[Any] = []
+    layer = model.model.language_model.layers[0].self_attn
+    layer.o_proj.register_forward_pre_hook(lambda module, args: attended.append(args[0]))
+    model(**batch(1, 1))
+    t = {name.removeprefix("model."): tensor for name, tensor in handle.tensors().items()}
+    features = model.model.vision_tower(PICTURES[:2], output_hidden_states=True).hidden_states[-2]  # the projector's
+    norm, linear = torch.nn.functional.layer_norm, torch.nn.functional.linear
+    x = linear(features, t["into_weight"], t["into_bias"])
+    x = norm(x, (16,), t["into_norm_weight"], t["into_norm_bias"])
+    x = torch.cat([t["queries"].expand(2, -1, -1), x], 1)
+    block = torch.nn.TransformerEncoderLayer(16, 16, 64, 0.0, "gelu", batch_first=True, norm_first=True).eval()
+    block.load_state_dict({name: t[f"blocks_0_{name.replace('.', '_')}"] for name in block.state_dict()})
+    y = linear(block(x)[:, :k], t["out_weight"], t["out_bias"])
+    y = norm(y, (24,), t["out_norm_weight"], t["out_norm_bias"])
+    own = [x for x in seen if x.shape[1] == k]
+    if method.fusion == "late":
+        P = [t[f"language_model.layers.{i}.self_attn.P"] for i in range(3)]
+        assert len(own) == 3
+        for found, prompt in zip(own, P, strict=True):
+            torch.testing.assert_close(found, prompt + y)
+        return
+    (found,) = (x for x in seen if x.shape[1] == 2)
+    torch.testing.assert_close(found, y)
+    with_picture, g = attended[0], t["language_model.layers.0.self_attn.g"]
+    words = [x for x in seen if x.shape[1] > 3][0]
+    cos, sin = model.model.language_model.rotary_emb(words, torch.arange(words.shape[1])[None])
+
+    def heads(module: Any, x: Any) -> Any:  # one head of keys for two of queries
+        return module(x).unflatten(-1, (-1, 12)).transpose(1, 2).expand(-1, 2, -1, -1)
+
+    q = heads(layer.q_proj, words)
+    a, b = q.chunk(2, -1)
+    q = q * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+    prompt = (q @ heads(layer.k_proj, y).mT / 12**0.5).softmax(-1) @ heads(layer.v_proj, y)
+    for parameter in handle.bank.parameters():
+        if parameter.shape == (1, 2):  # gates
+            parameter.zero_()
+    attended.clear()
+    model(**batch(1, 1))
+    expected = attended[0] + (g.tanh()[None, :, None, None] * prompt).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(with_picture, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("where", ["output", "input"])
 @torch.no_grad()
 def test_bias_and_scale_are_those_of_the_paper_or_of_the_code(where: Literal["output", "input"]):

@@ -23,15 +23,19 @@ import graft
 from graft.llm_mm.assembly import assemble
 from graft.llm_mm.base import MultimodalBase
 from graft.llm_mm.conversations import Conversation, Turn
-from graft.llm_mm.data import DataConfig
+from graft.llm_mm.data import DataConfig, read_rows
+from graft.llm_mm.evaluation import measured, rotated
+from graft.llm_mm.jobs import checked
 from graft.llm_mm.llama_adapter import LlamaAdapter
 from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
+from graft.llm_mm.llama_adapter_v2 import LlamaAdapterV2
 from graft.llm_mm.llava import LlavaTuning
 from graft.llm_mm.method import (
     LanguageIA3,
     LanguageLoRA,
     LanguagePrefix,
     LanguagePrompt,
+    model_inputs,
     sample_logits,
     save_base,
     save_merged,
@@ -45,9 +49,10 @@ from graft.llm_mm.verification import compare
 from graft.studio.adapter import Adapter, Card, base_hash
 from graft.studio.caches import Cache
 from graft.studio.config import to_dict
-from graft.studio.errors import GraftError, InputError
+from graft.studio.errors import DataError, GraftError, InputError, SiteError
 from graft.studio.pocket import models
 from graft.studio.registry import domain_of_base
+from graft.studio.runs import Run
 from graft.studio.training import train
 
 SLOW = pytest.mark.slow
@@ -189,6 +194,92 @@ def test_lora_learns_on_models_of_the_true_classes(family: str, photos: Callable
     assert tokens[0].answers[0][0] == theirs["input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("family", [each if each == "SmolVLM" else pytest.param(each, marks=SLOW) for each in FAMILIES])
+@pytest.mark.parametrize("method", [LlamaAdapter(num_tokens=3), LlamaAdapterV2(num_tokens=2, fusion="none")])
+@torch.no_grad()
+def test_llama_adapter_acts_inside_models_that_read_pictures(family: str, method: Any, photos: Callable[[str], Path]):
+    """On the language model alone: the same bits at the start, and then a generation with its cache as without."""
+    torch.manual_seed(0)
+    base = FAMILIES[family]()
+    for weight in base.model.parameters():
+        weight.mul_(4 if weight.dim() > 1 else 1)
+    reader = Reader.of(base, DataConfig(path="-"))
+    batch, _ = reader.batch(rows(photos))
+    plain, _ = reader.logits(batch, False)
+    handle = method.attach(base.model)
+    assert {part_of(site.name) for site in handle.plan} == {"language"}
+    assert torch.equal(reader.logits(batch, False)[0], plain)
+    for name, parameter in handle.bank.named_parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=1.0 if name.endswith(".g") else 0.1)
+    assert (reader.logits(batch, False)[0] - plain).abs().max() > 1e-2
+    settings = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    for row in (rows(photos)[0], rows(photos)[2]):
+        ids = torch.tensor([reader.writer.prompt(row.asking(), reader.store.expand)])
+        inputs = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(row.pictures))
+        told = [base.model.generate(**inputs, **settings, use_cache=cache) for cache in (True, False)]
+        assert torch.equal(told[0].sequences, told[1].sequences)
+        torch.testing.assert_close(*(torch.stack(each.logits) for each in told), rtol=1e-4, atol=1e-4)
+    handle.detach()
+    assert torch.equal(reader.logits(batch, False)[0], plain)
+
+
+@pytest.mark.parametrize("family", [each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in SEES])
+@torch.no_grad()
+def test_prompts_stand_before_rows_whose_positions_turn(family: str, photos: Callable[[str], Path]):
+    """Against the decoder itself, called with the longer rows; positions of pictures' rows and columns move along."""
+    torch.manual_seed(0)
+    base, given = qwen(family), list[dict[str, Any]]()
+    for weight in base.model.parameters():
+        weight.mul_(4 if weight.dim() > 1 else 1)
+    reader = Reader.of(base, DataConfig(path="-"))
+    (batch, _), decoder = reader.batch(rows(photos)), base.model.model.language_model
+    hook = decoder.register_forward_pre_hook(lambda module, args, kwargs: given.append(kwargs), with_kwargs=True)
+    plain, _ = reader.logits(batch, False)
+    hook.remove()
+    (call,), (b, _, d) = given, given[0]["inputs_embeds"].shape
+    P, places = torch.randn(3, d), call["position_ids"]
+    first = torch.arange(3).expand(*places.shape[:-1], 3)
+    longer = {
+        "inputs_embeds": torch.cat([P.expand(b, -1, -1), call["inputs_embeds"]], 1),
+        "position_ids": torch.cat([first, places + 3], -1),
+        "attention_mask": torch.cat([torch.ones(b, 3, dtype=torch.long), batch.mask], 1),
+    }
+    if call.get("visual_pos_masks") is not None:
+        longer["visual_pos_masks"] = torch.cat([torch.zeros(b, 3, dtype=torch.bool), call["visual_pos_masks"]], 1)
+    hidden = decoder(**{**call, **longer}).last_hidden_state[:, 3:]
+    want = base.model.lm_head(hidden[:, :-1][batch.labels[:, 1:] != -100])
+    handle = LanguagePrompt(length=3).attach(base.model)
+    handle.load({"model.language_model.P": P})
+    found, _ = reader.logits(batch, False)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+    assert (found - plain).abs().max() > 0.1
+    settings = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    for row in (rows(photos)[0], rows(photos)[2]):
+        ids = torch.tensor([reader.writer.prompt(row.asking(), reader.store.expand)])
+        inputs = model_inputs(base, ids, torch.ones_like(ids), reader.store.inputs(row.pictures))
+        told = [base.model.generate(**inputs, **settings, use_cache=cache).logits for cache in (True, False)]
+        torch.testing.assert_close(*map(torch.stack, told), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_picture_of_another_row_may_have_more_tokens(tmp_path: Path):
+    """Asked with it, a row that just fits is longer than `data.length`, and is asked all the same."""
+    base, answer = llava_next(), Turn("assistant", ("red",))
+    for name, width in (("small", 16), ("large", 64)):
+        Image.new("RGB", (width, 16), "red").save(tmp_path / f"{name}.png")
+    asked = {"small": "which is red , this one or that one ?", "large": "is it ?"}
+    small, large = (
+        Conversation(1, (Turn("user", (0, text)), answer), (str(tmp_path / f"{name}.png"),))
+        for name, text in asked.items()
+    )
+    whole = Reader.of(base, DataConfig(path="-"))
+    counts = [len(whole.tokens(row).ids) for row in (small, large)]
+    turned = [len(whole.tokens(row).ids) for row in rotated(whole, [small, large])]
+    assert max(turned) > max(counts)
+    limited = Reader.of(base, DataConfig(path="-", length=max(counts)))
+    assert measured(limited, [small, large]) == measured(whole, [small, large])
+
+
 @pytest.mark.parametrize(
     "family", ["Llava", *(each if each == "Qwen3VL" else pytest.param(each, marks=SLOW) for each in FAMILIES)]
 )
@@ -241,6 +332,39 @@ def test_prompts_behind_gates_are_seen_by_every_packed_conversation(tiny: Path, 
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["LlavaNext", "Qwen2_5_VL", pytest.param("Qwen3VL", marks=SLOW)])
+@torch.no_grad()
+def test_a_projector_drawn_anew_has_its_norms_at_one(family: str):
+    base = FAMILIES[family]()
+    own = dict(base.model.named_parameters())
+    before = {name: weight.clone() for name, weight in own.items()}
+    norms = {f"{n}.weight" for n, part in base.model.named_modules() if "Norm" in type(part).__name__}
+    handle = LlavaTuning(stage=1, fresh=True).attach(base.model)
+    for name in handle.tensors():
+        own[name].fill_(7)
+    handle.reset(0, 0)
+    found = {name: own[name] for name in handle.tensors()}
+    assert {part_of(name) for name in found} == {"projector"}
+    for name, weight in found.items():
+        if name in norms:
+            assert torch.equal(weight, torch.ones_like(weight)), name
+        elif name.endswith("bias"):
+            assert not weight.any(), name
+        else:  # as long as torch's own linear layer, or a token of the language model
+            limit = 1.0 if weight.dim() == 1 else weight.shape[1] ** -0.5
+            assert 0.1 * limit < weight.abs().max() <= limit and not torch.equal(weight, before[name]), name
+    assert bool(norms & set(found)) == (family != "LlavaNext")
+    assert all(torch.equal(own[name], before[name]) for name in own if name not in found)
+
+
+def test_pictures_in_tiles_are_no_prompt():
+    """Refused when it is attached, not at the first step."""
+    with pytest.raises(SiteError, match="shows a picture as several tiles.*use llama_adapter or lora"):
+        MultimodalLlamaAdapter(num_tokens=2).attach(llava_next().model)
+    with pytest.raises(SiteError, match="reads no pictures, or in a form that is not known.*as Llava"):
+        MultimodalLlamaAdapter(num_tokens=2).plan(smolvlm().model)
+
+
 def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Path]):
     base = graft.load_base(str(tiny), "cpu", domain="llm_mm")
     reader, given = Reader.of(base, DataConfig(path="-")), rows(photos)
@@ -256,6 +380,40 @@ def test_what_cannot_be_packed_is_refused(tiny: Path, photos: Callable[[str], Pa
     with pytest.raises(InputError, match="LlavaForConditionalGeneration lets conversations of one row see each other"):
         check_packing(reader, given, (), 90)
     assert together([5, 3, 9, 4, 20], 10) == [[4], [2], [0, 3], [1]]
+
+
+@pytest.mark.parametrize("family", ["Llava", "LlavaNext", pytest.param("Qwen2VL", marks=pytest.mark.slow)])
+def test_no_picture_is_decoded_to_count_its_tokens_and_broken_ones_are_told(
+    family: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The header tells the size, upright and padded; a file that is no picture stops the job with its row."""
+    base: Any = graft.load_base(str(tiny), "cpu", domain="llm_mm") if family == "Llava" else FAMILIES[family]()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(tmp_path / "wide.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "square.png")
+    Image.new("RGB", (64, 32)).save(tmp_path / "turned.jpg", exif=turned)
+    names = ["wide.png", "turned.jpg", "square.png"]
+    for fit in ("crop", "pad"):
+        reader = Reader.of(base, DataConfig(path="-", fit=fit))  # type: ignore[arg-type]
+        pictures = [reader.store.open(str(tmp_path / name)) for name in names]
+        assert [reader.store.size(str(tmp_path / name)) for name in names] == [picture.size for picture in pictures]
+        wanted = [reader.store._expanded(picture) for picture in pictures]
+        with monkeypatch.context() as patch:
+            patch.setattr(PictureStore, "open", lambda *args: pytest.fail("a picture was decoded"))
+            assert [reader.store.expand(str(tmp_path / name)) for name in names] == wanted
+        assert (len(set(map(tuple, wanted))) > 1) == (family != "Llava" and fit == "crop")
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "small.png").write_bytes((tmp_path / "wide.png").read_bytes()[:20])
+    table = [{"image": name, "question": "is it ?", "answer": "no"} for name in ("wide.png", "text.png", "small.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(table))
+    found = read_rows(DataConfig(path=str(tmp_path / "rows.json"), validation=0, test=0))
+    with pytest.raises(
+        DataError, match=r"(?s)2 of 3 rows cannot be used.*row 2: .*text.png: not a pic.*row 3: .*small"
+    ):
+        checked(reader, found)
+    with pytest.raises(DataError, match="none.png: there is no such file"):
+        reader.store.open(str(tmp_path / "none.png"))
 
 
 @pytest.fixture(scope="module")
@@ -337,6 +495,31 @@ def test_a_folder_of_each_family_is_trained_and_merged_by_a_job(family: str, tmp
     torch.testing.assert_close(
         sample_logits(graft.load_base(str(tmp_path / "merged"), "cpu")), told, rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["LlavaNext", "SmolVLM", "Qwen3VL"])
+def test_both_stages_of_each_family_resume_with_the_same_bits(
+    family: str, tmp_path: Path, questions: Path, resumed: Callable[[Run], dict[str, Any]]
+):
+    """A projector drawn anew, and LoRA of language and tower from there; the projector is whole in both files."""
+    torch.manual_seed(0)
+    save_base(FAMILIES[family](), tmp_path / "base")
+    made: dict[str, Any] = {
+        "base": str(tmp_path / "base"),
+        "domain": "llm_mm",
+        "data": {"path": str(questions), "validation": 0.2, "test": 0.2},
+        "train": {"steps": 4, "batch_size": 4, "device": "cpu", "threads": 1, "log_every": 1, "checkpoint_every": 2},
+    }
+    method: dict[str, Any] = {"name": "llava", "rank": 2, "vision": "lora", "projector_rate": 1e-2}
+    first = train({**made, "method": {"name": "llava", "stage": 1, "fresh": True}}, tmp_path / "first")
+    second = train({**made, "method": {**method, "start": str(first.folder)}}, tmp_path / "second")
+    for run, parts in ((first, {"projector"}), (second, {"vision", "projector", "language"})):
+        whole, cut = run.adapter().tensors, resumed(run)
+        assert {part_of(name) for name in whole} == parts
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[name], cut[name]) for name in whole)
+    projector = {name for name in first.adapter().tensors if part_of(name) == "projector"}
+    assert projector == {name for name in second.adapter().tensors if part_of(name) == "projector"}
 
 
 @torch.no_grad()
@@ -428,9 +611,31 @@ def test_the_language_model_of_parts_says_what_it_said(family: str, parts: Path,
         torch.testing.assert_close(each.model(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)  # type: ignore[union-attr]
 
 
-def test_other_towers_and_projectors_are_refused(parts: Path):
+def test_other_towers_and_projectors_are_refused(parts: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(InputError, match="projector = 'q-former': .*ResamplerSettings"):
         assemble(str(parts / "timm"), str(parts / "llama"), "q-former")  # type: ignore[arg-type]
+    for layer in (-4, 0, 3):
+        with pytest.raises(InputError, match=f"layer = {layer}: expected 1 to 2, or from -1 on"):
+            assemble(str(parts / "clip"), str(parts / "llama"), layer=layer)
+    tower: dict[str, Any] = {**json.loads((parts / "timm" / "config.json").read_text())}
+    for more in ({"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}):
+        folder = parts / f"timm-{len(more)}"
+        folder.mkdir()
+        settings = {**tower["model_args"], **more}
+        (folder / "config.json").write_text(json.dumps({**tower, "model_args": settings}))
+        model = timm.create_model(tower["architecture"], **settings)
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match="it is no plain ViT"):
+            assemble(str(folder), str(parts / "llama"))
+    (folder / "config.json").write_text(json.dumps({**tower, "architecture": "vit_none"}))
+    with pytest.raises(InputError, match=r"the tower cannot be loaded \(Unknown model"):
+        assemble(str(folder), str(parts / "llama"))
+    with monkeypatch.context() as patch:
+        asked = list[str]()
+        patch.setattr(timm, "create_model", lambda name, **settings: asked.append(name))
+        with pytest.raises(AttributeError):
+            assemble("timm/vit", str(parts / "llama"))
+        assert asked == ["hf-hub:timm/vit"]  # a hub's name, as timm wants it
     with pytest.raises(InputError, match="its kind is llama"):
         assemble(str(parts / "llama"), str(parts / "llama"))
     with pytest.raises(InputError, match="the language model cannot be loaded"):
@@ -514,6 +719,18 @@ def test_verify_compares_with_peft(method: Any, tiny: Path, tmp_path: Path):
         told = compare(base, adapter, file)
         assert isinstance(told, dict) and not told["same"] and 0.1 < told["error"] < 10
     assert base_hash(base.modules) == base.hash
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["SmolVLM", "Qwen2_5_VL", "Qwen3VL"])
+def test_verify_compares_with_peft_on_other_models(family: str, tmp_path: Path):
+    torch.manual_seed(0)
+    save_base(FAMILIES[family](), tmp_path / "base")
+    base = graft.load_base(str(tmp_path / "base"), "cpu", domain="llm_mm")
+    assert isinstance(base, MultimodalBase)
+    told = compare(base, trained(base, LanguageLoRA(rank=2, towers=("language", "projector", "vision")), "lora"))
+    assert isinstance(told, dict) and told["same"], told
+    assert told["library"] == "peft" and told["error"] < 1e-3 and told["change"] > 1e-3
 
 
 def test_what_peft_cannot_hold_is_refused(tiny: Path, tmp_path: Path):

@@ -58,6 +58,26 @@ def test_words_of_rows_are_words(tiny: Path, photos: Callable[[str], Path], tmp_
     assert "\033" not in left and "\x07" not in left and left.count("]0;") == 2
 
 
+def test_rows_that_cannot_be_used_are_shown_with_the_reason(tiny: Path, photos: Callable[[str], Path], tmp_path: Path):
+    photos("a.png")
+    (tmp_path / "text.png").write_text("none")
+    rows = [
+        {"image": "a.png", "question": "what ?", "answer": "red"},
+        {"image": "text.png", "question": "what ?", "answer": "red"},
+        {"image": "a.png", "question": "what is it ? " * 9 + "<b>", "answer": "red"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({**row, "split": "train"}) for row in rows))
+    data = {"path": str(tmp_path / "rows.jsonl"), "length": 90}
+    job = Job(str(tiny), {"name": "lora"}, data, "llm_mm")
+    shown = show_rows(job)
+    assert [set(row) for row in shown.rows] == [{"row", "tokens", "learnt", "runs"}, *[{"row", "problem"}] * 2]
+    assert "row 2 cannot be used: " in shown.text and "text.png: not a picture" in shown.text
+    assert "its first answer ends at token" in shown.rows[2]["problem"] in shown.text
+    assert shown.body.count("cannot be used</h2>") == 2 and "text.png: not a picture" in shown.body
+    with pytest.raises(InputError, match="rows = 0: expected 1 or more"):
+        show_rows(job, 0)
+
+
 @pytest.fixture
 def adapter(tiny: Path, photos: Callable[[str], Path], tmp_path: Path) -> Adapter:
     """Of one step."""

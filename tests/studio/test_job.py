@@ -48,6 +48,9 @@ def test_paths_stay_where_they_were_meant(tmp_path: Path, monkeypatch: pytest.Mo
     assert job.data["path"] == str(tmp_path / "photos")
     (tmp_path / "jobs" / "frozen.toml").write_text(job.to_toml())
     assert Job.load("jobs/frozen.toml") == job
+    tasks = 'base = "pocket-llava"\n[method]\nname = "o_lora"\nearlier = ["one", "/two"]\n[data]\npath = "talks.json"\n'
+    (tmp_path / "jobs" / "tasks.toml").write_text(tasks)
+    assert list(Job.load("jobs/tasks.toml").method["earlier"]) == [str(tmp_path / "jobs" / "one"), "/two"]
 
 
 def test_overrides_are_toml_or_words() -> None:

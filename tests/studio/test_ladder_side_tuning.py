@@ -6,8 +6,9 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from graft.studio.errors import SiteError
+from graft.studio.errors import InputError, SiteError
 from graft.studio.methods.ladder_side_tuning import LadderSideTuning
 from graft.studio.methods.lora import LoRA
 from graft.studio.methods.lora_fa import LoRAFA
@@ -136,22 +137,69 @@ def test_blocks_are_cut_out_where_the_weights_are_large():
     assert torch.equal(side.norm.weight, model.model.norm.weight[kept])
 
 
+def test_blocks_are_cut_out_where_the_fisher_information_is():
+    """From plain gradients of each sample; magnitudes would keep other parts."""
+
+    def losses(model: Any) -> Any:
+        return (cross_entropy(model(row[None]).logits[0, :-1], row[1:]) for row in IDS)
+
+    twin = make().requires_grad_(True)
+    F = {name: torch.zeros_like(weight) for name, weight in twin.named_parameters()}
+    for loss in losses(twin):
+        twin.zero_grad()
+        loss.backward()
+        for name, weight in twin.named_parameters():
+            F[name] += weight.grad**2
+
+    def rows(layer: int, part: str, columns: Any = slice(None)) -> Tensor:
+        return F[f"model.layers.{layer}.{part}.weight"][:, columns].sum(1)
+
+    model = make()
+    before = model(IDS).logits
+    handle = LadderSideTuning(reduction=4, every=3, pruning="fisher").attach(model, losses=losses(model))
+    assert torch.equal(model(IDS).logits, before) and not any(p.requires_grad for p in model.parameters())
+    stream = torch.stack([rows(i, part) for i in (0, 3) for part in ("self_attn.o_proj", "mlp.down_proj")])
+    kept = stream.sum(0).topk(8).indices.sort().values
+    for reset in (False, True):
+        if reset:
+            handle.reset(0, 5)
+        t = handle.tensors()
+        for k, i in enumerate((0, 3)):
+            size = {name: rows(i, f"self_attn.{name}_proj", kept).view(-1, 8).sum(1) for name in "qkv"}
+            key = int((size["q"].view(2, 2).sum(1) + size["k"] + size["v"]).argmax())
+            query = 2 * key + int(size["q"].view(2, 2)[key].argmax())
+            inside = (rows(i, "mlp.gate_proj", kept) + rows(i, "mlp.up_proj", kept)).topk(12).indices.sort().values
+            attention, mlp, name = twin.model.layers[i].self_attn, twin.model.layers[i].mlp, f"model.blocks_{k}"
+            q, v = slice(8 * query, 8 * query + 8), slice(8 * key, 8 * key + 8)
+            assert torch.equal(t[f"{name}_self_attn_q_proj_weight"], attention.q_proj.weight[q][:, kept])
+            assert torch.equal(t[f"{name}_self_attn_v_proj_weight"], attention.v_proj.weight[v][:, kept])
+            assert torch.equal(t[f"{name}_self_attn_o_proj_weight"], attention.o_proj.weight[kept][:, q])
+            assert torch.equal(t[f"{name}_mlp_up_proj_weight"], mlp.up_proj.weight[inside][:, kept])
+    with torch.no_grad():
+        pruned: Any = LadderSideTuning(reduction=4, every=3).side(model.model)
+    assert not torch.equal(pruned.blocks[0].mlp.up_proj.weight, t["model.blocks_0_mlp_up_proj_weight"])
+    with pytest.raises(InputError, match=r"pruning = 'fisher'.*attach\(losses=...\), or set pruning = 'magnitude'"):
+        LadderSideTuning(pruning="fisher").attach(make())
+    with pytest.raises(InputError, match="give a generator"):
+        LadderSideTuning(pruning="fisher").attach(make(), losses=[torch.zeros(())])
+
+
 @torch.no_grad()
 def test_a_start_may_be_drawn_and_neither_changes_the_model():
-    for start in ("pruned", "drawn"):
+    for pruning in ("magnitude", "none"):
         model = make()
         before = model(IDS).logits
-        handle = LadderSideTuning(reduction=2, start=start).attach(model)  # type: ignore[arg-type]
+        handle = LadderSideTuning(reduction=2, pruning=pruning).attach(model)  # type: ignore[arg-type]
         assert torch.equal(model(IDS).logits, before)
         own = handle.tensors()["model.blocks_0_self_attn_q_proj_weight"]
         pieces = [row[:, None] == model.model.layers[0].self_attn.q_proj.weight.flatten() for row in own]
-        assert all(bool(piece.any(1).all()) == (start == "pruned") for piece in pieces)
+        assert all(bool(piece.any(1).all()) == (pruning == "magnitude") for piece in pieces)
         handle.reset(0, 5)
-        assert torch.equal(handle.tensors()["model.blocks_0_self_attn_q_proj_weight"], own) == (start == "pruned")
+        assert torch.equal(handle.tensors()["model.blocks_0_self_attn_q_proj_weight"], own) == (pruning == "magnitude")
     packed = make("Phi3", rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0})
-    with pytest.raises(SiteError, match="qkv_proj.*not known what to cut out; set start = 'drawn'|start = 'drawn'"):
+    with pytest.raises(SiteError, match="qkv_proj.*not known what to cut out.*set pruning = 'none'"):
         LadderSideTuning(reduction=2).attach(packed)
-    assert len(LadderSideTuning(reduction=2, start="drawn").plan(packed)) == 1
+    assert len(LadderSideTuning(reduction=2, pruning="none").plan(packed)) == 1
 
 
 class Kept:
