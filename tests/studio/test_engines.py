@@ -295,8 +295,8 @@ cluster.shutdown()
 
 
 @contextmanager
-def nodes(count: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """So many nodes of Ray on the loopback interface, at ports that are free."""
+def nodes(count: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """So many nodes of Ray on the loopback interface, at ports that are free; their process group."""
     short = tempfile.mkdtemp(prefix="gr-")  # it names sockets
     told = {**cluster.HERE, "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": "0123abcd" * 8}
     program = subprocess.Popen(
@@ -313,7 +313,7 @@ def nodes(count: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         assert address, "it did not start"
         for name, value in {**told, "RAY_ADDRESS": address}.items():
             monkeypatch.setenv(name, value)
-        yield
+        yield program.pid
     finally:
         with suppress(OSError):
             program.stdin.close()
@@ -325,13 +325,28 @@ def nodes(count: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         shutil.rmtree(short, ignore_errors=True)
 
 
+def listeners(group: int) -> set[str]:
+    """Addresses, in hexadecimal, at which processes of a group wait for others."""
+    sockets = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getpgid(int(process.name)) == group:
+                sockets |= {str(link.readlink()) for link in process.glob("fd/*")}
+    tables = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
+    rows = [line.split() for table in tables if table.exists() for line in table.read_text().splitlines()[1:]]
+    return {row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in sockets}
+
+
 @pytest.mark.slow
 def test_ray_on_two_nodes(make_batch: Callable[[str], Batch], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two nodes on the loopback interface, with a token; every run goes out and comes back."""
+    """Two nodes that only this machine reaches, with a token; every run goes out and comes back."""
     monkeypatch.setattr(engines, "SECONDS", 0.1)
-    with nodes(2, "token", monkeypatch):
+    heard: set[str] = set()
+    with nodes(2, "token", monkeypatch) as group:
         batch = make_batch("ray")
-        run_batch(batch, "ray", 2, lambda shown: None)
+        run_batch(batch, "ray", 2, lambda shown: heard.update(listeners(group)))
+        assert sys.platform != "linux" or heard
+        assert all(address.endswith("0100007F") for address in heard), "127.0.0.1, alone or within IPv6"
         assert status(batch) == ["finished", "finished", "failed"]
         for run in batch.runs[:2]:
             assert run.adapter().tensors
