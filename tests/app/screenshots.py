@@ -23,7 +23,7 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.runs import Run, RunLock, create_run
 from graft.studio.runs.queue import place, wait
 
-COLOURS = 96
+COLOURS = 224
 """Of a picture: a page needs few, and the file is small."""
 LONG: dict[str, Any] = {"full_page": True, "clip": {"x": 0, "y": 0, "width": 1200, "height": 1500}}
 """The upper part of a page that is as long as a training."""
@@ -110,7 +110,7 @@ def take(out: Path) -> None:
                         page.locator(".graft").first.wait_for()
                         if name in acts:
                             acts[name](page)
-                        whole = {"runs": LONG, "teach": {"full_page": True}}
+                        whole = {"runs": LONG, "teach": {"full_page": True}, "preview": {"full_page": True}}
                         shoot(page, out / f"{name}-{scheme}.png", **whole.get(name, {}))
                         page.close()
                 phone = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
