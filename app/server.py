@@ -63,7 +63,7 @@ def make_app(place: Place, names: Sequence[str] = (), token: str = "") -> Any:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_dark="*primary_700",
         button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
     css = (Path(__file__).parent / "ui.css").read_text(encoding="utf-8")
     warnings.filterwarnings("ignore", "SSR mode is not supported")  # nobody asked for it

@@ -25,7 +25,7 @@ from graft.studio.runs import Run, RunLock, create_run
 from graft.studio.runs.queue import place, wait
 
 COLOURS = 224
-"""Of a picture: a page needs few, and the file is small."""
+"""Of a picture: a page needs few, and the file is small. With fewer, rare ones such as that of a link are lost."""
 LONG: dict[str, Any] = {"full_page": True, "clip": {"x": 0, "y": 0, "width": 1200, "height": 1500}}
 """The upper part of a page that is as long as a training."""
 
@@ -35,7 +35,8 @@ def shoot(page: Any, file: Path, **kept: Any) -> None:
     page.evaluate("window.scrollTo(0, 0)")
     page.wait_for_timeout(1500)
     with Image.open(BytesIO(page.screenshot(**kept))) as taken:
-        taken.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(file, optimize=True)
+        few = taken.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
+        few.convert("RGB").save(file, lossless=True, quality=100, method=6)
     print(file, f"{file.stat().st_size / 1000:.0f} KB", flush=True)
 
 
@@ -119,8 +120,36 @@ def chat(page: Any, questions: Path) -> None:
         page.locator("#talk .asked").nth(k).wait_for(timeout=180_000)
 
 
-def take(out: Path) -> None:
+def pages(browser: Any, studio: Studio, out: Path, runs: list[str], photos: Path, questions: Path) -> None:
     """All pages, in light and in the dark, and the first one on a phone."""
+    demo, other, talk = runs
+    addresses = {"runs": f"/?run={demo}", "teach": "/teach", "preview": f"/preview?adapter={demo}",
+                 "compare": f"/compare?run={demo}&run={other}", "library": f"/library?adapter={demo}",
+                 "labels": "/teach", "chat": f"/preview?adapter={talk}"}  # fmt: skip
+    acts: dict[str, Callable[[Any], None]] = {
+        "teach": lambda page: teach(page, photos), "preview": preview,
+        "labels": lambda page: labels(page, questions), "chat": lambda page: chat(page, questions),
+    }  # fmt: skip
+    whole: dict[str, dict[str, Any]] = {"runs": LONG, "teach": {"full_page": True}, "preview": {"full_page": True}}
+    for scheme in ("light", "dark"):
+        for name, address in addresses.items():
+            context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
+            context.set_default_timeout(60_000)  # a page remembers what was chosen: each has a new browser
+            page = context.new_page()
+            page.goto(studio.url + address)
+            page.locator(".graft").first.wait_for()
+            if name in acts:
+                acts[name](page)
+            shoot(page, out / f"{name}-{scheme}.webp", **whole.get(name, {}))
+            context.close()
+    phone = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
+    phone.goto(f"{studio.url}/?run={other}")
+    phone.locator(".graft").first.wait_for()
+    shoot(phone, out / "phone.webp")
+
+
+def take(out: Path) -> None:
+    """Train, let two runs wait, and take the pictures."""
     root = Path(tempfile.gettempdir()) / "studio"
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir()
@@ -130,37 +159,14 @@ def take(out: Path) -> None:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS.split())
         try:
-            demo, other, talk = train(studio, photos, questions)
+            runs = train(studio, photos, questions)
             for _ in range(100):  # the scheduler ends when all is done
                 time.sleep(0.3)
             with RunLock(studio.state):
                 job = Job("pocket-sd", {"name": "lora"}, {"path": str(photos)}, "diffusion")
                 for order, name in enumerate(("20270101-120000-sprout-rank-16", "20270101-120100-sprout-style")):
                     create_run(job, studio.runs / name, queue=place(job.train, 5 - 5 * order, order=float(order)))
-                addresses = {"runs": f"/?run={demo}", "teach": "/teach", "preview": f"/preview?adapter={demo}",
-                             "compare": f"/compare?run={demo}&run={other}",
-                             "library": f"/library?adapter={demo}", "labels": "/teach",
-                             "chat": f"/preview?adapter={talk}"}  # fmt: skip
-                acts: dict[str, Callable[[Any], None]] = {
-                    "teach": lambda page: teach(page, photos), "preview": preview,
-                    "labels": lambda page: labels(page, questions), "chat": lambda page: chat(page, questions),
-                }  # fmt: skip
-                for scheme in ("light", "dark"):
-                    context = browser.new_context(viewport={"width": 1200, "height": 900}, color_scheme=scheme)
-                    context.set_default_timeout(60_000)
-                    for name, address in addresses.items():
-                        page = context.new_page()
-                        page.goto(studio.url + address)
-                        page.locator(".graft").first.wait_for()
-                        if name in acts:
-                            acts[name](page)
-                        whole = {"runs": LONG, "teach": {"full_page": True}, "preview": {"full_page": True}}
-                        shoot(page, out / f"{name}-{scheme}.png", **whole.get(name, {}))
-                        page.close()
-                phone = browser.new_context(viewport={"width": 390, "height": 844}).new_page()
-                phone.goto(f"{studio.url}/?run={other}")
-                phone.locator(".graft").first.wait_for()
-                shoot(phone, out / "phone.png")
+                pages(browser, studio, out, runs, photos, questions)
         finally:
             studio.process.terminate()
             browser.close()
