@@ -56,7 +56,7 @@ def make_app(place: Place, names: Sequence[str] = (), token: str = "") -> Any:
     theme = gr.themes.Base(
         primary_hue="emerald", secondary_hue="emerald", neutral_hue="zinc", font=FONTS, font_mono=MONO, radius_size="lg"
     ).set(
-        body_text_color_subdued="*neutral_600",  # of the others, on white, a reader with weak eyes sees little
+        body_text_color_subdued="*neutral_600",  # the default is too pale on white
         block_title_text_color="*neutral_700",
         block_label_text_color="*neutral_700",
         input_placeholder_color="*neutral_500",
