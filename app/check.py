@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -113,9 +114,14 @@ def told_findings(report: Mapping[str, Any]) -> str:
         names += [f"and {len(files) - FILES} more"] * (len(files) > FILES)
         items.append(
             f'<li class="{escape(finding["level"])}"><strong>{escape(finding["kind"])}</strong> ({len(files)}). '
-            f"{escape(finding['remedy'])}.<small>{', '.join(names)}</small></li>"
+            f"{code(finding['remedy'])}.<small>{', '.join(names)}</small></li>"
         )
     return f'<div class="graft" id="findings"><ul class="findings">{"".join(items)}</ul></div>'
+
+
+def code(text: str) -> str:
+    """Text whose commands stand between backticks."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def told_error(error: GraftError) -> str:

@@ -55,6 +55,15 @@ def make_app(place: Place, names: Sequence[str] = (), token: str = "") -> Any:
     api.include_router(files.routes(place))
     theme = gr.themes.Base(
         primary_hue="emerald", secondary_hue="emerald", neutral_hue="zinc", font=FONTS, font_mono=MONO, radius_size="lg"
+    ).set(
+        body_text_color_subdued="*neutral_600",  # the default is too pale on white
+        block_title_text_color="*neutral_700",
+        block_label_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
     css = (Path(__file__).parent / "ui.css").read_text(encoding="utf-8")
     warnings.filterwarnings("ignore", "SSR mode is not supported")  # nobody asked for it

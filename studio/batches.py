@@ -5,9 +5,13 @@ A batch is a function of (seed, step, micro step, rank), so who draws it, and wh
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import os
 import signal
+import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +55,8 @@ def batches(
     accumulation = config.gradient_accumulation
     ahead: dict[str, Any] = {}
     if config.workers:
-        ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork", "worker_init_fn": _ignore_interrupt}
+        begin = partial(_begin, os.getpid())
+        ahead = {"prefetch_factor": 4, "multiprocessing_context": "fork", "worker_init_fn": begin}
     loader = DataLoader(
         _Batches(task, configs, rank, processes),
         batch_size=None,
@@ -67,6 +72,14 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but it is the training that decides when to stop."""
+def _begin(training: int, worker: int) -> None:
+    """Ignore Ctrl-C, which reaches every process of a terminal, and end with the training, which decides when to stop.
+
+    torch's workers look every five seconds whether their parent is another than when they began, so they stay for ever
+    if it was killed before that.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != training:
+        os._exit(1)

@@ -88,7 +88,7 @@ def comparison(runs: Sequence[Run]) -> str:
     tiles = [(run, path) for run in runs for path in newest_pictures(run)]
     pictures = "".join(page.picture(f"{run.id}: {path.stem}", path, sample_url(run, path)) for run, path in tiles)
     return (
-        f'<div class="graft">{charts}<h3>Newest samples</h3><div class="grid">{pictures}</div>'
+        f'<div class="graft">{charts}<h3>Newest samples</h3><div class="grid sheets">{pictures}</div>'
         f"<h3>Settings that differ</h3>{page.table(differences(runs))}<h3>Figures</h3>{page.table(figures(runs))}</div>"
     )
 
@@ -137,7 +137,7 @@ def pair_of(runs: Sequence[Run]) -> list[Any]:
     tiles = "".join(
         page.picture(side, newest_pictures(run)[-1]) for side, run in zip(("Left", "Right"), pair, strict=True)
     )
-    return [f'<div class="graft"><div class="grid">{tiles}</div></div>', [run.id for run in pair]]
+    return [f'<div class="graft"><div class="grid sheets">{tiles}</div></div>', [run.id for run in pair]]
 
 
 def tally_of(place: Place) -> str:

@@ -38,13 +38,13 @@ def build(place: Place) -> None:
             detail = gr.HTML()
             tags = gr.Textbox("", label="Tags, with commas between them", visible=False, max_length=200)
             with gr.Row(visible=False) as actions:
-                inspect = gr.Button("Inspect", size="sm")
-                verify = gr.Button("Verify", size="sm")
-                delete = gr.Button("Delete", size="sm", variant="stop")
-            with gr.Row(visible=False) as conversion:
+                inspect = gr.Button("Inspect", size="sm", min_width=80)
+                verify = gr.Button("Verify", size="sm", min_width=80)
+                delete = gr.Button("Delete", size="sm", variant="stop", min_width=80)
+            with gr.Row(visible=False, elem_classes="level") as conversion:
                 to = gr.Dropdown(list(FORMATS), value="native", label="Format", min_width=120)
                 convert = gr.Button("Convert", size="sm")
-            with gr.Row(visible=False) as merging:
+            with gr.Row(visible=False, elem_classes="level") as merging:
                 others = gr.Dropdown([], multiselect=True, max_choices=MOST - 1, allow_custom_value=True, label="With",
                                      info="None: into the weights of its base.", elem_id="others")  # fmt: skip
                 weights = gr.Textbox("", label="Weights", info="Such as 0.7, 0.3; empty is 1 for each.", max_length=60)
@@ -126,7 +126,8 @@ def entry(run: Run, found: dict[str, Any], tags: list[str], current: bool) -> st
 def card(run: Run) -> str:
     """The card of an adapter in full, and its picture."""
     found = card_of(run)
-    facts = {key: found.get(key) for key in ("method", "base", "trigger", "created")}
+    facts = {key: found.get(key) for key in ("method", "base", "trigger")}
+    facts["created"] = str(found.get("created") or "")[:16].replace("T", " ")  # to the minute
     facts |= {"sites": len(found.get("sites", [])), **found.get("metrics", {})}
     settings = page.table([{"setting": key, "value": json.dumps(value)} for key, value in found["config"].items()])
     tiles = "".join(page.picture("", path, sample_url(run, path)) for path in (run.folder / "result").glob("preview.*"))

@@ -44,9 +44,9 @@ def build(place: Place) -> None:
         with gr.Column(scale=5, min_width=320):
             head = gr.HTML()
             with gr.Row():
-                stop = gr.Button("Stop", interactive=False, size="sm")
-                resume = gr.Button("Resume", interactive=False, size="sm")
-                clone = gr.Button("Clone", interactive=False, size="sm")
+                stop = gr.Button("Stop", interactive=False, size="sm", min_width=80)
+                resume = gr.Button("Resume", interactive=False, size="sm", min_width=80)
+                clone = gr.Button("Clone", interactive=False, size="sm", min_width=80)
             with gr.Row(visible=False, elem_id="places") as places:
                 moves = [gr.Button(word, size="sm", min_width=80) for word in MOVES]
                 priority = gr.Number(0, precision=0, label="Priority: higher ones go first", min_width=120)

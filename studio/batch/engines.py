@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graft.studio.batch.cluster import connect, settle
 from graft.studio.disk import write_atomic
 from graft.studio.errors import InputError, RunError
 from graft.studio.job import PATHS
@@ -86,22 +87,15 @@ def run_worker(folder: str, processes: int = 1) -> int:
 def ray(batch: Batch, workers: int, show: Show) -> None:
     """Ship groups of runs to a Ray cluster, `workers` at a time, and bring back what becomes of them.
 
-    `RAY_ADDRESS` names the cluster. Without one, a small one is started here: on the loopback interface, with a token.
+    `RAY_ADDRESS` names the cluster, which must demand a token and have private addresses. Without one, a small one is
+    started here: on the loopback interface, with a token.
 
     Raises:
-        InputError: Ray is not installed.
+        InputError: Ray is not installed, or strangers may reach the cluster.
     """
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
+    address = settle()  # before Ray is imported
     library = _library("ray")
-    library.init(
-        address=os.environ.get("RAY_ADDRESS"),
-        _node_ip_address=None if "RAY_ADDRESS" in os.environ else "127.0.0.1",
-        include_dashboard=None if "RAY_ADDRESS" in os.environ else False,
-        log_to_driver=False,
-        runtime_env={"env_vars": {name: os.environ[name] for name in _CARRIED if name in os.environ}},
-    )
+    connect(library, address, {name: os.environ[name] for name in _CARRIED if name in os.environ})
     try:
         waiting = _groups(batch)
         flying: dict[Any, tuple[ExitStack, list[Run]]] = {}

@@ -4,8 +4,9 @@
 workers or the web server, while it is asked to put a run into the queue, gets SIGKILL. The server is started again and
 must show every run. At the end every run must be finished, with the bits of one that was left in peace. `lost`: not
 finished; `double`: two attempts at one time, told by the attempts' numbers in its events; `corrupt`: a checkpoint that
-does not match its hashes; `inexact`: other bits; `unlisted`: not shown by a server that was started again. The rest is
-measured with errands, which train nothing. Without gradio no server is started, nor killed.
+does not match its hashes; `inexact`: other bits; `unlisted`: not shown by a server that was started again; `orphaned`:
+a process that outlived its training. The rest is measured with errands, which train nothing. Without gradio no server
+is started, nor killed.
 """
 
 from __future__ import annotations
@@ -43,8 +44,10 @@ from graft.studio.runs.scheduler import Scheduler
 
 LIMITS = {"overhead ms": 50.0, "list s": 0.5, "index s": 1.0}
 """What is promised: the scheduler's work for a job, `graft runs list` of the waiting jobs, the index made anew."""
+WRONG = ("lost", "double", "corrupt", "inexact", "unlisted", "orphaned")
+"""What may become of a run."""
 LATE = 10.0
-"""Seconds that are waited for something to kill, before something else is killed."""
+"""Seconds that are waited for something to kill, before something else is killed; and for the last to end by itself."""
 
 
 def run(
@@ -77,7 +80,7 @@ def run(
         ):
             result |= part()
             print("  ".join(f"{key} {value}" for key, value in result.items()), file=sys.stderr, flush=True)
-    lost = ("lost", "double", "corrupt", "inexact", "unlisted", "crowd lost", "crowd double")
+    lost = (*WRONG, "crowd lost", "crowd double")
     result["passed"] = all(result[key] <= most for key, most in LIMITS.items()) and not any(map(result.get, lost))
     result["table"] = _table(result)
     if out is not None:
@@ -227,7 +230,7 @@ def torment(root: Path, kills: int, moments: random.Random) -> dict[str, Any]:
     finally:
         if server is not None:
             server.kill()
-    return {**found, **_verdict(made, _bits(peace))}
+    return {**found, **_verdict(made, _bits(peace)), "orphaned": _orphans(root)}
 
 
 def _kill_at_random(
@@ -333,6 +336,18 @@ def _verdict(made: list[Run], expected: Mapping[str, bytes]) -> dict[str, int]:
     return found
 
 
+def _orphans(root: Path) -> int:
+    """Processes of trainings that are still there some seconds after all have ended; none stays."""
+    program, pids, late = f"{os.environ['GRAFT_WORKER']}\0{root}/".encode(), [0], time.monotonic() + LATE
+    while pids and time.monotonic() < late:
+        time.sleep(0.1)
+        pids = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                pids += [int(path.parent.name)] * (program in path.read_bytes())
+    return sum(_kill(pid) for pid in pids)
+
+
 def _bits(run: Run) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in run.adapter().tensors.items()}
 
@@ -361,7 +376,7 @@ def _kill(pid: int | None) -> bool:
 
 def _table(result: Mapping[str, Any]) -> str:
     kinds = ", ".join(f"{number} of a {kind}" for kind, number in result["kills"].items())
-    found = ", ".join(f"{result[key]} {key}" for key in ("lost", "double", "corrupt", "inexact", "unlisted"))
+    found = ", ".join(f"{result[key]} {key}" for key in WRONG)
     overhead, listing, index = (f"(limit {limit:g} {key[-2:].strip()})" for key, limit in LIMITS.items())
     queue = f"{result['waiting']} waiting"
     return "\n".join(

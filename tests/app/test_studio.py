@@ -242,6 +242,8 @@ def test_pages_on_a_phone_in_the_dark_by_keyboard(studio, new_page, sprite) -> N
         page.locator(".graft").first.wait_for()
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), path
         assert page.evaluate("document.body.classList.contains('dark')"), path
+        links = page.evaluate("[...document.querySelectorAll('.nav-holder a')].map(a => a.offsetTop)")
+        assert (len(links), len(set(links))) == (5, 1), "the bar of pages has one line"
     page.goto(studio.url)
     page.locator(".graft.runs a").wait_for()
     reached = set()
@@ -250,6 +252,30 @@ def test_pages_on_a_phone_in_the_dark_by_keyboard(studio, new_page, sprite) -> N
         reached.add(page.evaluate("document.activeElement.innerText || document.activeElement.tagName"))
     assert any("20260102-one" in text for text in reached)
     assert watched.complaints == []
+
+
+LIGHT = """element => {
+  const channels = colour => colour.match(/[\\d.]+/g).map(Number);
+  const linear = c => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+  const weights = [.2126, .7152, .0722];
+  const light = colour => weights.reduce((sum, weight, k) => sum + weight * linear(channels(colour)[k] / 255), 0);
+  let behind = element;
+  while (behind.parentElement && channels(getComputedStyle(behind).backgroundColor)[3] === 0)
+    behind = behind.parentElement;
+  return [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
+}"""
+"""Relative luminance of an element's text and of what is behind it, as WCAG has it."""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_small_print_and_buttons_can_be_read(studio, new_page, dark: bool) -> None:
+    page = new_page(dark=dark).page
+    page.goto(f"{studio.url}/teach")
+    page.get_by_text("Your pictures will stand here").wait_for()
+    texts = [".nav-holder a:not(.active)", "#start", "#check", "text=One word for it", "text=Your pictures will stand"]
+    for text in texts:
+        low, high = sorted(page.locator(text).first.evaluate(LIGHT))
+        assert (high + 0.05) / (low + 0.05) >= 4.5, text
 
 
 def test_the_figures(studio, new_page, training) -> None:

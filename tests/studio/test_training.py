@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,7 +21,7 @@ import pytest
 import torch
 
 from graft.studio import loop
-from graft.studio.batches import step_seed
+from graft.studio.batches import _begin, batches, step_seed
 from graft.studio.disk import write_atomic
 from graft.studio.errors import DiskFullError, GraftError, InputError, RunError
 from graft.studio.job import Job, TrainConfig
@@ -75,6 +77,45 @@ def test_a_batch_that_fails_in_another_process_says_why(make_job: Make, toy: Any
     with pytest.raises(Exception, match="row 3: it is empty"):
         train(make_job(workers=1), tmp_path / "run")
     assert Run(tmp_path / "run").status == "failed"
+
+
+class Slow:
+    """Its first batch takes a minute; it writes the number of the process that draws it."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def batch(self, step: int, generator: torch.Generator) -> None:
+        write_atomic(self.file, str(os.getpid()).encode())
+        time.sleep(60)
+
+
+def test_a_data_worker_whose_training_was_killed_does_not_begin() -> None:
+    late = multiprocessing.get_context("fork").Process(target=_begin, args=(1, 0))  # its parent is another
+    late.start()
+    late.join(5)
+    assert late.exitcode == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_data_worker_ends_with_its_training(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    job = TrainConfig(steps=1, workers=1)
+    training = multiprocessing.get_context("fork").Process(target=lambda: next(batches(Slow(file), [job], 0, 0)))
+    training.start()
+    for _ in range(500):
+        if file.exists():
+            break
+        time.sleep(0.01)
+    status = Path(f"/proc/{file.read_text()}/status")
+    assert status.exists()
+    training.kill()
+    training.join()
+    for _ in range(100):
+        if not status.exists() or "State:\tZ" in status.read_text():  # nobody may wait for it
+            return
+        time.sleep(0.01)
+    raise AssertionError("it is still there")
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -22,6 +25,18 @@ def test_a_server_that_ended_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not server.events
     with pytest.raises(AssertionError, match="does not answer"):
         server.answers()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere none is looked for")
+def test_a_process_that_stays_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LATE", 0.1)
+    monkeypatch.setenv("GRAFT_WORKER", "the.worker")
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "the.worker"]
+    with subprocess.Popen([*command, f"{tmp_path}/a/run"]) as found, subprocess.Popen([*command, "/b/run"]) as other:
+        assert jobs._orphans(tmp_path / "a") == 1
+        assert found.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+        other.kill()
 
 
 @pytest.mark.alone
@@ -60,4 +75,4 @@ def test_all_kinds_are_killed(tmp_path: Path) -> None:
         registry.METHODS.pop(("line", "fit"), None)
     assert found["kills"]["server"] >= 1
     assert found["server again"] == found["kills"]["server"]
-    assert not any(found[key] for key in ("lost", "double", "corrupt", "inexact", "unlisted"))
+    assert not any(found[key] for key in jobs.WRONG)
