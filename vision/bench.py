@@ -101,23 +101,29 @@ def run(
     means = [_mean([row for row in asked if (row["set"], row["method"]) == key]) for key in product(tasks, methods)]
     checks = _checks(means)
     head = f"{base}, {shots or 'all'} shots, {steps} steps of {batch_size}, {seeds} seeds"
-    result = {"work": work, "rows": rows, "summary": means, "checks": checks, "table": table(head, means, checks)}
-    result["passed"] = all(check["ok"] for check in checks.values())
+    result = {
+        "work": work,
+        "rows": rows,
+        "summary": means,
+        "checks": checks,
+        "passed": all(check["ok"] for check in checks.values()),
+        "table": table(head, means, checks),
+    }
     if path is not None:
         write_json(path, result)
     return result
 
 
-def _job(base: str, task: str, method: str, shots: int, seed: int, length: dict[str, Any]) -> dict[str, Any]:
+def _job(base: str, task: str, row: str, shots: int, seed: int, length: dict[str, Any]) -> dict[str, Any]:
     """A training as it is asked for; the rate stands in it, so that one with another default is another job."""
-    section = METHODS[method]
-    rate = method_class("vision", section["name"]).default_learning_rate
+    section = METHODS[row]
+    method: Any = method_class("vision", section["name"])
     return {
         "base": base,
         "domain": "vision",
         "method": section,
         "data": {"dataset": task, "shots": shots, "seed": seed},
-        "train": {**length, "learning_rate": rate, "seed": seed},
+        "train": {**length, "learning_rate": method.default_learning_rate, "seed": seed},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,13 @@ def test_rows_checks_and_files(folder: Path, tmp_path: Path):
 
 
 def test_it_goes_on_where_it_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    settings = {"base": str(folder), "tasks": ["pocket-count"], "methods": ["ssf"], "batch_size": 4, "shots": 4}
+    settings: dict[str, Any] = {
+        "base": str(folder),
+        "tasks": ["pocket-count"],
+        "methods": ["ssf"],
+        "batch_size": 4,
+        "shots": 4,
+    }
     first = run(tmp_path, seeds=1, steps=2, **settings)["rows"]
     trained = tmp_path / "runs" / "pocket-count" / "ssf" / "1"
     with monkeypatch.context() as broken:  # killed between the training and its figures
