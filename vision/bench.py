@@ -1,13 +1,17 @@
 """`graft bench vision`: every method on the built-in sets, with accuracy, parameters, seconds and memory in one table.
 
-The test pictures of a set are opened once for each trained adapter, after its training. Seeds draw the shots and
-everything random in the training; the table gives means and, over more than one seed, their standard deviation.
+The test pictures of a set are opened once for each trained adapter, after its training. Seeds draw the shots, what is
+kept for validation, and everything random in the training; the table gives means and, over more than one seed, their
+standard deviation. All of one seed comes before the next, so that a measurement that is stopped has whole tables.
+Seconds are CPU seconds; of a training that was stopped and gone on with, those of its last part.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -15,11 +19,14 @@ from typing import Any
 import torch
 
 from graft.studio.bench import measure
+from graft.studio.bench.rows import kept_rows
 from graft.studio.config import from_dict
 from graft.studio.disk import write_json
 from graft.studio.job import Job
-from graft.studio.loop import seeds_kept, set_threads
-from graft.studio.training import train
+from graft.studio.loop import seeds_kept, set_threads, settled
+from graft.studio.registry import method_class
+from graft.studio.runs.folder import Run
+from graft.studio.training import resume, train
 from graft.vision.base import load_base
 from graft.vision.evaluation import EvaluationConfig, evaluate, run_settings
 from graft.vision.jobs import prepare
@@ -58,7 +65,7 @@ def run(
     """Measures the methods.
 
     Args:
-        out: folder for vision.json, and for the runs; None keeps no runs.
+        out: folder for vision.json and the runs, in which nothing is trained or measured twice; None keeps none.
         base: a base of this domain.
         tasks: built-in sets.
         methods: rows of `METHODS`.
@@ -68,58 +75,82 @@ def run(
         batch_size: rows in a batch.
 
     Returns:
-        `rows`, `checks` (method and set -> its accuracy and the linear probe's) and `table`.
+        `rows`, one for each training; `summary`, one for each method and set; `checks` (method and set -> its accuracy
+        and the linear probe's) and `table`.
+
+    Raises:
+        RunError: the folder holds runs of other jobs.
     """
-    rows = []
+    work = {"base": load_base(base, "cpu").hash}
+    path = None if out is None else Path(out) / "vision.json"
+    rows = kept_rows(path, work)
+    asked = []
     with tempfile.TemporaryDirectory() as spare:
-        runs = Path(spare) if out is None else out / "runs"
-        for task in tasks:
-            for method in methods:
-                length = steps * (10 if method == "linear" else 1)
-                train_section = {"steps": length, "batch_size": batch_size, "checkpoint_seconds": 0}
-                jobs = [
-                    {
-                        "base": base,
-                        "domain": "vision",
-                        "method": METHODS[method],
-                        "data": {"dataset": task, "shots": shots, "seed": seed},
-                        "train": {**train_section, "seed": seed},
-                    }
-                    for seed in range(seeds)
-                ]
-                rows.append({"set": task, "method": method, **_measured(jobs, runs / task / method)})
-    result: dict[str, Any] = {
-        "work": f"{base}, {shots or 'all'} shots, {steps} steps of {batch_size}, {seeds} seeds",
+        runs = (Path(spare) if out is None else Path(out)) / "runs"
+        for seed, task, method in product(range(seeds), tasks, methods):
+            length = steps * (10 if method == "linear" else 1)
+            job = _job(base, task, method, shots, seed, {"steps": length, "batch_size": batch_size})
+            row = next((row for row in rows if row["job"] == job), None)
+            if row is None:
+                row = {"set": task, "method": method, "seed": seed, "job": job}
+                row |= _measured(job, runs / task / method / str(seed))
+                rows.append(row)
+                if path is not None:  # a long measurement that is stopped leaves what it has
+                    write_json(path, {"work": work, "rows": rows})
+            asked.append(row)
+    means = [_mean([row for row in asked if (row["set"], row["method"]) == key]) for key in product(tasks, methods)]
+    checks = _checks(means)
+    head = f"{base}, {shots or 'all'} shots, {steps} steps of {batch_size}, {seeds} seeds"
+    result = {
+        "work": work,
         "rows": rows,
-        "checks": _checks(rows),
+        "summary": means,
+        "checks": checks,
+        "passed": all(check["ok"] for check in checks.values()),
+        "table": table(head, means, checks),
     }
-    result["passed"] = all(check["ok"] for check in result["checks"].values())
-    result["table"] = table(result)
-    if out is not None:
-        write_json(out / "vision.json", {key: value for key, value in result.items() if key != "table"})
+    if path is not None:
+        write_json(path, result)
     return result
 
 
-def _measured(jobs: Sequence[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Trains each job and measures it on the test pictures."""
-    accuracies, seconds, card = [], [], None
-    for number, job in enumerate(jobs):
-        finished = train(job, run_dir=folder / str(number))
-        adapter = finished.adapter()
-        settings = from_dict(EvaluationConfig, run_settings(finished), "eval")
-        figures = evaluate(load_base(adapter.card.base), adapter, settings)
-        accuracies.append(100 * figures["accuracy"])
-        seconds.append(float(adapter.card.metrics["seconds"]))
-        card = adapter.card
-    assert card is not None
+def _job(base: str, task: str, row: str, shots: int, seed: int, length: dict[str, Any]) -> dict[str, Any]:
+    """A training as it is asked for; the rate stands in it, so that one with another default is another job."""
+    section = METHODS[row]
+    method: Any = method_class("vision", section["name"])
     return {
-        "accuracy": mean(accuracies),
-        "spread": stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        "validation": 100 * card.metrics["val_accuracy"] if "val_accuracy" in card.metrics else None,
-        "parameters": card.metrics["parameters"],
-        "seconds": mean(seconds),
-        "saved_mib": _saved(jobs[0]) / 2**20,
+        "base": base,
+        "domain": "vision",
+        "method": section,
+        "data": {"dataset": task, "shots": shots, "seed": seed},
+        "train": {**length, "learning_rate": method.default_learning_rate, "seed": seed},
     }
+
+
+def _measured(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Figures of one job: those of its run on the test pictures."""
+    saved = _saved(job)  # before the training, whose seconds are then without drawing and opening the pictures
+    began = time.process_time()
+    finished = _trained(job, folder)
+    seconds = time.process_time() - began
+    adapter = finished.adapter()
+    metrics = adapter.card.metrics
+    settings = from_dict(EvaluationConfig, run_settings(finished), "eval")
+    figures = evaluate(load_base(adapter.card.base), adapter, settings)
+    return {
+        "accuracy": 100 * figures["accuracy"],
+        "validation": 100 * metrics["val_accuracy"] if "val_accuracy" in metrics else None,
+        "parameters": metrics["parameters"],
+        "seconds": seconds,
+        "saved_mib": saved / 2**20,
+    }
+
+
+def _trained(job: dict[str, Any], folder: Path) -> Run:
+    """The finished run of a job: the one in the folder if it is of the same job, gone on with where it stopped."""
+    if (folder / "job.toml").exists() and Run(folder).job == settled(Job.load(job)):
+        return resume(folder)
+    return train(job, run_dir=folder)
 
 
 def _saved(job: dict[str, Any]) -> int:
@@ -137,6 +168,17 @@ def saved_bytes(run: Callable[[], Any], task: VisionTask) -> int:
     return measure.saved_bytes(run, [*model.parameters(), *model.buffers(), *task.parameters(), *task.buffers()])
 
 
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of one method's trainings on one set."""
+    accuracies = [row["accuracy"] for row in rows]
+    return {
+        **{key: rows[0][key] for key in ("set", "method", "parameters", "saved_mib")},
+        "accuracy": mean(accuracies),
+        "spread": stdev(accuracies) if len(accuracies) > 1 else 0.0,
+        "seconds": mean(row["seconds"] for row in rows),
+    }
+
+
 def _checks(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found = {(row["set"], row["method"]): row["accuracy"] for row in rows}
     checks = {}
@@ -147,19 +189,16 @@ def _checks(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return checks
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as text."""
-    lines = [
-        result["work"],
-        f"{'set':14} {'method':14} {'accuracy':>14} {'parameters':>11} {'seconds':>8} {'saved MiB':>9}",
-    ]
-    for row in result["rows"]:
+def table(head: str, rows: Sequence[dict[str, Any]], checks: Mapping[str, dict[str, Any]]) -> str:
+    """The means and what they were promised to be, as text."""
+    lines = [head, f"{'set':14} {'method':14} {'accuracy':>14} {'parameters':>11} {'seconds':>8} {'saved MiB':>9}"]
+    for row in rows:
         accuracy = f"{row['accuracy']:.1f} +- {row['spread']:.1f}"
         lines.append(
             f"{row['set']:14} {row['method']:14} {accuracy:>14} {row['parameters']:11,} {row['seconds']:8.1f} "
             f"{row['saved_mib']:9.1f}"
         )
-    for name, check in result["checks"].items():
+    for name, check in checks.items():
         word = "ok" if check["ok"] else "MISSED"
         lines.append(f"{name:42} {check['value']:5.1f}  above {check['limit']:5.1f}  {word}")
     return "\n".join(lines)

@@ -56,8 +56,8 @@ class VPT(VisionMethod, SiteMethod):
     dropout: float | None = None
     """Of the prompts in training; None takes the paper's 0.1 for deep and 0 for shallow."""
 
-    default_learning_rate: ClassVar[float] = 2e-2
-    head_lr_scale: ClassVar[float] = 0.1
+    default_learning_rate: ClassVar[float] = 1e-2
+    head_lr_scale: ClassVar[float] = 0.5
     exports: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:

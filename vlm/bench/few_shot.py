@@ -7,7 +7,6 @@ are read once, at the end. Beside them stands a linear probe on the frozen featu
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from graft.studio.batches import step_seed
+from graft.studio.bench.rows import kept_rows
 from graft.studio.config import to_dict
 from graft.studio.disk import write_json
 from graft.studio.errors import InputError
@@ -87,7 +87,8 @@ def few_shot(
     counts = [int(part) for part in str(shots).split(",")]
     loaded, costs = load_base(base, "cpu"), dict[str, Any]()
     work = {"base": loaded.hash, "classes": classes, "shots": max(counts), "tests": tests, "views": views}
-    rows = _kept(out, work)
+    path = None if out is None else Path(out) / "few-shot.json"
+    rows = kept_rows(path, work)
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(seeds):
             folder = Path(out or scratch) / f"pictures-{seed}"
@@ -95,19 +96,11 @@ def few_shot(
             done = {(row["method"], row["shots"]) for row in rows if row["seed"] == seed}
             for row in _measured(loaded, folder, names, counts, seed, views, done):
                 rows.append(row)
-                if out is not None:  # a long measurement that is stopped leaves what it has
-                    write_json(Path(out) / "few-shot.json", {"work": work, "rows": rows, **summary(rows)})
+                if path is not None:  # a long measurement that is stopped leaves what it has
+                    write_json(path, {"work": work, "rows": rows, **summary(rows)})
             for name in [] if seed else names:
                 costs[name] = _cost(_task(loaded, folder, name, max(counts), seed, views))
     return {"work": work, "rows": rows, "costs": costs, **summary(rows, costs)}
-
-
-def _kept(out: Path | None, work: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier measurement of the same work in this folder."""
-    path = None if out is None else Path(out) / "few-shot.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else {}
-    rows: list[dict[str, Any]] = found["rows"] if found.get("work") == work else []
-    return rows
 
 
 def write_pictures(folder: Path, classes: int, shots: int, tests: int, seed: int) -> None:
