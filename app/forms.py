@@ -6,6 +6,7 @@ The class is read from its file, not imported: the server has no torch. A form s
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import gradio as gr
 
 from graft.studio import registry
 from graft.studio.commands.methods import settings_of
+from graft.studio.errors import InputError
 
 TRAIN = "graft.studio.job:TrainConfig"
 DATA = {
@@ -70,3 +72,39 @@ def parsed(row: Mapping[str, Any], value: Any) -> Any:
         value = float(value)
     plain = list(default) if isinstance(default, tuple) else default
     return None if value in (plain, "", None, []) else value
+
+
+def noted(key: str) -> str:
+    """Browser code that notes a field's value among those of all fields, a JSON object.
+
+    There and not on the server, where two fields that are filled one right after the other would each start from what
+    the page held before, and one of them be lost.
+    """
+    return f"(value, all) => JSON.stringify({{...JSON.parse(all), {json.dumps(key)}: value}})"
+
+
+def changed(domain: str, method: str, all_fields: str) -> dict[str, dict[str, Any]]:
+    """What `noted` gathered, as a job has it: section -> setting -> value, without what the defaults say.
+
+    What is no field of this method is left out: a page may still hold those of another, and a browser has no say in
+    the rest of a job.
+
+    Raises:
+        InputError: a value that cannot be read.
+    """
+    try:
+        values = dict(json.loads(all_fields))
+    except (ValueError, TypeError):
+        raise InputError("Advanced", "the page sent no settings", "Load the page again") from None
+    found: dict[str, dict[str, Any]] = {}
+    for section, rows in sections(domain, method).items():
+        for row in rows:
+            if (key := f"{section}.{row['name']}") in values:
+                try:
+                    said = parsed(row, values[key])
+                except (ValueError, SyntaxError):
+                    given = f"{key} = {values[key]!r}"
+                    raise InputError(given, "it is no list of numbers", "Write them with commas between") from None
+                if said is not None:
+                    found.setdefault(section, {})[row["name"]] = said
+    return found

@@ -250,9 +250,8 @@ def job_of(
         "data": {"path": path, **(wanted.data if domain == "diffusion" else {})},
         "train": {"steps": QUALITY.get(quality, 300)},
     }
-    for key, value in json.loads(settings).items():
-        section, setting = key.split(".", 1)
-        job[section][setting] = value
+    for section, values in forms.changed(domain, method, settings).items():
+        job[section] |= values
     if domain == "diffusion" or wanted.questions:
         job["sample"] = {"every": max(3, job["train"]["steps"] // 6)}
     return job
@@ -312,19 +311,7 @@ def setting_fields(domain: str, method: str, values: Mapping[str, Any], settings
                 if row["default"] == "required":
                     continue
                 shown = forms.field(row, values.get(key, row["default"]))
-                shown.change(_setter(key, row), [shown, settings], settings, **QUIET)
-
-
-def _setter(key: str, row: Mapping[str, Any]) -> Any:
-    def put(value: Any, settings: str) -> str:
-        try:
-            said = forms.parsed(row, value)
-        except (ValueError, SyntaxError):
-            raise gr.Error(f"{key}: {value!r} is no list of numbers", print_exception=False) from None
-        others = {name: old for name, old in json.loads(settings).items() if name != key}
-        return json.dumps(others if said is None else {**others, key: said})
-
-    return put
+                shown.change(None, [shown, settings], settings, js=forms.noted(key), **QUIET)
 
 
 def expected(place: Place, *values: Any) -> str:

@@ -166,6 +166,38 @@ def test_forms_say_nothing_where_nothing_is_changed() -> None:
                     assert forms.parsed(row, shown.value) is None, row
 
 
+def test_what_fields_say_goes_into_a_job() -> None:
+    said = {"train.steps": 6, "train.seed": 0, "method.rank": 4, "method.targets": "q, v"}
+    assert forms.changed("diffusion", "lora", json.dumps(said)) == {
+        "train": {"steps": 6},
+        "method": {"rank": 4, "targets": ["q", "v"]},
+    }
+
+
+def test_a_browser_sends_more_than_fields_have(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path of this machine, a setting of the machine, a section and a setting that there are not."""
+    said = {
+        "data.path": "/etc",
+        "method.init": "/etc",
+        "train.device": "cuda:7",
+        "sample.every": 1,
+        "x.y": 1,
+        "steps": 2,
+    }
+    assert forms.changed("diffusion", "lora", json.dumps(said)) == {}
+    name = place.new_set()
+    job = teach.job_of(place, name, "", "Fox", "A subject", "pocket-sd", "Usual", "lora", json.dumps(said))
+    assert job["data"]["path"] == str(place.data_set(name))
+    for broken in ("", "[1]", "{", "7", '"x"'):
+        with pytest.raises(InputError, match="the page sent no settings"):
+            forms.changed("diffusion", "lora", broken)
+    rows = [{"name": "sizes", "type": "tuple[int, ...]", "default": ()}]
+    monkeypatch.setattr(forms, "sections", lambda *_: {"data": rows})
+    assert forms.changed("vision", "lora", '{"data.sizes": "1, 2"}') == {"data": {"sizes": [1, 2]}}
+    with pytest.raises(InputError, match=r"data.sizes = 'a b': it is no list of numbers"):
+        forms.changed("vision", "lora", '{"data.sizes": "a b"}')
+
+
 def test_fields_are_read_as_toml_has_them() -> None:
     def said(kind: str, default: object, value: object) -> object:
         return forms.parsed({"type": kind, "default": default}, value)

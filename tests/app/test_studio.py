@@ -57,6 +57,7 @@ def teach(watched: Any, url: str, photos: list[Path], steps: int) -> None:
     page.get_by_label("log_every").fill("1")
     page.get_by_label("log_every").press("Tab")
     page.get_by_text(f"steps = {steps}").wait_for()
+    page.get_by_text("log_every = 1").wait_for()
     page.locator("#start").click()
 
 
