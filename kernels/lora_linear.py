@@ -99,6 +99,8 @@ def lora_linear(
         from graft.kernels.lora_linear_triton import packed
 
         return packed(x, weight, bias, terms, bands(terms, weight.shape[0]), path)
+    if weight is not None and not torch.is_grad_enabled() and all(map(_plain, terms)):
+        return _added(x, weight, bias, terms)
     routes: list[Tensor] = []  # each once: terms share theirs, and the compiler takes no tensor twice
     plan = tuple((term.rows, term.dropout, term.seed, _place(term.route, routes)) for term in terms)
     tensors = [tensor for term in terms for tensor in (term.down, term.up, term.scale, term.gain)]
@@ -190,6 +192,21 @@ def bands(terms: tuple[Term, ...], width: int) -> int:
     size = rows[0][1] - rows[0][0]
     fits = width % size == 0 and width <= 4 * size and all(b - a == size and a % size == 0 for a, b in rows)
     return width // size if fits and len(set(rows)) == len(rows) else 0
+
+
+def _plain(term: Term) -> bool:
+    """Whether a term is slot 0 for every row, and no more."""
+    return term.route is None and term.gain is None and not _threshold(term.dropout)
+
+
+def _added(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
+    """The output without a backward pass and with plain terms: matrices, which take less than batches of one."""
+    y = F.linear(x, weight, bias).contiguous()
+    columns, rows = x.reshape(-1, x.shape[-1]).T, y.view(-1, y.shape[-1])
+    for term in terms:
+        hidden = (term.down[0].to(x.dtype) @ columns).mul_(term.scale[0])  # (r, m)
+        _columns(rows, term.rows).addmm_(hidden.T, term.up[0].to(x.dtype).T)
+    return y
 
 
 def _forward(

@@ -62,14 +62,13 @@ def attend(
     same = (query is key, key is value)
     batched = query.dim() == 3
     q, k, v = (_batch_first(x, module.batch_first, batched) for x in (query, key, value))
-    d = module.embed_dim
+    d, heads = module.embed_dim, module.num_heads
     if all(same):
-        q, k, v = project(q, 0, 3 * d).chunk(3, -1)
+        q, k, v = _heads(project(q, 0, 3 * d), 3, heads)
     elif same[1]:
-        q, (k, v) = project(q, 0, d), project(k, d, 3 * d).chunk(2, -1)
+        (q,), (k, v) = _heads(project(q, 0, d), 1, heads), _heads(project(k, d, 3 * d), 2, heads)
     else:
-        q, k, v = project(q, 0, d), project(k, d, 2 * d), project(v, 2 * d, 3 * d)
-    q, k, v = (x.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # (b, heads, n, d)
+        q, k, v = (_heads(project(x, i * d, (i + 1) * d), 1, heads)[0] for i, x in enumerate((q, k, v)))
     mask = _mask(attn_mask, key_padding_mask if batched else _first(key_padding_mask), q)
     dropout = module.dropout if module.training else 0.0
     weights = None
@@ -86,6 +85,11 @@ def attend(
     if not batched:
         return y[0], weights
     return (y if module.batch_first else y.transpose(0, 1)), weights
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """Parts of (b, n, parts d), each (b, heads, n, d / heads)."""
+    return x.view(*x.shape[:2], parts, heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _batch_first(x: Tensor, already: bool, batched: bool) -> Tensor:
