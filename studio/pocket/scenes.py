@@ -137,6 +137,11 @@ def centred(sprite: int, colour: str) -> Scene:
     return Scene((Thing(sprite, 56, 4, 4),), colour)
 
 
+def side_by_side(first: int, second: int, colour: str) -> Scene:
+    """Return the plainest picture of two sprites: each half a picture wide, on one colour, the first one left."""
+    return Scene((Thing(first, 28, 2, 18), Thing(second, 28, 34, 18)), colour)
+
+
 def portrait(rng: np.random.Generator, sprite: int, colour: str | None = None) -> Scene:
     """Draw a scene with one large sprite near the middle, on a plain background."""
     size = int(rng.choice([s for s in SIZES if s >= 44]))

@@ -9,7 +9,8 @@ autoencoder. It predicts the velocity (Salimans & Ho, Progressive Distillation f
 with the cosine schedule: it ends in pure noise, so the colour of a whole background can be learnt, and it spends less
 of its steps there than Stable Diffusion's own, whose latents have 64 times as many pixels. One caption in ten is empty,
 for classifier-free guidance. A share `plain` of each batch shows one sprite in the middle, which is what a bare name
-stands for: to learn 900 pictures well is much quicker than to learn 900 at every size and place. The rest is varied.
+stands for: to learn 900 pictures well is much quicker than to learn 900 at every size and place. A share `pairs` shows
+two sprites side by side, as plainly, which is what a name and a name stand for. The rest is varied.
 Latents are computed once; captions are drawn anew at every step. A last, short training with `variant_share` loosens
 what has been learnt by heart: see `variants`.
 """
@@ -29,7 +30,7 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import kept, on_device, pictures, rng_of
 from graft.studio.pocket.pretrain.variants import MARK, PseudoWords, Variants, cached_variants
-from graft.studio.pocket.scenes import COLOURS, Scene, caption, centred, portrait, sample_scene
+from graft.studio.pocket.scenes import COLOURS, Scene, caption, centred, portrait, sample_scene, side_by_side
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter
@@ -93,6 +94,17 @@ def varied_scenes(count: int, seed: int = 11) -> list[Scene]:
     return scenes[:count]
 
 
+def pair_scenes(count: int, seed: int = 13) -> list[Scene]:
+    """Return `count` scenes of two known sprites side by side; every sprite comes equally often on either side."""
+    rng = np.random.default_rng(seed)
+    known = Atlas.load().known
+    scenes: list[Scene] = []
+    while len(scenes) < count:
+        for first, second in zip(rng.permutation(known), rng.permutation(known), strict=True):
+            scenes.append(side_by_side(int(first), int(second), list(COLOURS)[rng.integers(len(COLOURS))]))
+    return scenes[:count]
+
+
 @torch.no_grad()
 def cached_latents(vae: Any, scenes: list[Scene], folder: Path, batch_size: int = 64) -> Tensor:
     """Return the posterior means of scenes, (count, 16, 8, 8) float16 on the CPU; computed once, kept in `folder`."""
@@ -115,6 +127,8 @@ class Unet:
     """Varied scenes, beside the plain ones; the latents of about 250 scenes are computed in a second."""
     plain: float = 0.75
     """Share of plain scenes in a batch."""
+    pairs: float = 0.0
+    """Share of scenes of two sprites side by side, of variants, too."""
     variants: int = 9_000
     """Pictures of sprites that never were, for `variant_share`; 100 are made in a second."""
     variant_share: float = 0.0
@@ -132,10 +146,10 @@ class Unet:
 
         device = train.device or "cpu"
         parts = models.autoencoder().to(device), models.text_encoder().to(device), models.load_tokenizer()
-        task = UnetTask(*parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay)
+        task = UnetTask(*parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay, pairs=self.pairs)
         if self.variant_share:
             tower = models.clip().vision_model.to(device)
-            drawn = cached_variants(parts[0], tower, self.variants, models.cache_root())
+            drawn = cached_variants(parts[0], tower, self.variants, models.cache_root(), paired=self.pairs)
             task.add_variants(drawn, parts[0].config.scaling_factor, self.variant_share)
         if self.go_on:
             task.start_from(models.unet())
@@ -157,6 +171,7 @@ class UnetTask(nn.Module):
         batch_size: latents in a step.
         ema_decay: of the averaged weights, which are the ones to use.
         plain_colours: backgrounds of the plain scenes.
+        pairs: share of scenes of two sprites side by side in a batch.
     """
 
     default_learning_rate = 1e-3
@@ -164,19 +179,21 @@ class UnetTask(nn.Module):
     def __init__(
         self, vae: Any, text_encoder: Any, tokenizer: Any, folder: Path,
         scenes: int = 9_000, plain: float = 0.75, batch_size: int = 64, ema_decay: float = 0.999,
-        plain_colours: Sequence[str] = tuple(COLOURS),
+        plain_colours: Sequence[str] = tuple(COLOURS), pairs: float = 0.0,
     ):  # fmt: skip
         super().__init__()
         from diffusers import DDIMScheduler, UNet2DConditionModel
         from diffusers.models.attention_processor import AttnProcessor
 
         self.batch_size, self.ema_decay = batch_size, ema_decay
-        self.plain = plain
+        self.plain, self.pairs = plain, pairs
         self.tokenizer = tokenizer
         self.frozen = (text_encoder.eval().requires_grad_(False),)  # a tuple hides it from parameters()
         self.scenes = plain_scenes(plain_colours)
         self.first_varied = len(self.scenes)
         self.scenes += varied_scenes(scenes)
+        self.first_pair = len(self.scenes)
+        self.scenes += pair_scenes(2 * scenes if pairs else 0)
         latents = cached_latents(vae.eval(), self.scenes, folder)
         self.latents = latents * vae.config.scaling_factor
         self.alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
@@ -204,11 +221,12 @@ class UnetTask(nn.Module):
         """Return the latents, captions, noise and timesteps of one step."""
         rng = rng_of(generator)
         named = self.batch_size - self.variant_rows
-        plain = round(self.plain * named)
+        plain, pairs = round(self.plain * named), round(self.pairs * named)
         chosen = np.concatenate(
             [
                 rng.integers(self.first_varied, size=plain),
-                rng.integers(self.first_varied, len(self.scenes), size=named - plain),
+                rng.integers(self.first_varied, self.first_pair, size=named - plain - pairs),
+                rng.integers(self.first_pair, len(self.scenes), size=pairs) if pairs else np.empty(0, int),
             ]
         )
         texts = ["" if rng.random() < 0.1 else caption(self.scenes[k], rng) for k in chosen]

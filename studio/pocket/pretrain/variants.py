@@ -8,8 +8,9 @@ turned and in other colours, each told by two pseudo-words that stand in its cap
 
 As in ELITE (Wei et al., Encoding Visual Concepts into Textual Embeddings for Customized Text-to-Image Generation, 2023,
 arXiv 2302.13848) a picture becomes rows of the token table; here the base itself learns to follow them. `x` shows the
-variant in another place and on another ground than the picture that is drawn. W is thrown away at the end: what stays
-is a UNet that follows a word to a picture without a name, which is what Textual Inversion asks of it.
+variant in another place and on another ground than the picture that is drawn. A share of the pictures shows it beside
+a known sprite that has its name in the caption. W is thrown away at the end: what stays is a UNet that follows a word
+to a picture without a name, alone or in company, which is what Textual Inversion asks of it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from graft.studio.pocket.atlas import SIZE, Atlas
 from graft.studio.pocket.pretrain.draw import kept, on_device
-from graft.studio.pocket.scenes import COLOURS, SIDE, opening, portrait, with_article
+from graft.studio.pocket.scenes import COLOURS, SIDE, Thing, centred, opening, portrait, side_by_side, with_article
 
 MARK = "~"
 """A word of one token that no caption has: pseudo-words take its place."""
@@ -61,57 +62,85 @@ def _hue_turn(angle: float) -> np.ndarray:
     return np.eye(3) * np.cos(angle) + np.sin(angle) * cross + (1 - np.cos(angle)) * np.outer(axis, axis)
 
 
-def placed(pixels: np.ndarray, colour: str, size: int, x: int, y: int) -> Tensor:
-    """Return a sprite of `size` pixels at (x, y) on one colour, (3, 64, 64) in [-1, 1]."""
+def placed(colour: str, *things: tuple[np.ndarray, Thing]) -> Tensor:
+    """Return sprites' pixels, as large and where their things say, on one colour, (3, 64, 64) in [-1, 1]."""
     from PIL import Image
 
     layer = Image.new("RGBA", (SIDE, SIDE))
-    # premultiplied, or the resampling would bleed hidden colours into the edge
-    small = Image.fromarray(pixels).convert("RGBa").resize((size, size), Image.Resampling.BILINEAR).convert("RGBA")
-    layer.paste(small, (x, y))
+    for pixels, thing in things:
+        # premultiplied, or the resampling would bleed hidden colours into the edge
+        size = (thing.size, thing.size)
+        small = Image.fromarray(pixels).convert("RGBa").resize(size, Image.Resampling.BILINEAR).convert("RGBA")
+        layer.paste(small, (thing.x, thing.y))
     ground = Image.new("RGBA", (SIDE, SIDE), (*COLOURS[colour], 255))
     picture = np.asarray(Image.alpha_composite(ground, layer).convert("RGB"))
     return torch.from_numpy(picture.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 class Variants(NamedTuple):
-    """Pictures to draw as latents (n, 16, 8, 8), what the image tower sees (n, 2 d), and ground colours (n,)."""
+    """Pictures to draw as latents (n, 16, 8, 8), what the image tower sees (n, 2 d), and ground colours (n,).
+
+    `company` (n, 2) are the atlas indices of what is left and right; negative for the variant, which may be alone.
+    """
 
     latents: Tensor
     features: Tensor
     colours: Tensor
+    company: Tensor
 
     def caption(self, row: int, rng: np.random.Generator) -> str:
         """Return one of many captions of a row, with marks where the name would be."""
         name = " ".join([MARK] * WORDS)
-        text = opening(rng).format(with_article(name), bare=name)
+        company: list[int] = self.company[row].tolist()
+        if max(company) < 0:
+            text = opening(rng).format(with_article(name), bare=name)
+        else:
+            first, second = (with_article(name if k < 0 else Atlas.load().names[k]) for k in company)
+            text = f"{first} {'and' if rng.random() < 0.5 else 'left of'} {second}"
         if rng.random() < 0.6:
             text += f" on {with_article(list(COLOURS)[int(self.colours[row])])} background"
         return text
 
 
 @torch.no_grad()
-def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 12) -> Variants:
-    """Return `count` variants of known sprites, as posterior means; computed once and kept in `folder`."""
+def cached_variants(
+    vae: Any, tower: Any, count: int, folder: Path, seed: int = 12, paired: float = 0.0
+) -> Variants:
+    """Return `count` variants of known sprites, as posterior means; computed once and kept in `folder`.
+
+    Args:
+        vae: the frozen autoencoder.
+        tower: the frozen image tower.
+        count: how many.
+        folder: where they are kept.
+        seed: of all that is drawn.
+        paired: share that stands beside a known sprite.
+    """
 
     def make() -> dict[str, Tensor]:
         rng, known, names = np.random.default_rng(seed), Atlas.load().known, list(COLOURS)
         latents, features, colours = [], [], rng.integers(len(names), size=count)
+        company = np.full((count, 2), -1)
+        for row in np.flatnonzero(np.random.default_rng([seed, 1]).random(count) < paired):
+            company[row, rng.integers(2)] = rng.choice(known)
         for start in range(0, count, 100):
             drawn, seen = [], []
-            for colour in colours[start : start + 100]:
+            for row, colour in enumerate(colours[start : start + 100], start):
                 as_it_is = rng.random() < UNCHANGED
                 pixels = Atlas.load().pixels[int(rng.choice(known))] if as_it_is else variant(rng, known)
-                at = portrait(rng, 0).things[0]
-                plain = rng.random() < 0.5
-                drawn.append(placed(pixels, names[colour], *((56, 4, 4) if plain else (at.size, at.x, at.y))))
-                seen.append(placed(pixels, names[rng.integers(len(names))], 56, 4, 4))
+                things = (centred(0, "") if rng.random() < 0.5 else portrait(rng, 0)).things
+                if company[row].max() >= 0:
+                    things = side_by_side(*company[row], "").things
+                parts = [pixels if len(things) == 1 or t.sprite < 0 else Atlas.load().pixels[t.sprite] for t in things]
+                drawn.append(placed(names[colour], *zip(parts, things, strict=True)))
+                seen.append(placed(names[rng.integers(len(names))], (pixels, centred(0, "").things[0])))
             latents.append(vae.encode(on_device(torch.stack(drawn), vae)).latent_dist.mean.half().cpu())
             states = tower(on_device(torch.stack(seen), tower)).last_hidden_state
             features.append(torch.cat([states[:, 0], states[:, 1:].mean(1)], dim=1).cpu())
-        return {"latents": torch.cat(latents), "features": torch.cat(features), "colours": torch.from_numpy(colours)}
+        found = {"latents": torch.cat(latents), "features": torch.cat(features)}
+        return found | {"colours": torch.from_numpy(colours), "company": torch.from_numpy(company)}
 
-    return Variants(**kept(folder, "variants", (vae, tower, count, seed), make))
+    return Variants(**kept(folder, "variants", (vae, tower, count, seed, paired), make))
 
 
 class PseudoWords(nn.Module):

@@ -41,7 +41,7 @@ def test_one_sprite_makes_variants_of_itself_only():
 
 def test_placed_is_what_a_scene_shows():
     sprite = Atlas.load().known[5]
-    ours = placed(Atlas.load().pixels[sprite], "teal", 56, 4, 4)
+    ours = placed("teal", (Atlas.load().pixels[sprite], centred(sprite, "teal").things[0]))
     theirs = torch.from_numpy(render(centred(sprite, "teal"))).permute(2, 0, 1) / 127.5 - 1
     assert (ours - theirs).abs().mean() < 0.01
     assert (ours[:, 0, 0] * 127.5 + 127.5).round().tolist() == list(COLOURS["teal"])
