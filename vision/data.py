@@ -19,8 +19,9 @@ from graft.studio.pictures import BROKEN, complaint
 class DataConfig(LabelledConfig):
     """The `[data]` section of a job."""
 
-    augment: Literal["none", "flip", "crop"] = "none"
-    """crop is a random part of half the area or more, at its own aspect, and a mirror image half of the time."""
+    augment: Literal["none", "flip", "crop", "zoom"] = "none"
+    """flip is a mirror image half of the time; zoom a random part of half the area or more, at its own aspect, for
+    pictures that a mirror would spoil, such as digits; crop is both."""
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class FitData:
     """What is trained on."""
     val: Pictures
     """What is validated on; may be empty."""
-    augment: Literal["none", "flip", "crop"] = "none"
+    augment: Literal["none", "flip", "crop", "zoom"] = "none"
     """As in the config."""
 
     @property
@@ -209,7 +209,7 @@ def augmented(pixels: Tensor, kind: str, generator: torch.Generator) -> Tensor:
 
     flip = v2.RandomHorizontalFlip()
     crop = v2.RandomResizedCrop(pixels.shape[-2:], scale=(0.5, 1.0), ratio=(0.8, 1.25), antialias=True)
-    change = v2.Compose([crop, flip]) if kind == "crop" else flip
+    change = {"flip": flip, "zoom": crop, "crop": v2.Compose([crop, flip])}[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
         return torch.stack([change(each) for each in pixels])

@@ -103,6 +103,17 @@ def test_augmentation_is_drawn_from_the_generator_alone():
     assert augmented(pixels, "none", torch.Generator()) is pixels
 
 
+def test_only_zoom_changes_pictures_without_a_mirror():
+    half = torch.zeros(24, 3, 16, 16, dtype=torch.uint8)
+    half[..., 8:] = 255
+    drawn = {kind: augmented(half, kind, torch.Generator().manual_seed(1)) for kind in ("zoom", "crop", "flip")}
+    upright = {
+        kind: [bool(p[..., 0].float().mean() < p[..., -1].float().mean()) for p in some] for kind, some in drawn.items()
+    }
+    assert all(upright["zoom"]) and not torch.equal(drawn["zoom"], half)
+    assert {True, False} == set(upright["crop"]) == set(upright["flip"])
+
+
 def test_samples_leave_no_trace(folder: Path, photos: Path, tmp_path: Path):
     task = prepare(job(folder, photos, {"name": "vpt"}))
     state, modes = torch.get_rng_state(), [module.training for module in task.modules()]

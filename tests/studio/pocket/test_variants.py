@@ -14,7 +14,7 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import unet, variants
 from graft.studio.pocket.pretrain.unet import Unet, UnetTask
 from graft.studio.pocket.pretrain.variants import MARK, PseudoWords, cached_variants, placed, variant
-from graft.studio.pocket.scenes import COLOURS, centred, render
+from graft.studio.pocket.scenes import COLOURS, centred, render, side_by_side
 
 
 def test_a_third_of_a_turn_moves_red_to_green_and_leaves_grey():
@@ -67,6 +67,27 @@ def test_variants_are_made_of_known_sprites_and_once(parts, tmp_path: Path, monk
     assert len(seen) == count and len(list(tmp_path.iterdir())) == 1
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert first.latents.shape == (12, 16, 8, 8) and first.features.shape == (12, 384)
+
+
+def test_a_variant_in_company_is_told_with_its_neighbour_on_the_right_side(parts, tmp_path: Path):
+    vae, tower = parts[:2]
+    drawn = cached_variants(vae, tower, 8, tmp_path, paired=1.0)
+    assert torch.equal(cached_variants(vae, tower, 8, tmp_path).company, torch.full((8, 2), -1))
+    assert ((drawn.company < 0).sum(1) == 1).all() and set(drawn.company.amax(1).tolist()) <= set(Atlas.load().known)
+    rng, found = np.random.default_rng(0), set()
+    with torch.no_grad():
+        pictures = vae.decode(drawn.latents.float()).sample
+    for row, company in enumerate(drawn.company.tolist()):
+        left = company[1] < 0  # where the neighbour is
+        name = Atlas.load().names[max(company)]
+        told = drawn.caption(row, rng)
+        assert (told.index(name) < told.index(MARK)) == left and told.count(MARK) == 2
+        found.add(" left of " in told)
+        scene = render(side_by_side(max(company), max(company), list(COLOURS)[int(drawn.colours[row])]))
+        wanted = torch.from_numpy(scene).permute(2, 0, 1) / 127.5 - 1
+        away = [(pictures[row] - wanted)[..., half].square().mean() for half in (slice(0, 32), slice(32, 64))]
+        assert (away[0] < away[1]) == left  # the half that shows the neighbour looks like it
+    assert found == {True, False}
 
 
 def test_pseudo_words_stand_where_the_marks_are(parts):

@@ -7,8 +7,8 @@ from PIL import Image
 from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import FOLDER, Atlas
 from graft.studio.pocket.pretrain.autoencoder import AutoencoderTask, crowded_scene
-from graft.studio.pocket.pretrain.unet import plain_scenes, varied_scenes
-from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, portrait, render, sample_scene
+from graft.studio.pocket.pretrain.unet import pair_scenes, plain_scenes, varied_scenes
+from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, portrait, render, sample_scene, with_article
 
 
 def test_split_covers_the_atlas_once():
@@ -50,6 +50,19 @@ def test_unet_scenes_show_every_known_sprite():
     assert [(s.things[0].sprite, s.colour) for s in plain] == [(k, c) for k in Atlas.load().known for c in COLOURS]
     scenes = varied_scenes(2000)
     assert {thing.sprite for scene in scenes for thing in scene.things} == set(Atlas.load().known)
+
+
+def test_pairs_show_every_known_sprite_on_both_sides_in_the_order_they_are_told():
+    scenes, known, rng = pair_scenes(2 * len(Atlas.load().known)), Atlas.load().known, np.random.default_rng(0)
+    for side in (0, 1):
+        assert sorted(scene.things[side].sprite for scene in scenes) == sorted([*known, *known])
+    names = Atlas.load().names
+    for scene in scenes[:50]:
+        left, right = scene.things
+        assert left.x + left.size <= 32 <= right.x and left.y == right.y
+        if left.sprite != right.sprite:
+            a, b = (with_article(names[thing.sprite]) for thing in scene.things)
+            assert caption(scene, rng).startswith((f"{a} and {b}", f"{a} left of {b}"))
 
 
 def test_render_is_alpha_compositing():
