@@ -103,9 +103,7 @@ class Variants(NamedTuple):
 
 
 @torch.no_grad()
-def cached_variants(
-    vae: Any, tower: Any, count: int, folder: Path, seed: int = 12, paired: float = 0.0
-) -> Variants:
+def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 12, paired: float = 0.0) -> Variants:
     """Return `count` variants of known sprites, as posterior means; computed once and kept in `folder`.
 
     Args:

@@ -8,7 +8,17 @@ from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import FOLDER, Atlas
 from graft.studio.pocket.pretrain.autoencoder import AutoencoderTask, crowded_scene
 from graft.studio.pocket.pretrain.unet import pair_scenes, plain_scenes, varied_scenes
-from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, portrait, render, sample_scene, with_article
+from graft.studio.pocket.scenes import (
+    COLOURS,
+    SIDE,
+    Scene,
+    Thing,
+    caption,
+    portrait,
+    render,
+    sample_scene,
+    with_article,
+)
 
 
 def test_split_covers_the_atlas_once():
