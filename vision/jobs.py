@@ -67,6 +67,8 @@ def prepare(job: Job, run_folder: Path | None = None) -> VisionTask:
         handle.reset(0, job.train.seed)
         task = VisionTask(base, handle, method, data, job.train.batch_size, job.train.weight_decay)
         task.name = name
+        if method.head_start == "probe":
+            task.start_head()
         handle.probe(partial(_first_loss, task))
     except BaseException:
         handle.detach()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     from graft.studio.adapter import Adapter, Card
 
 
+@dataclass(frozen=True)
 class VisionMethod:
     """Mixin of the methods. A method on sites has `plan` and `attach`; the linear probe has neither."""
+
+    head_start: Literal["random", "probe"] = field(default="random", kw_only=True)
+    """Where the classifier starts in a job: probe solves a linear probe of the training pictures first (Kumar et al.
+    2022, arXiv:2202.10054), which no method's own paper does."""
 
     default_learning_rate: ClassVar[float] = 1e-3
     """Peak of AdamW."""

@@ -94,6 +94,24 @@ class VisionTask(nn.Module):
         """What the run folder gets beside the job: the split."""
         return {FILE: self.data.split.text}
 
+    @torch.no_grad()
+    def start_head(self) -> None:
+        """Solves the classifier for the training pictures, unchanged, as the model sees them before the first step."""
+        from graft.vision.head_start import solve_probe
+
+        mode = self.bank.training
+        self.bank.eval()  # without dropout
+        try:
+            found = inputs_of_classifiers(self.base, self.data.train.pixels)
+        finally:
+            self.bank.train(mode)
+        tensors = self.handle.head.tensors()
+        for name, inputs in found.items():
+            tensors[f"{name}.weight"], tensors[f"{name}.bias"] = solve_probe(
+                inputs, self.data.train.labels, len(self.data.classes)
+            )
+        self.handle.head.load(tensors)
+
     def param_groups(self) -> list[dict[str, Any]]:
         """Method and classifier, each with its learning rate; vectors are not pulled to zero."""
         decay = self.weight_decay or self.method.default_weight_decay
@@ -184,15 +202,26 @@ class VisionTask(nn.Module):
 @torch.no_grad()
 def features(base: VisionBase, pixels: Tensor) -> Tensor:
     """What the model's only classifier is called on, for pictures (n, 3, h, w) uint8: (n, d) float32, on the CPU."""
-    (head,) = classifiers(base.model).values()
-    seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: seen.append(args[0].float().cpu()))
+    (found,) = inputs_of_classifiers(base, pixels).values()
+    return found
+
+
+@torch.no_grad()
+def inputs_of_classifiers(base: VisionBase, pixels: Tensor) -> dict[str, Tensor]:
+    """What each of the model's classifiers, by path, is called on, for pictures as above."""
+    heads = classifiers(base.model)
+    seen: dict[str, list[Tensor]] = {name: [] for name in heads}
+    hooks = [
+        head.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0].float().cpu()))  # type: ignore[misc]
+        for name, head in heads.items()
+    ]
     try:
         for part in pixels.split(BATCH):
             base.model(base.normalise(part))
     finally:
-        hook.remove()
-    return torch.cat(seen)
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
 @torch.no_grad()

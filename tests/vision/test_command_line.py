@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(job: str, answer: Answer):
     from graft.studio.training import resume
 
     settings = ["--set", "train.steps=6", "--set", "sample.every=0", "--set", "train.checkpoint_every=3"]
-    settings += ["--set", "data.augment=crop", "--set", "method.dropout=0.1"]
+    settings += ["--set", "data.augment=crop", "--set", "method.dropout=0.1", "--set", "method.head_start=probe"]
     answer("train", job, "--run-dir", "whole", *settings)
     answer("train", job, "--run-dir", "cut", *settings)
     cut = open_run("cut")
