@@ -39,13 +39,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora"},
     "vpt-shallow": {"name": "vpt", "deep": False},
     "vpt-deep": {"name": "vpt"},
+    "vpt-deep, probe": {"name": "vpt", "head_start": "probe"},
     "adaptformer": {"name": "adaptformer"},
     "adapter_plus": {"name": "adapter_plus"},
     "full": {"name": "full"},
 }
-"""Row of the table -> the [method] section of its job."""
+"""Row of the table -> the [method] section of its job; `probe` is the start of the classifier (`head_start`)."""
 TASKS = ("pocket-new", "pocket-colour", "pocket-count", "drawn-digits")
-BETTER = ("vpt-deep", "adaptformer", "ssf", "lora")
+BETTER = ("vpt-deep", "vpt-deep, probe", "adaptformer", "ssf", "lora")
 """Methods that promise to beat the linear probe ..."""
 PROMISED = ("pocket-colour", "pocket-count", "drawn-digits", "digits")
 """... on these sets, whose classes are not what the model was trained to tell."""
@@ -191,11 +192,11 @@ def _checks(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def table(head: str, rows: Sequence[dict[str, Any]], checks: Mapping[str, dict[str, Any]]) -> str:
     """The means and what they were promised to be, as text."""
-    lines = [head, f"{'set':14} {'method':14} {'accuracy':>14} {'parameters':>11} {'seconds':>8} {'saved MiB':>9}"]
+    lines = [head, f"{'set':14} {'method':15} {'accuracy':>14} {'parameters':>11} {'seconds':>8} {'saved MiB':>9}"]
     for row in rows:
         accuracy = f"{row['accuracy']:.1f} +- {row['spread']:.1f}"
         lines.append(
-            f"{row['set']:14} {row['method']:14} {accuracy:>14} {row['parameters']:11,} {row['seconds']:8.1f} "
+            f"{row['set']:14} {row['method']:15} {accuracy:>14} {row['parameters']:11,} {row['seconds']:8.1f} "
             f"{row['saved_mib']:9.1f}"
         )
     for name, check in checks.items():
