@@ -58,6 +58,22 @@ def test_no_worse_than_the_library_path(options, no_worse, exact):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_library_path_is_no_worse_than_plain_torch(dtype, norm, no_worse, exact, eager):
+    x, layers, *others = case(dtype, norm=norm, onto="other")
+    upstream = torch.randn(*x.shape[:-1], layers.up.shape[1]).to(dtype)
+
+    def plain(x, layers, *others):
+        return reference(x, eager(layers, dtype), *others)
+
+    no_worse(
+        results(partial(bottleneck, path="library"), upstream, x, layers, *others),
+        results(plain, upstream, x, layers, *others),
+        results(reference, upstream.double(), exact(x), Layers(*exact(tuple(layers))), *map(exact, others)),
+    )
+
+
 @pytest.mark.parametrize("onto", [None, "x"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_library_path_is_the_formula(norm, onto, exact):
