@@ -182,19 +182,22 @@ def sequences(model: Model, kind: str) -> list[Site]:
     found = []
     for name, module in modules.items():
         given, config = set(arguments(module)), getattr(module, "config", None)
-        children = dict(module.named_children())
+        children, parent = dict(module.named_children()), modules.get(name.rpartition(".")[0])
         table = next((child for child in children.values() if isinstance(child, nn.Embedding)), None)
-        parent = modules.get(name.rpartition(".")[0])
+        role, width = "", None
         if table is not None and {"inputs_embeds", "past_key_values"} <= given:
-            found.append(Site(name, kind, (table.embedding_dim,), role="decoder"))
-        elif {"inputs_embeds", "attention_mask"} <= given and "layers" in children and "input_ids" not in given:
-            found.append(Site(name, kind, (int(config.hidden_size),), role="encoder"))  # type: ignore[union-attr]
-        elif {"x", "attn_mask"} <= given and "resblocks" in children and hasattr(module, "width"):
-            found.append(Site(name, kind, (int(module.width),), role="encoder"))  # type: ignore[arg-type]
-        elif {"sample", "timestep", "encoder_hidden_states"} <= given and not config.get("encoder_hid_dim_type", 0):  # type: ignore[union-attr]
-            found.append(Site(name, kind, (int(config.cross_attention_dim),), role="unet"))  # type: ignore[union-attr]
-        elif name.rpartition(".")[2] == "blocks" and isinstance(module, nn.Sequential) and hasattr(parent, "embed_dim"):
-            found.append(Site(name, kind, (int(parent.embed_dim),), role="blocks"))  # type: ignore[union-attr,arg-type]
+            role, width = "decoder", table.embedding_dim
+        elif {"inputs_embeds", "attention_mask"} <= given and "input_ids" not in given and "layers" in children:
+            role, width = "encoder", getattr(config, "hidden_size", None)
+        elif {"x", "attn_mask"} <= given and "resblocks" in children:
+            role, width = "encoder", getattr(module, "width", None)
+        elif {"sample", "timestep", "encoder_hidden_states"} <= given:
+            projected = getattr(config, "encoder_hid_dim_type", None)
+            role, width = "unet", None if projected else getattr(config, "cross_attention_dim", None)
+        elif name.rpartition(".")[2] == "blocks" and isinstance(module, nn.Sequential):
+            role, width = "blocks", getattr(parent, "embed_dim", None)
+        if isinstance(width, int):
+            found.append(Site(name, kind, (width,), role=role))
     return found
 
 
