@@ -102,6 +102,16 @@ def test_rows_and_slots_without_each_other(path):
         assert stack.grad[0].any()
 
 
+@pytest.mark.parametrize("shape", [(3, 0, 40), (0, 5, 40), (0, 40)], ids=str)
+def test_a_batch_of_nothing_has_gradients_of_zero(shape):
+    _, layers, *_ = case()
+    x = torch.zeros(shape, requires_grad=True)
+    for route in (None, MIXED[: shape[0]]):
+        y = bottleneck(x, layers._replace(route=route), onto=x)
+        assert y.shape == shape
+        assert not any(part.any() for part in torch.autograd.grad(y.sum(), (x, *layers[:4])))
+
+
 def test_the_same_bits_every_time():
     pytest.importorskip("triton")
     given: tuple[Any, ...] = case(norm=True, onto="x")
