@@ -23,7 +23,7 @@ from graft.studio.methods.lora import LoRA
 BLOCK = re.compile(
     r"(?P<head><!-- (?:fields (?P<place>\S+)|(?P<what>commands|site methods)) -->\n).*?(?=<!-- end -->)", re.DOTALL
 )
-LLAMA = ("prefix_tuning", "ladder_side_tuning")
+LLAMA = ("ladder_side_tuning",)
 LOFTQ = "graft.studio.methods.loftq:loftq"
 WHEN_LOFTQ = "a base that is quantised to few bits"
 EVERYWHERE = {"--help", "--json", "--version"}
@@ -91,7 +91,7 @@ def commands() -> str:
 def site_methods() -> str:
     """Each method for any torch model: what it trains, its equation, its size on a ViT-S, when to use it, its paper.
 
-    What needs a decoder, as prefix tuning, is counted on a Llama with the layers and widths of that ViT.
+    What needs a decoder is counted on a Llama with the layers and widths of that ViT.
     """
     import timm
     import torch

@@ -140,14 +140,16 @@ def _library(x: Tensor, layers: Layers, activation: str, norm: Norm | None, onto
     hidden = ACTIVATIONS[activation](torch.baddbmm(start[:, None].to(x.dtype), flat, down.mT.to(x.dtype)))  # (g, m, h)
     last, shift = (factor * up).mT.to(x.dtype), (factor * end[:, None]).to(x.dtype)
     if onto is not None and onto.dtype == hidden.dtype:
-        return torch.baddbmm(_grouped(onto, route), hidden, last).add_(shift).view(*x.shape[:-1], -1)
-    y = torch.baddbmm(shift, hidden, last).view(*x.shape[:-1], -1)
+        return torch.baddbmm(_grouped(onto, route), hidden, last).add_(shift).view(*x.shape[:-1], up.shape[1])
+    y = torch.baddbmm(shift, hidden, last).view(*x.shape[:-1], up.shape[1])
     return y if onto is None else onto + y
 
 
 def _grouped(x: Tensor, route: Tensor | None) -> Tensor:
     """(b, ..., i) -> (g, m, i): one group for all rows, or a group per batch row."""
-    return x.reshape(1 if route is None else x.shape[0], -1, x.shape[-1])
+    if route is None:
+        return x.reshape(1, -1, x.shape[-1])
+    return x.flatten(1, -2) if x.dim() > 2 else x[:, None]
 
 
 def choose(x: Tensor, layers: Layers, activation: str, norm: Norm | None, onto: Tensor | None) -> str:

@@ -364,7 +364,7 @@ def _by_slot(x: Tensor, y: Tensor, down: Tensor, up: Tensor, scale: Tensor, orde
     factor = scale.to(x.dtype).view(-1, 1, 1)
     if real is not None:
         factor = factor * real.to(x.dtype).repeat_interleave(n, 1)
-    y.index_add_(0, rows, torch.bmm(hidden.mul_(factor), up.to(x.dtype).mT).view(-1, n, y.shape[-1]))
+    y.index_add_(0, rows, torch.bmm(hidden.mul_(factor), up.to(x.dtype).mT).view(len(rows), n, y.shape[-1]))
 
 
 def _through(x: Tensor, down: Tensor, dropout: float, seed: int) -> Tensor:
@@ -408,7 +408,9 @@ def _unpacked(plan: tuple, tensors: Any) -> Iterator[tuple[Any, ...]]:
 
 def _grouped(x: Tensor, route: Tensor | None) -> Tensor:
     """(b, ..., i) -> (g, m, i): one group for all rows, or a group per batch row."""
-    return x.reshape(1 if route is None else x.shape[0], -1, x.shape[-1])
+    if route is None:
+        return x.reshape(1, -1, x.shape[-1])
+    return x.flatten(1, -2) if x.dim() > 2 else x[:, None]
 
 
 def _columns(y: Tensor, rows: tuple[int, int] | None) -> Tensor:
@@ -463,13 +465,13 @@ def _masks(
         return
     generator = torch.Generator(like.device).manual_seed(seed)  # its own: threads may train at the same time
     groups, rows, width = shape
-    count = groups if groups > 1 else rows
-    step = max(1, _CHUNK // (width if groups == 1 else rows * width)) if like.device.type == "cpu" else count
+    count = groups if groups != 1 else rows
+    step = max(1, _CHUNK // max(1, width if groups == 1 else rows * width)) if like.device.type == "cpu" else count
     for start in range(0, count, step):
         at = slice(start, min(start + step, count))
         size = at.stop - at.start
-        part = (size, rows, width) if groups > 1 else (1, size, width)
-        yield ((at, everything) if groups > 1 else (everything, at)), _mask(part, dropout, generator).to(like.dtype)
+        part = (size, rows, width) if groups != 1 else (1, size, width)
+        yield ((at, everything) if groups != 1 else (everything, at)), _mask(part, dropout, generator).to(like.dtype)
 
 
 def _mask(shape: tuple[int, int, int], dropout: float, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from graft.studio.adapter import base_hash
 from graft.studio.attention import refuse_xformers
 from graft.studio.errors import BaseMismatchError, InputError
+from graft.studio.frozen import FrozenModel
 from graft.studio.pocket.qa import answer
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ REMEDY = "Give pocket-llava, a folder saved by transformers, or a hub id owner/n
 
 
 @dataclass(eq=False)
-class MultimodalBase:
+class MultimodalBase(FrozenModel):
     """A model that reads pictures and text and writes text, frozen and in evaluation mode.
 
     Example:
@@ -34,32 +33,10 @@ class MultimodalBase:
         ['red apple']
     """
 
-    name: str
-    """As it was asked for."""
-    model: Any
-    """The library's own module, such as `LlavaForConditionalGeneration`."""
     processor: Any
     """Pictures to pixel values, text to tokens, and the form of a conversation."""
     domain: str = field(default="llm_mm", init=False)
     """Registry name of this domain."""
-
-    def __post_init__(self) -> None:
-        self.model.requires_grad_(False).eval()
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model under an empty name: the paths of its sites are those of the model itself."""
-        return {"": self.model}
-
-    @cached_property
-    def hash(self) -> str:
-        """Identity of all weights; adapters carry it."""
-        return base_hash(self.modules)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
 
     @property
     def is_llava(self) -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from graft.kernels.gated_attention import Group, gated_attention
 from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
-from graft.studio.methods.prompt_tuning import plan_sequences
+from graft.studio.methods.prompt_tuning import plan_decoders
 from graft.studio.sites import Model, Plan, Site, named_modules
 from graft.studio.slot import Slot
 
@@ -93,7 +93,7 @@ def decoders(model: Model, targets: str | tuple[str, ...] = ()) -> list[list[Sit
         SiteError: a model without a decoder, or one whose attention is of another form.
     """
     modules, found = named_modules(model), []
-    for decoder in plan_sequences(model, targets, ("decoder",), "kv"):
+    for decoder in plan_decoders(model, targets, "kv"):
         inside = {name: module for name, module in modules.items() if name.startswith(f"{decoder.name}.".lstrip("."))}
         known = [name for name, module in inside.items() if all(hasattr(module, part) for part in _PARTS)]
         if not known:

@@ -157,7 +157,7 @@ class PictureSlot(NetworkSlot):
         Raises:
             SiteError: features of other pictures than the tower saw last.
         """
-        given = by_name(call, args, kwargs)
+        given = by_name(module, args, kwargs)
         if cached(given):
             return call(**given)
         self.sight.now = None

@@ -371,7 +371,12 @@ def _kind(module: nn.Module) -> str | None:
     return "norm" if "Norm" in type(module).__name__ and isinstance(scale, nn.Parameter) and scale.dim() == 1 else None
 
 
-def _ends(name: str, pattern: str) -> bool:
+def ends(name: str, pattern: str) -> bool:
+    """Returns whether a pattern is that of a whole path, or of its end after a dot.
+
+    Raises:
+        SiteError: no regular expression.
+    """
     try:
         return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
     except re.error as error:
@@ -379,13 +384,13 @@ def _ends(name: str, pattern: str) -> bool:
 
 
 def _role(name: str) -> str | None:
-    return next((role for role, pattern in _ROLES if _ends(name, pattern)), None)
+    return next((role for role, pattern in _ROLES if ends(name, pattern)), None)
 
 
 def _rows(site: Site) -> list[Site]:
     """Sites of the roles packed in one projection, in order."""
     for pattern, roles in _PACKED:
-        if _ends(site.name, pattern) and site.shape[0] % len(roles) == 0:
+        if ends(site.name, pattern) and site.shape[0] % len(roles) == 0:
             return _split(site, roles, "packed")
     return []
 
@@ -415,11 +420,11 @@ def matches(target: str, site: Site) -> bool:
         return site.role in by_role.get(target, (target,)) and site.kind in ("linear", "packed", "mha")
     if target in _GROUPS:
         return site.kind in _GROUPS[target] and site.role != "head"
-    return (site.rows is None or site.kind == "mha") and _ends(site.name, target)
+    return (site.rows is None or site.kind == "mha") and ends(site.name, target)
 
 
 def _unknown_target(target: str, model: Model, sites: list[Site]) -> SiteError:
-    hits = [(name, module) for name, module in named_modules(model).items() if name and _ends(name, target)]
+    hits = [(name, module) for name, module in named_modules(model).items() if name and ends(name, target)]
     if hits:
         name, module = hits[0]
         reason = (

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from functools import cache, partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from graft.studio.slot import OUTER, Base, Slot, first_tensor, wide
 class Slotted(nn.Module):
     """Forward of a module that carries slots."""
 
+    graft_arguments: tuple[str, ...]
+    """Names of what the original forward takes."""
     graft_slots: list[Slot]
     graft_guests: int
     """Handles with slots inside this module that need it to call what it holds."""
@@ -201,8 +204,14 @@ def _slotted(original: type[nn.Module]) -> type[nn.Module]:
     elif issubclass(original, nn.TransformerEncoderLayer | nn.TransformerEncoder):
         mixin = _OwnPath
     # transformers keeps what a model can record under the full name of its class.
-    told = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    told: dict[str, Any] = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+    told["graft_arguments"] = tuple(signature(original.forward).parameters)[1:]  # a compiler cannot ask for them
     return type(f"Slotted{original.__name__}", (mixin, original), told)
+
+
+def arguments(module: Any) -> tuple[str, ...]:
+    """Returns the names of what a module's own forward takes, with slots or without."""
+    return module.graft_arguments if isinstance(module, Slotted) else tuple(signature(module.forward).parameters)
 
 
 def enter_module(module: Any) -> Any:

@@ -15,49 +15,27 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from graft.studio.adapter import base_hash
 from graft.studio.attention import refuse_xformers
 from graft.studio.disk import naming_full_disk
 from graft.studio.errors import InputError
+from graft.studio.frozen import FrozenModel
 
 
 @dataclass(eq=False)
-class VisionBase:
-    """A timm model, frozen and in evaluation mode.
+class VisionBase(FrozenModel):
+    """A timm model with its own classifier, if it has one, frozen and in evaluation mode.
 
     Example:
         >>> base = load_base("pocket-vit")  # doctest: +SKIP
         >>> base.model(base.normalise(base.pixels(picture)[None])).softmax(-1)  # doctest: +SKIP
     """
 
-    name: str
-    """As it was asked for."""
-    model: Any
-    """The timm model with its own classifier, if it has one."""
     classes: tuple[str, ...] = ()
     """Names of the classes that its own classifier tells apart, where its checkpoint says so."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What `timm.create_model` needs beside the architecture to build it again."""
     domain: str = field(default="vision", init=False)
     """Registry name of this domain."""
-
-    def __post_init__(self) -> None:
-        self.model.requires_grad_(False).eval()
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The model under an empty name: the paths of its sites are those of the model itself."""
-        return {"": self.model}
-
-    @cached_property
-    def hash(self) -> str:
-        """Identity of all weights, the same as that of the plain timm model; adapters carry it."""
-        return base_hash(self.modules)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
 
     @property
     def side(self) -> int:

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from graft.studio.adapter import base_hash
 from graft.studio.attention import refuse_xformers
 from graft.studio.errors import InputError
+from graft.studio.frozen import FrozenModel
 from graft.vlm.text import TextTower, Words
 
 REMEDY = "Give pocket-clip, a folder of transformers or open_clip, a hub id owner/name, or open_clip:ARCHITECTURE/TAG"
@@ -43,7 +43,7 @@ class Preprocess:
 
 
 @dataclass(eq=False)
-class ClipBase:
+class ClipBase(FrozenModel):
     """A two-tower model, frozen and in evaluation mode.
 
     Example:
@@ -52,10 +52,6 @@ class ClipBase:
         torch.Size([1, 192])
     """
 
-    name: str
-    """As it was asked for."""
-    model: Any
-    """The library's own module."""
     words: Words
     """Its tokenizer."""
     preprocess: Preprocess
@@ -79,11 +75,6 @@ class ClipBase:
         return {"model": self.model}
 
     @cached_property
-    def hash(self) -> str:
-        """Identity of all weights; adapters carry it."""
-        return base_hash(self.modules)
-
-    @cached_property
     def image_hash(self) -> str:
         """Identity of what makes `pool`'s features: the image tower and the preprocessing."""
         return base_hash({"vision": self.vision}) + json.dumps(asdict(self.preprocess), sort_keys=True)
@@ -92,11 +83,6 @@ class ClipBase:
     def projection(self) -> Tensor | None:
         """(p, e), the last linear map of the image tower; None where there is none."""
         return None if self.last is None else self.last()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
 
     @property
     def logit_scale(self) -> Tensor:

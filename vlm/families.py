@@ -49,7 +49,6 @@ def from_transformers(name: str, model: Any, words: Words, preprocess: Preproces
     if next(model.parameters()).device.type == "cpu":
         # On a CPU the fused attention takes about twice as long in training, for sequences of this length.
         model.set_attn_implementation("eager")
-    model.requires_grad_(False).eval()
     text, vision, siglip = model.text_model, model.vision_model, model.config.model_type == "siglip"
     text = getattr(text, "text_model", text)  # one level deeper before transformers 5
     end = model.config.text_config.eos_token_id
@@ -106,7 +105,6 @@ def open_clip_preprocess(model: Any) -> Preprocess:
 
 def from_open_clip(name: str, model: Any, words: Words, preprocess: Preprocess) -> ClipBase:
     """The base of an open_clip `CLIP` or `CustomTextCLIP`."""
-    model.requires_grad_(False).eval()
     features, last = _open_clip_image(model.visual)
 
     def pool(pixels: Tensor) -> Tensor:

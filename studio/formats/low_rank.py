@@ -189,7 +189,7 @@ def split_lengths(tensors: Mapping[str, Tensor], end: str) -> tuple[dict[str, Te
     return lengths, {key: tensor for key, tensor in tensors.items() if not key.endswith(end)}
 
 
-def check_lengths(lengths: Mapping[str, Tensor], modules: Mapping[str, LowRank], where: str) -> None:
+def check_lengths(lengths: Mapping[str, Tensor], modules: Mapping[str, Any], where: str) -> None:
     """Raises FormatError if some modules of a DoRA have no length, or lengths no module."""
     if lengths and (odd := set(lengths) ^ set(modules)):
         raise FormatError(f"{where}: {min(odd)}", "a DoRA in which lengths or factors are missing", "export it again")

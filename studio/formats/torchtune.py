@@ -1,8 +1,9 @@
-"""LoRA of a Llama as torchtune keeps it: ``layers.0.attn.q_proj.lora_a.weight``, ``adapter_config.json`` beside it.
+"""LoRA and DoRA of a Llama as torchtune keeps them: ``layers.0.attn.q_proj.lora_a.weight``, ``lora_b.weight`` and
+``magnitude``, ``adapter_config.json`` beside it.
 
 torchtune writes ``adapter_<epoch>.pt``, a pickle; the file here is the same as safetensors. In its Llama, Mistral and
 Gemma neighbouring numbers of a head turn together, in transformers those half a head apart, so the rows of B of q and k
-stand in another order (not so in its Qwen and Phi, which are not for this file):
+(and their lengths) stand in another order (not so in its Qwen and Phi, which are not for this file):
 
     B of transformers = B of torchtune as (heads, width / 2, 2, r), the middle two exchanged
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +28,21 @@ from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError, InputError
 from graft.studio.formats import provenance
 from graft.studio.formats.files import read_tensors, write_tensors
-from graft.studio.formats.low_rank import LowRank, check_written, from_adapter, low_rank, pair, to_adapter
+from graft.studio.formats.low_rank import (
+    LowRank,
+    check_lengths,
+    check_written,
+    from_adapter,
+    low_rank,
+    pair,
+    split_lengths,
+    to_adapter,
+)
 from graft.studio.formats.peft_folder import CONFIG, read_config
 
 FILE = "adapter_0.safetensors"
 _ENDS = (".lora_a.weight", ".lora_b.weight")
+_LENGTH = ".magnitude"
 _TURNED = ("attn.q_proj", "attn.k_proj")
 _HEAD = "torchtune orders the rows of q and k within heads"
 _TELL = "tell it as the model's config has it: graft adapters convert --head-dim, or load_adapter(path, head_dim=...)"
@@ -69,13 +81,13 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     tensors: dict[str, Tensor] = {}
     for name, ours in names.items():
         module = modules[ours].padded(rank)
-        up = module.up
+        rows = [(_ENDS[1], module.up), *([] if module.length is None else [(_LENGTH, module.length)])]
         if name.endswith(_TURNED):
             if not head:
                 raise InputError(ours, f"{_HEAD}, and the adapter does not say how wide one is", _TELL)
             config["head_dim"] = head
-            up = _heads(up, head, ours).unflatten(1, (2, head // 2)).transpose(1, 2).flatten(0, 2)
-        tensors |= {f"{name}{_ENDS[0]}": module.down, f"{name}{_ENDS[1]}": up}
+            rows = [(end, _exchanged(_heads(each, head, ours), (2, head // 2))) for end, each in rows]
+        tensors |= {f"{name}{end}": each for end, each in [(_ENDS[0], module.down), *rows]}
     path = write_tensors(folder / FILE, tensors, {"format": "pt", **provenance.header(adapter.card)})
     paths = [path, write_atomic(folder / CONFIG, json.dumps(config, indent=2).encode())]
     check_written(adapter, _read(path)[0], str(path))
@@ -99,27 +111,37 @@ def _read(path: Path, told: int | None = None) -> tuple[dict[str, LowRank], dict
     if told not in (None, head):
         raise InputError(f"head_dim {told}", f"{path.with_name(CONFIG)} says {head}", "leave it out, or correct that")
     modules = {}
-    for name, (down, up) in pair(read_tensors(path)[0], *_ENDS, where).items():
+    lengths, factors = split_lengths(read_tensors(path)[0], _LENGTH)
+    pairs = pair(factors, *_ENDS, where)
+    check_lengths(lengths, pairs, where)
+    for name, (down, up) in pairs.items():
+        length = lengths.get(name)
         if name.endswith(_TURNED):
             if not isinstance(head, int):
                 raise FormatError(str(path.with_name(CONFIG)), f"{_HEAD}, and does not say how wide one is", _TELL)
-            up = _heads(up, head, name).unflatten(1, (head // 2, 2)).transpose(1, 2).flatten(0, 2)
+            up = _exchanged(_heads(up, head, name), (head // 2, 2))
+            length = None if length is None else _exchanged(_heads(length, head, name), (head // 2, 2))
         found = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
         if name != "output" and (found is None or found[2] not in _BACK):
             raise FormatError(f"{where}: {name}", "no module of torchtune's Llama", "only Llama's names are read")
         ours = "lm_head" if found is None else f"model.layers.{found[1]}.{_BACK[found[2]]}"
         if "lora_alpha" not in config:
             raise FormatError(str(path.with_name(CONFIG)), "it does not say lora_alpha", "write it again")
-        modules[ours] = low_rank(down, up, config["lora_alpha"] / down.shape[0])
+        modules[ours] = replace(low_rank(down, up, config["lora_alpha"] / down.shape[0]), length=length)
     return modules, {"head_dim": head} if head else {}
 
 
-def _heads(up: Tensor, head: int, where: str) -> Tensor:
-    """Rows of B by heads, (heads, width, r)."""
-    if head < 2 or head % 2 or up.shape[0] % head:
-        reason = f"heads of {up.shape[0]} rows in all are not {head} wide"
+def _heads(rows: Tensor, head: int, where: str) -> Tensor:
+    """Rows of B, or their lengths, by heads: (heads, width, ...)."""
+    if head < 2 or head % 2 or rows.shape[0] % head:
+        reason = f"heads of {rows.shape[0]} rows in all are not {head} wide"
         raise InputError(f"head_dim {head}", f"{where}: {reason}", "give the head_dim of the model's config")
-    return up.unflatten(0, (-1, head))
+    return rows.unflatten(0, (-1, head))
+
+
+def _exchanged(heads: Tensor, sizes: tuple[int, int]) -> Tensor:
+    """Rows again, those of each head taken as a table of these sizes and its two dimensions exchanged."""
+    return heads.unflatten(1, sizes).transpose(1, 2).flatten(0, 2)
 
 
 def _name(path: str, module: LowRank) -> str:

@@ -53,14 +53,19 @@ class DoRA(LoRA):
     @classmethod
     def as_lora(cls, adapter: Adapter) -> Adapter:
         """Refuses: the lengths change the base's part too."""
-        raise InputError("a DoRA", "it is no plain LoRA", "use native, peft, diffusers or kohya, or merge it")
+        raise InputError("a DoRA", "it is no plain LoRA", "use native, peft, diffusers, kohya or torchtune")
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
         """Writes the adapter for another library."""
-        from graft.studio.formats import diffusers, kohya, peft
+        from graft.studio.formats import diffusers, kohya, peft, torchtune
 
-        writers = {"peft": peft.export, "diffusers": diffusers.export, "kohya": kohya.export}
+        writers = {
+            "peft": peft.export,
+            "diffusers": diffusers.export,
+            "kohya": kohya.export,
+            "torchtune": torchtune.export,
+        }
         return writers[format](adapter, folder) if format in writers else super().export(adapter, folder, format)
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from graft.studio.errors import InputError, SiteError
 from graft.studio.method import SiteMethod, check
 from graft.studio.methods.fish_mask import fisher
-from graft.studio.methods.prompt_tuning import by_name, cached, plan_sequences
+from graft.studio.methods.prompt_tuning import by_name, cached, plan_decoders
 from graft.studio.network_slot import NetworkSlot
 from graft.studio.sites import Model, Plan, Site, named_modules
 from graft.studio.slot import Slot
@@ -79,7 +79,7 @@ class LadderSideTuning(SiteMethod):
             SiteError: no decoder of transformers, or one without a list of layers.
         """
         modules, found = named_modules(model), []
-        for site in plan_sequences(model, self.targets, ("decoder",), "kv"):
+        for site in plan_decoders(model, self.targets, "kv"):
             decoder: Any = modules[site.name]
             if not isinstance(getattr(decoder, "layers", None), nn.ModuleList) or not hasattr(decoder, "norm"):
                 reason = "it has no list of layers and a norm behind them"
@@ -310,7 +310,7 @@ class SideSlot(NetworkSlot):
         Raises:
             SiteError: something before the decoder is trained too: its gradient would have to pass the model.
         """
-        given = by_name(call, args, kwargs)
+        given = by_name(module, args, kwargs)
         embeds = given.get("inputs_embeds")
         if embeds is not None and embeds.requires_grad and torch.is_grad_enabled():
             reason = "what comes before the decoder is trained, and no gradient passes it"

@@ -17,7 +17,6 @@ float32 whatever the base and are cast to the activations; dropout masks are rep
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 from graft.kernels.lora_linear import Term, lora_linear
 from graft.studio.errors import InputError
 from graft.studio.method import SiteMethod
-from graft.studio.sites import Model, Plan, Site, plan_sites
+from graft.studio.sites import Model, Plan, Site, ends, plan_sites
 from graft.studio.slot import Base, Slot
 from graft.studio.slots import Handle
 
@@ -91,7 +90,7 @@ class LoRA(SiteMethod):
 
     def reads(self, site: Site) -> bool:
         """Whether ``weight_mode`` names a site's module."""
-        return any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", site.name) for pattern in self.weight_mode)
+        return any(ends(site.name, pattern) for pattern in self.weight_mode)
 
     def attach(self, model: Model, slots: int = 1, plan: Plan | None = None) -> Handle:
         """Attaches as every method; a pattern of ``weight_mode`` that names nothing is refused."""

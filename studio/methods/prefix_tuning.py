@@ -7,13 +7,15 @@ the network (``hidden`` none) it is P-tuning v2: Xiao Liu et al., 2021, arXiv:21
 
 E (length, d) is drawn normal and the network as torch draws linear layers, as in the authors' code. Parameters:
 length * d + hidden * (d + 1) + 2 L k (hidden + 1) for L layers with keys of width k; length * 2 L k without the
-network. Sites are the decoders of transformers: the prefix is put into the cache, so the sequence's positions begin
-after it. Every row of a batch has a prefix, each its own if routed; there is none to merge.
+network. Sites are the decoders of transformers, whose cache the prefix is put into, so that the sequence's positions
+begin after it; and in a model without one every attention that torch computes (timm, open_clip, diffusers, encoders of
+transformers), where keys and values are lengthened on their way into ``scaled_dot_product_attention``; all of them
+share E, V and v. Every row of a batch has a prefix, each its own if routed; there is none to merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from pathlib import Path
@@ -21,12 +23,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from graft.studio.errors import SiteError
 from graft.studio.method import SiteMethod, check
-from graft.studio.methods.prompt_tuning import by_name, cached, lengthen, plan_sequences
-from graft.studio.sites import Model, Plan, Site, named_modules
+from graft.studio.methods.prompt_tuning import among, by_name, cached, lengthen, sequences
+from graft.studio.sites import Model, Plan, Site, named_modules, plan_blocks, plan_sites
 from graft.studio.slot import Slot
+from graft.studio.slots import Handle
 
 if TYPE_CHECKING:
     from graft.studio.adapter import Adapter
@@ -37,14 +42,14 @@ class PrefixTuning(SiteMethod):
     """Trained keys and values before those of every layer."""
 
     kinds = ("kv",)
-    when = "language models, where a prompt at the input is too weak"
+    when = "where a prompt at the input is too weak, above all in language models"
 
     length: int = 10
     """Keys and values of each layer."""
     hidden: int | None = 512
     """Inside of the network that makes them; none trains them directly."""
     targets: str | tuple[str, ...] = ()
-    """Paths of decoders; found by themselves when not given."""
+    """Paths of decoders or attentions, as patterns, or attention; when not given decoders, else all attentions."""
     towers: tuple[str, ...] | None = None
     """Not used: a path says it."""
 
@@ -56,22 +61,45 @@ class PrefixTuning(SiteMethod):
         )
 
     def sites(self, model: Model) -> Plan:
-        """Returns the decoders; the shape is (layers, 2, heads, width of a head, width of the model)."""
+        """Returns the places; the shape is (layers, 2, heads, width of a head, width of the model)."""
         modules = named_modules(model)
-        plan = plan_sequences(model, self.targets, ("decoder",), "kv")
-        return Plan(tuple(Site(site.name, "kv", _shape(modules[site.name]), role=site.role) for site in plan))
+        decoders = [
+            Site(site.name, "kv", _shape(modules[site.name]), role=site.role)
+            for site in sequences(model, "kv")
+            if site.role == "decoder"
+        ]
+        return among([*decoders, *_attentions(model)], self.targets)
 
     def count(self, site: Site) -> int:
-        """Returns the numbers of the prefix, or of the rows and the network that make it."""
-        *keys, width = site.shape
-        flat = torch.Size(keys).numel()
+        """Returns the numbers of the prefix, or of what makes it; attentions share all but the last layer."""
+        flat = torch.Size(site.shape[:-1]).numel()
         if self.hidden is None:
             return self.length * flat
-        return self.length * width + self.hidden * (width + 1) + flat * (self.hidden + 1)
+        return flat * (self.hidden + 1) + (self._shared(site) if site.role == "decoder" else 0)
+
+    def _shared(self, site: Site) -> int:
+        """Numbers of E, V and v."""
+        width = site.shape[-1]
+        return 0 if self.hidden is None else self.length * width + self.hidden * (width + 1)
+
+    def plan(self, model: Model) -> Plan:
+        """Returns the places; what attentions share counts with the first of them."""
+        plan = super().plan(model)
+        first = next((site for site in plan if site.role != "decoder"), None)
+        more = [self._shared(site) if site is first else 0 for site in plan]
+        return Plan(plan.sites, tuple(map(sum, zip(plan.counts, more, strict=True))))
 
     def slot(self, site: Site, slots: int, module: nn.Module) -> Slot:
-        """Returns the prefix of a decoder."""
-        return PrefixSlot(site, slots, self)
+        """Returns the prefix of a decoder or an attention."""
+        return (DecoderPrefix if site.role == "decoder" else AttentionPrefix)(site, slots, self)
+
+    def attach(self, model: Model, slots: int = 1, plan: Plan | None = None) -> Handle:
+        """Attaches as every method, and gives all attentions the same E, V and v."""
+        handle = super().attach(model, slots, plan)
+        attentions = handle.slots_of(AttentionPrefix) if self.hidden is not None else []
+        for each in attentions[1:]:
+            each.E, each.V, each.v = attentions[0].E, attentions[0].V, attentions[0].v
+        return handle
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
@@ -88,8 +116,22 @@ def _shape(module: Any) -> tuple[int, ...]:
     return (config.num_hidden_layers, 2, heads, width, config.hidden_size)
 
 
+def _attentions(model: Model) -> list[Site]:
+    """The attentions, each with the width of its keys; E has the width of the first one's output."""
+    try:
+        blocks, keys = plan_blocks(model, "attention"), plan_sites(model, "k")
+    except SiteError:
+        return []
+    found = []
+    for block in blocks:
+        width = next(key.covered[0] for key in keys if f"{key.name}.".startswith(f"{block.name}."))
+        shape = (1, 2, 1, width, blocks.sites[0].shape[0])
+        found.append(Site(block.name, "kv", shape, tower=block.tower, role=block.role))
+    return found
+
+
 class PrefixSlot(Slot):
-    """Keys and values before those of all layers of a decoder."""
+    """Keys and values before those of a decoder's layers, or of one attention."""
 
     mergeable = False
     fades: ClassVar[bool] = False
@@ -125,13 +167,17 @@ class PrefixSlot(Slot):
         inside = torch.tanh(self.E @ self.V.mT + self.v[:, None])
         return inside @ self.W.mT + self.w[:, None]
 
+
+class DecoderPrefix(PrefixSlot):
+    """Keys and values before those of all layers of a decoder."""
+
     def around(self, module: Any, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the decoder with the prefix in its cache; a cache that is filled has it already.
 
         Raises:
             SiteError: gradient checkpointing, under which transformers drops every cache.
         """
-        given = by_name(call, args, kwargs)
+        given = by_name(module, args, kwargs)
         if getattr(module, "gradient_checkpointing", False) and module.training:
             reason = "gradient checkpointing drops the cache, and the prefix with it"
             raise SiteError(self.site.key, reason, "turn it off, or use prompt_tuning")
@@ -152,3 +198,53 @@ class PrefixSlot(Slot):
         if own and not given.get("use_cache"):
             out["past_key_values"] = None
         return out
+
+
+class AttentionPrefix(PrefixSlot):
+    """Keys and values before those of one attention."""
+
+    def around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Runs the attention with more keys and values.
+
+        Raises:
+            SiteError: an attention that does not call torch's function, or does so several times.
+        """
+        (prefix, _) = self.pick(self.flat())
+        before = _Before(prefix.unflatten(-1, (2, -1)), self.site.key)
+        with before:
+            out = call(*args, **kwargs)
+        if before.calls != 1:
+            reason = f"it calls torch's scaled_dot_product_attention {before.calls} times, and one has the prefix"
+            raise SiteError(self.site.key, reason, 'load the model with attention = "sdpa", or leave this one out')
+        return out
+
+
+class _Before(TorchFunctionMode):
+    """Puts keys and values before those that torch's attention is called with."""
+
+    def __init__(self, prefix: Tensor, where: str):
+        """Takes (g, length, 2, width), g the batch or 1."""
+        super().__init__()
+        self.prefix, self.where, self.calls = prefix, where, 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        self.calls += 1
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+        given = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
+        (groups, length, *_), batch = self.prefix.shape, given["key"].shape[0]
+        if groups not in (1, batch):
+            raise SiteError(self.where, f"got a batch of {batch} for a route of {groups} rows", "route(None)")
+        mask = given.pop("attn_mask", None)
+        if given.pop("is_causal", False):
+            mask = given["query"].new_ones(given["query"].shape[-2], given["key"].shape[-2], dtype=torch.bool).tril()
+        if mask is not None:
+            given["attn_mask"] = F.pad(mask, (length, 0), value=float(mask.dtype == torch.bool))  # all see the prefix
+        for name, part in zip(("key", "value"), self.prefix.unbind(2), strict=True):
+            own = given[name]  # (b, heads, n, width of a head)
+            part = part.unflatten(-1, (own.shape[1], -1)).transpose(1, 2).expand(batch, -1, -1, -1)
+            given[name] = torch.cat([part.to(own.dtype), own], 2)
+        return func(**given)

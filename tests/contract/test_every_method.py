@@ -188,6 +188,10 @@ CASES = {
     "prompt_tuning, vision": Case(PromptTuning(length=3), exact=False, merges=False, fades=False),
     "prefix_tuning": Case(PrefixTuning(length=3, hidden=8), Decoder, exact=False, merges=False, fades=False),
     "prefix_tuning, direct": Case(PrefixTuning(length=3, hidden=None), Decoder, exact=False, merges=False, fades=False),
+    "prefix_tuning, vision": Case(PrefixTuning(length=3, hidden=8), exact=False, merges=False, fades=False),
+    "prefix_tuning, packed attention": Case(
+        PrefixTuning(length=3, hidden=None), Packed, exact=False, merges=False, fades=False
+    ),
     "ladder_side_tuning": Case(LadderSideTuning(reduction=2), Decoder, merges=False),
     "llama_adapter": Case(LlamaAdapter(num_tokens=3, layers=1), Decoder, merges=False),
     "llama_adapter_multimodal": Case(

@@ -58,6 +58,22 @@ def test_no_worse_than_the_library_path(options, no_worse, exact):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_library_path_is_no_worse_than_plain_torch(dtype, norm, no_worse, exact, eager):
+    x, layers, *others = case(dtype, norm=norm, onto="other")
+    upstream = torch.randn(*x.shape[:-1], layers.up.shape[1]).to(dtype)
+
+    def plain(x, layers, *others):
+        return reference(x, eager(layers, dtype), *others)
+
+    no_worse(
+        results(partial(bottleneck, path="library"), upstream, x, layers, *others),
+        results(plain, upstream, x, layers, *others),
+        results(reference, upstream.double(), exact(x), Layers(*exact(tuple(layers))), *map(exact, others)),
+    )
+
+
 @pytest.mark.parametrize("onto", [None, "x"])
 @pytest.mark.parametrize("norm", [False, True])
 def test_the_library_path_is_the_formula(norm, onto, exact):
@@ -84,6 +100,16 @@ def test_rows_and_slots_without_each_other(path):
     for stack in layers[:4]:
         assert not stack.grad[1].any()
         assert stack.grad[0].any()
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 40), (0, 5, 40), (0, 40)], ids=str)
+def test_a_batch_of_nothing_has_gradients_of_zero(shape):
+    _, layers, *_ = case()
+    x = torch.zeros(shape, requires_grad=True)
+    for route in (None, MIXED[: shape[0]]):
+        y = bottleneck(x, layers._replace(route=route), onto=x)
+        assert y.shape == shape
+        assert not any(part.any() for part in torch.autograd.grad(y.sum(), (x, *layers[:4])))
 
 
 def test_the_same_bits_every_time():

@@ -47,6 +47,21 @@ def test_no_worse_than_the_library_path(options, no_worse, exact):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_library_path_is_no_worse_than_plain_torch(dtype, no_worse, exact):
+    features, keys, classes, beta = case(dtype)
+    upstream = torch.randn(len(features), classes.number)
+
+    def plain(*given):
+        return reference(*given).float()
+
+    no_worse(
+        results(partial(class_votes, path="library"), features, keys, classes, beta, upstream),
+        results(plain, features, keys, classes, beta, upstream),
+        results(reference, exact(features), exact(keys), classes, beta, upstream.double()),
+    )
+
+
 def test_the_library_path_is_the_formula():
     features, keys, classes, beta = case(torch.float64, 3, 4, (2, 0, 1))
     torch.testing.assert_close(class_votes(features, keys, classes, beta), reference(features, keys, classes, beta))

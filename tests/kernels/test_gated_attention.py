@@ -54,6 +54,18 @@ def test_no_worse_than_the_library_path(options, no_worse, exact):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("main", [False, True])
+def test_the_library_path_is_no_worse_than_plain_torch(dtype, main, no_worse, exact, eager):
+    inputs = case(dtype, (2, 64, 9, 8), main=main)  # heads enough for the rounding of their gates to level out
+    upstream = torch.randn(inputs[0].shape).to(dtype)
+    no_worse(
+        results(partial(gated_attention, path="library"), inputs, upstream),
+        results(lambda *given: reference(*eager(given, dtype)), inputs, upstream),
+        results(reference, tuple(map(exact, inputs)), upstream.double()),
+    )
+
+
 @pytest.mark.parametrize("main", [False, True])
 def test_the_library_path_is_the_formula(main):
     query, groups, whole = case(torch.float64, (1, 2, 3, 4), (3, 1, 2), main)

@@ -184,3 +184,21 @@ def test_masks_drawn_at_the_same_time_do_not_mix():
     for (a, b), ((_, c), (_, d)) in zip(zip(*alone, strict=True), together, strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, d)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", [(4, 0, 6), (0, 5, 6), (0, 6)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_batch_of_nothing_has_gradients_of_zero(dropout, shape, rows):
+    route = torch.tensor([0, 2, -1, 1])[: shape[0]]
+    _, weight, bias, term = case(route, ROWS[rows], torch.float32, dropout)
+    x = torch.zeros(shape, requires_grad=True)
+    term = term._replace(gain=torch.rand(3, term.up.shape[1], requires_grad=True))
+    for terms in ((term,), (term._replace(route=None, gain=None),)):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                y = lora_linear(x, weight, bias, terms)
+            assert y.shape == (*shape[:-1], 12)
+            if grad:
+                found = torch.autograd.grad(y.sum(), (x, term.down, term.up))
+                assert found[0].shape == shape and not any(part.any() for part in found)

@@ -63,6 +63,25 @@ def test_no_worse_than_the_library_path(mode, options, no_worse, exact):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 1}, {"rank": 96, "route": MIXED}, {"route": MIXED, "rows": THIRDS, "shape": (3, 17, 33, 60)}],
+    ids=["rank 1", "rank 96, mixed", "bands, mixed"],
+)
+def test_the_library_path_is_no_worse_than_plain_torch(dtype, options, no_worse, exact, eager):
+    x, weight, bias, terms = case(dtype, **options)
+    upstream = torch.randn(*x.shape[:-1], len(weight)).to(dtype)
+    wide, wide_terms = exact(x), exact(terms)
+    no_worse(
+        results(lambda: lora_linear(x, weight, bias, terms, "library"), x, terms, upstream),
+        results(lambda: reference(x, weight, bias, eager(terms, dtype)), x, terms, upstream),
+        results(
+            lambda: reference(wide, weight.double(), bias.double(), wide_terms), wide, wide_terms, upstream.double()
+        ),
+    )
+
+
 @pytest.mark.parametrize("mode", ["split 2", "inline 2"])
 def test_rows_and_slots_without_each_other(mode):
     x, weight, bias, (term,) = case(route=MIXED)

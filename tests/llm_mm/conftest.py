@@ -1,4 +1,4 @@
-"""Small models with the processor of pocket-llava, and pictures and questions on disk."""
+"""Small models with the processor of pocket-llava or of their own class, and pictures and questions on disk."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from PIL import Image
 
 import graft
 from graft.llm_mm.base import MultimodalBase
+from graft.llm_mm.conversations import Conversation, Turn
 from graft.studio.pocket import models
 from graft.studio.runs import Run, open_run
 from graft.studio.training import resume
@@ -133,3 +135,107 @@ def questions(photos: Callable[[str], Path], tmp_path: Path) -> Path:
     path = tmp_path / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
+
+
+SIZE: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tokenizer(*marks: str) -> Any:
+    found = models.load_llava_tokenizer()
+    found.add_special_tokens({"additional_special_tokens": list(marks)})
+    return found
+
+
+def llava_next() -> MultimodalBase:
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaNextConfig,
+        LlavaNextForConditionalGeneration,
+        LlavaNextImageProcessor,
+        LlavaNextProcessor,
+    )
+
+    words = tokenizer()
+    images = LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 32], [32, 16]]
+    )
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**SIZE, image_size=16, patch_size=8),
+        text_config=LlamaConfig(**SIZE, vocab_size=len(words), pad_token_id=words.pad_token_id),
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+        image_grid_pinpoints=[[16, 32], [32, 16]],
+        image_seq_length=4,
+    )
+    processor = LlavaNextProcessor(
+        images, words, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=models.llava_processor().chat_template,
+    )  # fmt: skip
+    return MultimodalBase("next", LlavaNextForConditionalGeneration(config), processor)
+
+
+SEES: dict[str, dict[str, Any]] = {
+    "Qwen2VL": {"embed_dim": 32, "mlp_ratio": 2},
+    "Qwen2_5_VL": {"intermediate_size": 48, "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]},
+    "Qwen3VL": {"intermediate_size": 48, "out_hidden_size": 32, "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0]},
+}  # fmt: skip
+"""What the towers of Qwen's families are told beside what they have in common."""
+
+
+def qwen(family: str) -> MultimodalBase:
+    marks = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+    words = tokenizer(*marks)
+    words.image_token = marks[0]
+    ids = [words.convert_tokens_to_ids(mark) for mark in marks]
+    head = {"head_dim": 16} if family == "Qwen3VL" else {}
+    config = getattr(transformers, f"{family}Config")(
+        text_config={
+            **SIZE, **head, "num_key_value_heads": 1, "vocab_size": len(words), "pad_token_id": words.pad_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={"depth": 2, "hidden_size": 32, "num_heads": 2, "patch_size": 8, **SEES[family]},
+        image_token_id=ids[0], video_token_id=ids[1], vision_start_token_id=ids[2], vision_end_token_id=ids[3],
+    )  # fmt: skip
+    template = models.llava_processor().chat_template.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    images = transformers.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 16 * 16, "longest_edge": 64 * 64})
+    videos = (transformers.Qwen3VLVideoProcessor if family == "Qwen3VL" else transformers.Qwen2VLVideoProcessor)()
+    processor = getattr(transformers, f"{family}Processor")(images, words, videos, chat_template=template)
+    return MultimodalBase(family, getattr(transformers, f"{family}ForConditionalGeneration")(config), processor)
+
+
+def smolvlm() -> MultimodalBase:
+    """With the processor of Idefics 3, which writes the same tokens: SmolVLM's own needs a package for numbers."""
+    from transformers import Idefics3ImageProcessor, Idefics3Processor, SmolVLMConfig, SmolVLMForConditionalGeneration
+
+    grid = [f"<row_{r}_col_{c}>" for r in range(1, 5) for c in range(1, 5)]
+    words = tokenizer("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", *grid)
+    config = SmolVLMConfig(
+        text_config={"model_type": "llama", **SIZE, "vocab_size": len(words), "pad_token_id": words.pad_token_id},
+        vision_config={**SIZE, "image_size": 32, "patch_size": 8},
+        image_token_id=words.convert_tokens_to_ids("<image>"),
+        scale_factor=2,
+    )
+    images = Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    template = models.llava_processor().chat_template
+    processor = Idefics3Processor(images, words, image_seq_len=4, chat_template=template)
+    return MultimodalBase("smolvlm", SmolVLMForConditionalGeneration(config), processor)
+
+
+@pytest.fixture
+def of_family() -> Callable[[str], MultimodalBase]:
+    """Makes a small random model of a class of transformers, with its processor."""
+    others = {"LlavaNext": llava_next, "SmolVLM": smolvlm}
+    return lambda family: others[family]() if family in others else qwen(family)
+
+
+@pytest.fixture
+def conversations(photos: Callable[[str], Path]) -> list[Conversation]:
+    """A row with two pictures of different shapes, one with one, one without."""
+    one, two = str(photos("a.png")), str(photos("b.png"))
+    answer = Turn("assistant", ("red",))
+    return [
+        Conversation(1, (Turn("user", (0, 1, "which is it ?")), answer), (one, two)),
+        Conversation(2, (Turn("user", (0, "is it ?")), answer), (two,)),
+        Conversation(3, (Turn("user", ("is it ?",)), answer)),
+    ]

@@ -1,5 +1,6 @@
 """The core needs torch and safetensors, and what these two import themselves."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,10 @@ class Missing:
 
 sys.meta_path.insert(0, Missing())
 import torch
-from graft.studio import sites, slots
+from graft.studio import adapter, method, sites, slots
+
+files = [module.__file__ for name, module in sys.modules.items() if name.startswith("graft.studio")]
+print(f"lines: {sum(len(open(file).readlines()) for file in files)}")
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError
@@ -52,8 +56,11 @@ except Exception as error:
 """
 
 
-def test_the_core_imports_attaches_saves_loads_and_merges_without_other_packages(tmp_path: Path) -> None:
+def test_the_core_imports_attaches_saves_loads_and_merges_without_other_packages(tmp_path: Path, root: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "adapter")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "card.methd: no such key" in done.stdout
+    (lines,) = re.findall(r"lines: (\d+)", done.stdout)
+    loop = root / "studio" / "loop.py"
+    assert int(lines) + len(loop.read_text().splitlines()) < 3000, "the core is to be read in one sitting"

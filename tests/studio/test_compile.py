@@ -5,6 +5,7 @@ import timm
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.studio.methods.adalora import AdaLoRA
 from graft.studio.methods.bottleneck import Houlsby
@@ -14,6 +15,7 @@ from graft.studio.methods.fish_mask import FishMask
 from graft.studio.methods.ia3 import IA3
 from graft.studio.methods.krona import KronA
 from graft.studio.methods.lora import LoRA
+from graft.studio.methods.prefix_tuning import PrefixTuning
 from graft.studio.methods.prompt_tuning import PromptTuning
 from graft.studio.methods.ssf import SSF
 
@@ -40,7 +42,7 @@ def gradients(handle, out):
 
 @pytest.mark.parametrize(
     "method",
-    [LoRA(rank=2, targets="all"), Houlsby(width=4), PromptTuning(length=3),
+    [LoRA(rank=2, targets="all"), Houlsby(width=4), PromptTuning(length=3), PrefixTuning(length=3, hidden=4),
      *(pytest.param(each, marks=pytest.mark.slow)
        for each in (DoRA(rank=2, targets=FEW), AdaLoRA(rank=2, target_rank=1, targets=FEW), KronA(targets=FEW),
                     IA3(), SSF()))],
@@ -65,9 +67,28 @@ def test_adapters_routes_and_strengths_change_without_a_recompilation(method):
             torch.testing.assert_close(out, plain)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
             handle.load(handle.tensors(2), slot=1)
-            if not isinstance(method, PromptTuning):  # it has no strength
+            if not isinstance(method, PromptTuning | PrefixTuning):  # they have no strength
                 handle.scale(2, 0.5)
             torch.testing.assert_close(compiled(X), model(X))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [PromptTuning(length=3), PrefixTuning(length=3, hidden=4)], ids=["prompt", "prefix"])
+def test_a_decoder_with_prompts_compiles_whole_and_once(method):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **size)).requires_grad_(False).eval()
+    ids = torch.randint(50, (4, 6), generator=torch.Generator().manual_seed(1))
+    handle = method.attach(model, slots=3)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = compiled_with(counter, model)
+    handle.route(ROUTES[0])
+    compiled(ids, use_cache=False).logits.sum().backward()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for route in ROUTES[1:]:
+            handle.route(route)
+            torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
     assert counter.frame_count == 1
 
 

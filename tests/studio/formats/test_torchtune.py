@@ -1,4 +1,4 @@
-"""torchtune's files, against its Llama in plain torch: its names, its rotation, its LoRALinear."""
+"""torchtune's files, against its Llama in plain torch: its names, its rotation, its LoRALinear and DoRALinear."""
 
 import json
 
@@ -49,7 +49,11 @@ def torchtune(model, tensors, alpha):
         out = F.linear(x, weight)
         if f"{name}.lora_a.weight" in tensors:
             a, b = tensors[f"{name}.lora_a.weight"], tensors[f"{name}.lora_b.weight"]
-            out = out + (alpha / len(a)) * F.linear(F.linear(x, a), b)
+            change = (alpha / len(a)) * F.linear(F.linear(x, a), b)
+            if f"{name}.magnitude" in tensors:
+                scale = tensors[f"{name}.magnitude"] / (weight + alpha / len(a) * b @ a).norm(dim=1)
+                change = (scale - 1) * out + scale * change
+            out = out + change
         return out
 
     def norm(x, name):
@@ -108,6 +112,19 @@ def test_torchtune_gives_the_same_with_our_export(tmp_path, targets):
         assert again.card.details.get("head_dim") == (HEAD if {"q", "k"} & set(targets) else None)
 
 
+def test_a_dora_is_the_same_in_torchtune_both_ways(tmp_path):
+    adapter, expected = trained(ALL, DoRA, "dora")
+    file, config = adapter.export(tmp_path, "torchtune")
+    tensors, alpha = load_file(file), json.loads(config.read_text())["lora_alpha"]
+    torch.testing.assert_close(torchtune(llama(), tensors, alpha), expected, rtol=1e-4, atol=1e-5)
+    with load_adapter(tmp_path).attached(model := llama()):
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    del tensors["layers.1.attn.v_proj.magnitude"]
+    save_file(tensors, file)
+    with pytest.raises(FormatError, match=r"layers\.1\.attn\.v_proj: a DoRA in which lengths"):
+        load_adapter(tmp_path)
+
+
 def test_we_give_the_same_with_torchtunes_own_factors(tmp_path):
     torch.manual_seed(1)
     tensors: dict[str, torch.Tensor] = {}
@@ -159,7 +176,7 @@ def test_the_command_line_tells_how_wide_a_head_is(tmp_path, capsys):
     ("key", "match"),
     [
         ("layers.0.attn.z_proj.lora_a.weight", "no module of torchtune's Llama"),
-        ("layers.0.attn.v_proj.magnitude", "not a LoRA factor"),
+        ("layers.0.attn.v_proj.lora_bias", "not a LoRA factor"),
     ],
 )
 def test_unknown_keys_are_named(tmp_path, key, match):
@@ -179,7 +196,6 @@ def test_what_torchtune_cannot_express_is_refused(tmp_path):
         (trained(("gate", "up"))[0], "mlp.w1, mlp.w3: torchtune adapts gate, down and up together"),
         (trained((r"layers.1.self_attn.v_proj",))[0], "layers.0.attn.v_proj: torchtune adapts it in every layer"),
         (trained(("embedding",))[0], "model.embed_tokens: torchtune has no LoRA of it"),
-        (trained(("v",), DoRA, "dora")[0], "it is no plain LoRA"),
     ]
     for adapter, match in refused:
         with pytest.raises(InputError, match=match):
