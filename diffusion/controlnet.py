@@ -17,6 +17,7 @@ With torch's own, each layer leaves a third of what tells two maps apart, and be
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 WIDTHS = (16, 32, 96, 256)
 """Of the map's encoder E: one more than it has halvings."""
+ZEROS = ("controlnet_down_blocks.", "controlnet_mid_block.")
+"""Names of the convolutions Z begin so."""
 SHAPE = ("in_channels", "block_out_channels", "down_block_types", "cross_attention_dim", "layers_per_block")
 """What a copy of an encoder has in common with the denoiser."""
 
@@ -54,9 +57,8 @@ class Control(Follower):
 
     def must_hear(self) -> dict[str, nn.Parameter]:
         """Weights of the convolutions that start at zero."""
-        zeros = ("controlnet_down_blocks.", "controlnet_mid_block.")
         weights = ((name, p) for name, p in self.bank.named_parameters() if name.endswith(".weight"))
-        return {name: p for name, p in weights if name.startswith(zeros)}
+        return {name: p for name, p in weights if name.startswith(ZEROS)}
 
 
 @torch.no_grad()
@@ -101,6 +103,11 @@ class ControlNet(MapMethod):
         network = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=widths)
         start(network.controlnet_cond_embedding)
         return network
+
+    @classmethod
+    def at_strength_1(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """The same network with its last convolutions, those of one pixel, `scale` times as strong."""
+        return {name: scale * tensor if name.startswith(ZEROS) else tensor for name, tensor in tensors.items()}
 
     def misfit(self, network: Any, base: DiffusionBase) -> str:
         """The first part of its shape in which it differs from the denoiser."""
