@@ -249,8 +249,8 @@ class Follower:
             raise InputError(f"condition {path}", f"{len(maps)} pictures for {prompts} prompts", "Give one, or as many")
         self.follow(maps)
 
-    def tiles(self, prompts: int) -> dict[str, list[list[Image.Image]]]:
-        """What is drawn after, as pictures: a row for each prompt."""
+    def tiles(self, prompts: int, seeds: int = 1) -> dict[str, list[list[Image.Image]]]:
+        """What is drawn after, as pictures: a row for each prompt, and in it one for all seeds."""
         assert self.maps is not None
         return {"condition": [[picture_of(self.maps[row % len(self.maps)])] for row in range(prompts)]}
 
