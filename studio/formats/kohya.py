@@ -6,7 +6,7 @@ called by; a name that is not made of them is refused. UNets are written with di
 those of SD 1.x and which it, ComfyUI and diffusers read for SDXL too; read are also SDXL's own (``input_blocks_4_1``).
 Alphas may differ from module to module in what is read. In what is written the scale is multiplied into B such that
 alpha is the largest rank in every module: diffusers, at least up to 0.42.1, drops alphas of attention layers that
-differ from the most frequent one.
+differ from the most frequent one. FLUX has names of its own: see `graft.studio.formats.kohya_flux`.
 """
 
 from __future__ import annotations
@@ -95,6 +95,10 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     Raises:
         InputError: sites outside the UNet and the text encoders, or of a kind or name that the format lacks.
     """
+    if any(site["name"].startswith("transformer.") for site in adapter.card.sites):
+        from graft.studio.formats import kohya_flux
+
+        return kohya_flux.export(adapter, folder)
     modules = from_adapter(adapter)
     two = any(name.startswith("text_encoder_2.") for name in modules)
     names = {name_of(name, two): name for name in modules}
@@ -110,14 +114,14 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         tensors[f"{short}.alpha"] = torch.tensor(float(rank))
         if module.length is not None:
             tensors[f"{short}{_LENGTH}"] = module.length.view(-1, *[1] * (module.down.dim() - 1))
-    tensors |= _companions(tensors)
+    tensors |= companions(tensors)
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     path = write_tensors(folder / FILE, tensors, {"format": "pt", **header, **provenance.header(adapter.card)})
-    check_written(adapter, {names[short]: module for short, module in _read(path).items()}, str(path))
+    check_written(adapter, {names[short]: module for short, module in factors(path).items()}, str(path))
     return [path]
 
 
-def _companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An output projection, changed by nothing, for each text encoder whose file has q, k or v but none of these:
     diffusers, at least up to 0.42.1, would not read them."""
     found: dict[str, Tensor] = {}
@@ -144,7 +148,7 @@ def read(path: Path) -> Adapter:
         FormatError: a name that is none of their modules', or a key beside factors and alphas.
     """
     modules: dict[str, LowRank] = {}
-    for short, module in _read(path).items():
+    for short, module in factors(path).items():
         name = path_of(short)
         if not name or name in modules:
             reason = "a module that is named twice" if name else "no module of Stable Diffusion's UNet or text encoders"
@@ -153,8 +157,8 @@ def read(path: Path) -> Adapter:
     return to_adapter(modules, "diffusion", str(path))
 
 
-def _read(path: Path) -> dict[str, LowRank]:
-    """Factors by kohya's names, without `_companions`; without an alpha, or with one of 0, it equals the rank."""
+def factors(path: Path) -> dict[str, LowRank]:
+    """Factors by kohya's names, without `companions`; without an alpha, or with one of 0, it equals the rank."""
     tensors, _ = read_tensors(path)
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_LENGTH)}

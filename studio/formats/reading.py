@@ -12,6 +12,7 @@ from graft.studio.formats import (
     diffusers,
     ip_adapter,
     kohya,
+    kohya_flux,
     lokr,
     loralib,
     map_networks,
@@ -42,7 +43,7 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
     tensors, header = read_tensors(file)
     if torchtune.recognises(tensors):
         return provenance.restored(torchtune.read(file, head_dim), header)
-    libraries = (ip_adapter, map_networks, lokr, kohya, loralib, custom_diffusion, textual_inversion)
+    libraries = (ip_adapter, map_networks, lokr, kohya_flux, kohya, loralib, custom_diffusion, textual_inversion)
     library: Any = next((each for each in libraries if each.recognises(tensors)), diffusers)
     return provenance.restored(library.read(file), header)
 
