@@ -97,9 +97,9 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         tensors[f"{short}.alpha"] = torch.tensor(float(module.rank))
     tensors |= kohya.companions(tensors)
     told = {"format": "pt", "ss_network_module": "networks.lora_flux", **provenance.header(adapter.card)}
-    path = write_tensors(folder / kohya.FILE, tensors, told)
-    _check(modules, _apart(kohya.factors(path), str(path)), str(path))
-    return [path]
+    file = write_tensors(folder / kohya.FILE, tensors, told)
+    _check(modules, apart(kohya.factors(file), str(file)), str(file))
+    return [file]
 
 
 def read(path: Path) -> Adapter:
@@ -108,7 +108,7 @@ def read(path: Path) -> Adapter:
     Raises:
         FormatError: a name that is none of their modules'.
     """
-    return to_adapter(_apart(kohya.factors(path), str(path)), "diffusion", str(path))
+    return to_adapter(apart(kohya.factors(path), str(path)), "diffusion", str(path))
 
 
 def _family_of(modules: Mapping[str, LowRank]) -> int:
@@ -139,7 +139,7 @@ def _joined(short: str, parts: Mapping[int, LowRank], family: int) -> LowRank:
     return block_diagonal([(rows[place], part) for place, part in sorted(parts.items())], sum(sizes))
 
 
-def _apart(fused: Mapping[str, LowRank], where: str) -> dict[str, LowRank]:
+def apart(fused: Mapping[str, LowRank], where: str) -> dict[str, LowRank]:
     """Modules as diffusers has them.
 
     Raises:

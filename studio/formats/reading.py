@@ -8,6 +8,7 @@ from typing import Any
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError
 from graft.studio.formats import (
+    comfyui,
     custom_diffusion,
     diffusers,
     ip_adapter,
@@ -43,7 +44,17 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
     tensors, header = read_tensors(file)
     if torchtune.recognises(tensors):
         return provenance.restored(torchtune.read(file, head_dim), header)
-    libraries = (ip_adapter, map_networks, lokr, kohya_flux, kohya, loralib, custom_diffusion, textual_inversion)
+    libraries = (
+        comfyui,
+        ip_adapter,
+        map_networks,
+        lokr,
+        kohya_flux,
+        kohya,
+        loralib,
+        custom_diffusion,
+        textual_inversion,
+    )
     library: Any = next((each for each in libraries if each.recognises(tensors)), diffusers)
     return provenance.restored(library.read(file), header)
 

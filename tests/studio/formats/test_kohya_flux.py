@@ -83,7 +83,7 @@ def test_what_sd_scripts_trains_is_read_as_diffusers_reads_it(tmp_path: Path, fa
     }  # fmt: skip
     if family == 1:
         shapes["te1_text_model_encoder_layers_1_self_attn_out_proj"] = (8, 8)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i, (name, (out, inside)) in enumerate(shapes.items()):
         tensors |= {
             f"lora_{name}.lora_down.weight": torch.randn(2, inside),
