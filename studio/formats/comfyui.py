@@ -1,5 +1,6 @@
-"""LoRA of a transformer in ComfyUI's layout, as ai-toolkit and others write it: ``diffusion_model.<module>.lora_A.weight``
-and ``.lora_B.weight``, or ``.lora_down.weight``, ``.lora_up.weight`` and ``.alpha``.
+"""LoRA of a transformer in ComfyUI's layout, as ai-toolkit and others write it:
+``diffusion_model.<module>.lora_A.weight`` and ``.lora_B.weight``, or ``.lora_down.weight``, ``.lora_up.weight`` and
+``.alpha``.
 
 Modules are those of the model's own code. For Qwen-Image and Z-Image they have the same paths in diffusers, for FLUX
 they are taken apart as in `graft.studio.formats.kohya_flux`. It is read and not written: ComfyUI reads diffusers' file.

@@ -45,10 +45,10 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
     if torchtune.recognises(tensors):
         return provenance.restored(torchtune.read(file, head_dim), header)
     libraries = (
-        comfyui,
         ip_adapter,
         map_networks,
         lokr,
+        comfyui,
         kohya_flux,
         kohya,
         loralib,

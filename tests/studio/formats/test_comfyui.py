@@ -14,10 +14,11 @@ from torch import Tensor
 
 from graft.studio.adapter import load_adapter
 
+BLOCK = "transformer_blocks.0"
 MODULES = {
     "qwen": (
-        ("transformer_blocks.0.attn.to_q", "transformer_blocks.11.attn.add_k_proj", "transformer_blocks.0.attn.to_out.0",
-         "transformer_blocks.0.img_mlp.net.0.proj", "transformer_blocks.0.attn.to_add_out"),
+        (f"{BLOCK}.attn.to_q", "transformer_blocks.11.attn.add_k_proj", f"{BLOCK}.attn.to_out.0",
+         f"{BLOCK}.img_mlp.net.0.proj", f"{BLOCK}.attn.to_add_out"),
         _convert_non_diffusers_qwen_lora_to_diffusers,
     ),
     "z-image": (
@@ -66,7 +67,7 @@ def test_flux_is_taken_apart(tmp_path: Path):
     """The same factors as in kohya's file."""
     torch.manual_seed(1)
     shapes = {"double_blocks.0.img_attn.qkv": (48, 16), "single_blocks.0.linear1": (144, 16)}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, (out, inside) in shapes.items():
         tensors |= {f"{name}.lora_down.weight": torch.randn(2, inside), f"{name}.lora_up.weight": torch.randn(out, 2)}
     save_file({f"diffusion_model.{key}": each for key, each in tensors.items()}, tmp_path / "theirs.safetensors")
