@@ -20,6 +20,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +28,11 @@ from torch import Tensor, nn
 
 from graft.diffusion.map_networks import Follower, MapMethod
 from graft.studio.errors import InputError
+from graft.studio.formats import control_model, provenance
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
+    from graft.studio.adapter import Adapter
 
 WIDTHS = (16, 32, 96, 256)
 """Of the map's encoder E: one more than it has halvings."""
@@ -86,6 +89,7 @@ class ControlNet(MapMethod):
     title = "ControlNet"
     section = "controlnet"
     follower = Control
+    formats = ("diffusers", "kohya")
 
     def new(self, base: DiffusionBase) -> Any:
         """A copy of the base's encoder with new convolutions for the map.
@@ -108,6 +112,19 @@ class ControlNet(MapMethod):
     def at_strength_1(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
         """The same network with its last convolutions, those of one pixel, `scale` times as strong."""
         return {name: scale * tensor if name.startswith(ZEROS) else tensor for name, tensor in tensors.items()}
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes a folder for diffusers, or one file in the authors' layout (`kohya`), which AUTOMATIC1111 and ComfyUI
+        read.
+
+        Raises:
+            InputError: another format.
+        """
+        if format != "kohya":
+            return super().export(adapter, folder, format)
+        tensors = cls.at_strength_1(adapter.tensors, adapter.card.config.get("scale", 1.0))
+        return control_model.export(adapter, tensors, Path(folder), provenance.header(adapter.card))
 
     def misfit(self, network: Any, base: DiffusionBase) -> str:
         """The first part of its shape in which it differs from the denoiser."""

@@ -65,6 +65,8 @@ class MapMethod(DiffusionMethod):
     """Where the card keeps the network's config."""
     follower: ClassVar[type[Follower]]
     """What is attached."""
+    formats: ClassVar[tuple[str, ...]] = ("diffusers",)
+    """That it is written in, beside native."""
 
     def __post_init__(self) -> None:
         require("method.condition", self.condition, self.condition in KINDS, "one of " + ", ".join(KINDS))
@@ -190,7 +192,8 @@ class MapMethod(DiffusionMethod):
             InputError: another format.
         """
         if format != "diffusers":
-            raise InputError(f"format {format!r}", f"a {cls.title} is not written in it", "use native or diffusers")
+            remedy = f"use {', '.join(('native', *cls.formats))}"
+            raise InputError(f"format {format!r}", f"a {cls.title} is not written in it", remedy)
         config = _plain(adapter.card.details.get(cls.section))
         told = {"format": "pt", **provenance.header(adapter.card)}
         tensors = cls.at_strength_1(adapter.tensors, adapter.card.config.get("scale", 1.0))

@@ -41,11 +41,11 @@ def read(path: Path) -> Adapter:
         reason = f"no config of {' or '.join(_METHODS)} stands beside {path.name}"
         raise FormatError(str(beside), reason, "give the whole folder that diffusers saved") from error
     tensors, header = read_tensors(path)
-    return Adapter(tensors, Card(method, _settings(header), "diffusion", details={method: config}))
+    return Adapter(tensors, Card(method, condition_of(header), "diffusion", details={method: config}))
 
 
-def _settings(header: dict[str, str]) -> dict[str, Any]:
-    """What the maps are."""
+def condition_of(header: dict[str, str]) -> dict[str, Any]:
+    """What the maps are, by a file's header."""
     try:
         told = json.loads(header.get("graft.config", "{}"))
         return {"condition": str(told["condition"])}

@@ -9,6 +9,7 @@ from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError
 from graft.studio.formats import (
     comfyui,
+    control_model,
     custom_diffusion,
     diffusers,
     ip_adapter,
@@ -47,6 +48,7 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
     libraries = (
         ip_adapter,
         map_networks,
+        control_model,
         lokr,
         comfyui,
         kohya_flux,
