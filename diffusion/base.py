@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -245,7 +246,8 @@ def load_base(
         InputError: nothing of that name, a download that was cut short, a pipeline of another family, or xformers where
             it is not installed or there is no GPU.
     """
-    from diffusers import DiffusionPipeline
+    with _unheard("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        from diffusers import DiffusionPipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     _check_attention(attention, torch.device(device))
@@ -352,6 +354,19 @@ def without_progress_bars() -> Iterator[None]:
     finally:
         for log in loud:
             log.enable_progress_bar()
+
+
+@contextmanager
+def _unheard(*names: str) -> Iterator[None]:
+    """Loggers say errors only: diffusers and a torchao of another age, both installed, tell of each other at import."""
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _source(name: str) -> str:

@@ -17,8 +17,10 @@ With torch's own, each layer leaves a third of what tells two maps apart, and be
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +28,16 @@ from torch import Tensor, nn
 
 from graft.diffusion.map_networks import Follower, MapMethod
 from graft.studio.errors import InputError
+from graft.studio.formats import control_model, provenance
 
 if TYPE_CHECKING:
     from graft.diffusion.base import DiffusionBase
+    from graft.studio.adapter import Adapter
 
 WIDTHS = (16, 32, 96, 256)
 """Of the map's encoder E: one more than it has halvings."""
+ZEROS = ("controlnet_down_blocks.", "controlnet_mid_block.")
+"""Names of the convolutions Z begin so."""
 SHAPE = ("in_channels", "block_out_channels", "down_block_types", "cross_attention_dim", "layers_per_block")
 """What a copy of an encoder has in common with the denoiser."""
 
@@ -54,9 +60,8 @@ class Control(Follower):
 
     def must_hear(self) -> dict[str, nn.Parameter]:
         """Weights of the convolutions that start at zero."""
-        zeros = ("controlnet_down_blocks.", "controlnet_mid_block.")
         weights = ((name, p) for name, p in self.bank.named_parameters() if name.endswith(".weight"))
-        return {name: p for name, p in weights if name.startswith(zeros)}
+        return {name: p for name, p in weights if name.startswith(ZEROS)}
 
 
 @torch.no_grad()
@@ -84,6 +89,7 @@ class ControlNet(MapMethod):
     title = "ControlNet"
     section = "controlnet"
     follower = Control
+    formats = ("diffusers", "kohya")
 
     def new(self, base: DiffusionBase) -> Any:
         """A copy of the base's encoder with new convolutions for the map.
@@ -101,6 +107,24 @@ class ControlNet(MapMethod):
         network = ControlNetModel.from_unet(base.denoiser, conditioning_embedding_out_channels=widths)
         start(network.controlnet_cond_embedding)
         return network
+
+    @classmethod
+    def at_strength_1(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """The same network with its last convolutions, those of one pixel, `scale` times as strong."""
+        return {name: scale * tensor if name.startswith(ZEROS) else tensor for name, tensor in tensors.items()}
+
+    @classmethod
+    def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
+        """Writes a folder for diffusers, or one file in the authors' layout (`kohya`), which AUTOMATIC1111 and ComfyUI
+        read.
+
+        Raises:
+            InputError: another format.
+        """
+        if format != "kohya":
+            return super().export(adapter, folder, format)
+        tensors = cls.at_strength_1(adapter.tensors, adapter.card.config.get("scale", 1.0))
+        return control_model.export(adapter, tensors, Path(folder), provenance.header(adapter.card))
 
     def misfit(self, network: Any, base: DiffusionBase) -> str:
         """The first part of its shape in which it differs from the denoiser."""

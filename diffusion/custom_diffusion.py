@@ -34,9 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graft.diffusion.buckets import Shape
-from graft.diffusion.data import TEMPLATES, DataConfig, Picture, load_dataset
-from graft.diffusion.lora import class_latents
+from graft.diffusion.data import TEMPLATES, Picture
+from graft.diffusion.lora import class_folder, class_latents
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, latents
 from graft.diffusion.task import Source, row_slots
 from graft.diffusion.textual_inversion import TextualInversion, attach_concepts
@@ -196,7 +195,7 @@ class CustomDiffusion(DiffusionMethod):
         classes = list(dict.fromkeys(prompt for prompt in self.of_each(self.class_prompt) if prompt))
         digest = ""
         if self.class_path is not None:
-            mean, std, shown, digest = _folder(base, self.class_path, classes, dataset.shape, cache)
+            mean, std, shown, digest = class_folder(base, self.class_path, classes, dataset.shape, cache)
         elif classes:
             count = subject.share(self.class_pictures)
             drawn = [class_latents(base, prompt, count, dataset.shape, cache) for prompt in classes]
@@ -250,19 +249,6 @@ class CustomDiffusion(DiffusionMethod):
         from graft.diffusion.concept_merge import CAPTIONS, merge_concepts
 
         return merge_concepts(base, adapters, captions or CAPTIONS)
-
-
-def _folder(
-    base: DiffusionBase, path: str, classes: Sequence[str], shape: Shape, cache: Cache
-) -> tuple[Tensor, Tensor, list[str], str]:
-    """Posterior, captions and digest of a folder of class pictures."""
-    dataset = load_dataset(DataConfig(path=path, caption=classes[0] if classes else None), shape, cache)
-    bare = [picture.path.name for picture in dataset.pictures if not picture.caption]
-    if bare:
-        raise DataError(path, f"{bare[0]} has no caption", "Write captions beside the pictures, or set class_prompt")
-    posterior = latents(base, dataset, cache)
-    captions = [picture.caption or "" for picture in dataset.pictures]
-    return posterior["mean"], posterior["std"], captions, dataset.digest
 
 
 class DenseSlot(Slot):

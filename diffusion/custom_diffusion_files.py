@@ -43,8 +43,14 @@ SHARE = 0.6
 """Of the sum of the singular values that `lora` keeps."""
 
 
-def export(adapter: Adapter, folder: Path, format: str) -> list[Path]:
+def export(adapter: Adapter, folder: Path, format: str, base: DiffusionBase | None = None) -> list[Path]:
     """Writes the files of a format.
+
+    Args:
+        adapter: of Custom Diffusion.
+        folder: to write.
+        format: diffusers, merged, lora or lora-RANK.
+        base: its own; None loads it by its name, where it is needed.
 
     Raises:
         InputError: another format, or the base that the adapter names is not to be had.
@@ -54,9 +60,9 @@ def export(adapter: Adapter, folder: Path, format: str) -> list[Path]:
         remedy = "use native, diffusers, merged, lora or lora-RANK"
         raise InputError(f"format {format!r}", "Custom Diffusion is not written in it", remedy)
     if rank is not None:
-        file = _write_lora(adapter, folder, int(rank[1] or 0))
+        file = _write_lora(adapter, folder, int(rank[1] or 0), base)
     else:
-        weights = {name.removeprefix("unet."): weight for name, weight in whole_weights(adapter).items()}
+        weights = {name.removeprefix("unet."): weight for name, weight in whole_weights(adapter, base).items()}
         if format == "diffusers":
             file = custom_diffusion.write_weights(folder, weights, provenance.header(adapter.card))
         else:
@@ -120,9 +126,9 @@ def _base_weights(adapter: Adapter, base: DiffusionBase | None) -> Mapping[str, 
     return {whole_name(site): tensor.detach().float().cpu() for site, tensor in own.items()}
 
 
-def _write_lora(adapter: Adapter, folder: Path, rank: int) -> Path:
+def _write_lora(adapter: Adapter, folder: Path, rank: int, base: DiffusionBase | None) -> Path:
     """Writes the changes as thin factors, and how much of them is lost."""
-    whole = {name.removesuffix(".weight"): change for name, change in changes(adapter).items()}
+    whole = {name.removesuffix(".weight"): change for name, change in changes(adapter, base).items()}
     biases = [change for change in whole.values() if change.dim() == 1]  # which no factors hold
     factors = {name: low_rank(change, rank) for name, change in whole.items() if change.dim() == 2}
     lost = sum(float((whole[name] - part.delta).square().sum()) for name, part in factors.items())

@@ -88,6 +88,14 @@ class EvaluationConfig:
     """Denoiser calls per picture."""
     guidance: float = 3.0
     """Classifier-free guidance scale."""
+    resolution: int = 0
+    """Side in pixels of what is drawn, and of the real pictures; 0 takes the base's own. `graft eval` fills in that of
+    the training."""
+    laid_on: str = "white"
+    """What transparent pictures are laid on: a colour name or #rrggbb. `graft eval` fills in the run's
+    data.background."""
+    caption: str = ""
+    """For real pictures without one. `graft eval` fills in the run's data.caption."""
 
     def __post_init__(self) -> None:
         unknown = [colour for colour in self.colours if colour not in COLOURS]
@@ -108,7 +116,12 @@ class EvaluationConfig:
     @property
     def drawing(self) -> PreviewConfig:
         """How pictures are drawn."""
-        return PreviewConfig(steps=self.steps, guidance=self.guidance)
+        return PreviewConfig(steps=self.steps, guidance=self.guidance, resolution=self.resolution)
+
+    @property
+    def data(self) -> DataConfig:
+        """How real pictures are read."""
+        return DataConfig(path=self.path, background=self.laid_on, caption=self.caption or None)
 
     def models(self, base: DiffusionBase) -> tuple[Clip | None, Eye | None]:
         """The models that look, of those that were named or come with the base."""
@@ -122,14 +135,19 @@ def evaluation_settings(adapter: Adapter, run: Run | None, path: str | None = No
     told = measured_on(run.job) if run is not None else {}
     if adapter.card.config.get("condition"):
         told["condition"] = adapter.card.config["condition"]
+    if adapter.card.details.get("resolution"):
+        told.setdefault("resolution", adapter.card.details["resolution"])
     return told | ({"path": path, "held_out": 0.0} if path else {})
 
 
 def measured_on(job: Job) -> dict[str, Any]:
-    """A job's `[eval]`, with the job's held-out pictures if it names none; where nothing is held out, all."""
+    """A job's `[eval]`, with the job's held-out pictures if it names none; where nothing is held out, all. They are
+    looked at as they are trained on."""
     validation = job.data.get("validation", 0.0)
     apart = isinstance(validation, str)
     usual = {"path": validation if apart else job.data["path"], "held_out": 0.0 if apart else validation}
+    alike = {"resolution": "resolution", "background": "laid_on", "caption": "caption"}
+    usual |= {name: job.data[key] for key, name in alike.items() if job.data.get(key)}
     return {**usual, **({"held_out": 0.0} if "path" in job.eval else {}), **job.eval}
 
 
@@ -170,8 +188,8 @@ class _Measuring:
         self.base, self.settings = base, settings
         found, self.eye = settings.models(base) if clip is None else (clip, settings.models(base)[1])
         self.clip = clip or found
-        self.data = DataConfig(path=settings.path)
-        self.whole = load_dataset(self.data, base.side(), Cache())
+        self.data = settings.data
+        self.whole = load_dataset(self.data, base.side(settings.resolution), Cache())
         share, pictures = settings.held_out, self.whole.pictures
         self.places = held_out(pictures, share) if share else list(range(len(pictures)))
         self.dataset = subset(self.whole, self.places)
@@ -193,7 +211,7 @@ class _Measuring:
     @cached_property
     def real(self) -> list[Image.Image]:
         """The pictures, as models look at them."""
-        return real_pictures(self.settings.path, self.settings.held_out)
+        return real_pictures(self.data, self.settings.held_out)
 
     def see_before(self) -> None:
         """Looks at what the plain base draws for the prior prompts, before anything is attached."""

@@ -91,11 +91,8 @@ class ConceptTask(DiffusionTask):
         for slot, subject in enumerate(self.subjects):
             prompts, seeds, config = sample_settings(subject)
             with undisturbed(self.base, self), self._alone(slot):
-                if hasattr(self.handle, "samples"):
-                    blocks = {**self.plain[slot], **self.handle.samples(prompts, seeds, config)}
-                else:
-                    shown = self.handle.tiles(len(prompts)) if hasattr(self.handle, "tiles") else {}
-                    blocks = {**shown, **self.plain[slot], **self._by_strength(slot, step, prompts, seeds, config)}
+                shown = self.handle.tiles(len(prompts), len(seeds)) if hasattr(self.handle, "tiles") else {}
+                blocks = {**shown, **self.plain[slot], **self._by_strength(slot, step, prompts, seeds, config)}
                 picture = grid(blocks, prompts, seeds)
             ending = f"-{slot}" if len(self.subjects) > 1 else ""
             files.append(save_png(Path(folder) / f"step-{step:06d}{ending}.png", picture))
@@ -137,6 +134,9 @@ class ConceptTask(DiffusionTask):
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _drawn(self, slot: int, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
+        if hasattr(self.handle, "samples"):
+            drawn: Pictures = self.handle.samples(prompts, seeds, config)
+            return drawn
         return draw(self.base, [self._inner(slot, prompt) for prompt in prompts], seeds, config)
 
     def _inner(self, slot: int, prompt: str) -> str:
@@ -183,6 +183,7 @@ class ConceptTask(DiffusionTask):
             data_digest=self.digests[slot],
             trigger=subject.method.trigger,
             details=({"architecture": family} if (family := self.base.architecture) else {})
+            | ({"resolution": side} if (side := subject.data.resolution) else {})
             | getattr(self.handle, "details", {}),
         )
         return Adapter(self.handle.tensors(slot), card)

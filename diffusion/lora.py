@@ -6,14 +6,15 @@ Text-to-Image Diffusion Models for Subject-Driven Generation", 2022, arXiv:2208.
 
     prior_weight * E || target(x', n, t) - denoiser(x'_t, t, text(class_prompt)) ||^2
 
-over pictures x' that the base itself draws of the class, so that the class does not turn into the subject. Differs from
-the authors' code: class pictures stay latents, so that they are exact samples of the base without a way through the
-VAE, and are cached by content: another base, prompt or count is another set.
+over pictures x' that the base itself draws of the class, or that a folder holds (`class_path`), so that the class does
+not turn into the subject. Differs from the authors' code: class pictures that are drawn stay latents, so that they are
+exact samples of the base without a way through the VAE, and are cached by content: another base, prompt or count is
+another set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from graft.diffusion.buckets import Shape
-from graft.diffusion.data import TEMPLATES
-from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
+from graft.diffusion.data import TEMPLATES, DataConfig, load_dataset
+from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded, latents
 from graft.diffusion.task import Source, row_slots
 from graft.diffusion.transformers import ATTENTION
 from graft.studio.caches import Cache, content_key
 from graft.studio.config import require
-from graft.studio.errors import InputError
+from graft.studio.errors import DataError, InputError
 from graft.studio.methods.dora import DoRA
 from graft.studio.methods.lokr import LoKr
 from graft.studio.methods.lora import LoRA
@@ -48,6 +49,8 @@ class Subjects(DiffusionMethod):
     """Adapt the text encoder too."""
     class_prompt: str | None = None
     """What the concept is an example of, such as "a photo of a dog"; turns prior preservation on."""
+    class_path: str | None = None
+    """Folder of class pictures with captions (class_prompt where one has none), instead of the base's drawings."""
     class_pictures: int = 16
     """How many pictures of the class the base draws for it."""
     prior_weight: float = 1.0
@@ -55,7 +58,7 @@ class Subjects(DiffusionMethod):
     snr_gamma: float | None = None
     """Min-SNR's gamma (the paper's is 5); None weights all noise levels equally."""
 
-    own = frozenset({"trigger", "class_prompt"})
+    own = frozenset({"trigger", "class_prompt", "class_path"})
     default_learning_rate = 1e-3
 
     def __post_init__(self) -> None:
@@ -77,11 +80,16 @@ class Subjects(DiffusionMethod):
     ) -> Iterator[Source]:
         """Yields the job's pictures and, for prior preservation, those of the class."""
         yield from super().sources(base, subject, slot, table, cache)
-        if self.class_prompt is not None:
+        rows = subject.job.train.batch_size
+        if self.class_path is not None:
+            classes = [self.class_prompt] if self.class_prompt else []
+            mean, std, shown, digest = class_folder(base, self.class_path, classes, subject.dataset.shape, cache)
+            prompts = [table.rows(slot, [prompt]) for prompt in shown]
+            yield Source(mean, std, prompts, rows, self.prior_weight, slot, digest=digest)
+        elif self.class_prompt is not None:
             count = subject.share(self.class_pictures)
             prior = class_latents(base, self.class_prompt, count, subject.dataset.shape, cache)
             prompts = [table.rows(slot, [self.class_prompt])] * count
-            rows = subject.job.train.batch_size
             yield Source(prior["mean"][:, None], prior["std"][:, None], prompts, rows, self.prior_weight, slot)
 
     @classmethod
@@ -160,6 +168,33 @@ class DiffusionLoKr(Subjects, LoKr):
     Example:
         >>> handle = DiffusionLoKr(rank=4, factor=8, trigger="sks").attach(base.modules)  # doctest: +SKIP
     """
+
+
+def class_folder(
+    base: DiffusionBase, path: str, classes: Sequence[str], shape: Shape, cache: Cache
+) -> tuple[Tensor, Tensor, list[str], str]:
+    """Class pictures of a folder.
+
+    Args:
+        base: encodes them.
+        path: the folder.
+        classes: the first is the caption of pictures without one.
+        shape: height and width in pixels.
+        cache: of pixels and latents.
+
+    Returns:
+        Mean and deviation of their posterior, (p, 1, c, h, w) each, their captions, and the folder's digest.
+
+    Raises:
+        DataError: a picture without a caption.
+    """
+    dataset = load_dataset(DataConfig(path=path, caption=classes[0] if classes else None), shape, cache)
+    bare = [picture.path.name for picture in dataset.pictures if not picture.caption]
+    if bare:
+        raise DataError(path, f"{bare[0]} has no caption", "Write captions beside the pictures, or set class_prompt")
+    posterior = latents(base, dataset, cache)
+    captions = [picture.caption or "" for picture in dataset.pictures]
+    return posterior["mean"], posterior["std"], captions, dataset.digest
 
 
 def class_latents(base: DiffusionBase, prompt: str, count: int, shape: Shape, cache: Cache) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from graft.studio.disk import write_atomic
 from graft.studio.errors import FormatError, InputError, SiteError
 from graft.studio.formats import provenance
 from graft.studio.formats.files import write_tensors
+from graft.studio.formats.map_networks import FILE
 
 if TYPE_CHECKING:
     from graft.diffusion.base import Condition, DiffusionBase
@@ -64,6 +65,8 @@ class MapMethod(DiffusionMethod):
     """Where the card keeps the network's config."""
     follower: ClassVar[type[Follower]]
     """What is attached."""
+    formats: ClassVar[tuple[str, ...]] = ("diffusers",)
+    """That it is written in, beside native."""
 
     def __post_init__(self) -> None:
         require("method.condition", self.condition, self.condition in KINDS, "one of " + ", ".join(KINDS))
@@ -156,6 +159,11 @@ class MapMethod(DiffusionMethod):
         return network
 
     @classmethod
+    def at_strength_1(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """A network whose output is `scale` times that of these tensors: others know of no strength in a file."""
+        raise TypeError(f"{cls.__name__} must define at_strength_1")
+
+    @classmethod
     def attach_to(cls, base: DiffusionBase, tensors: Mapping[str, Tensor], card: Card) -> Follower:
         """Puts a trained network beside its base, which draws as ever until it is shown a map.
 
@@ -172,20 +180,24 @@ class MapMethod(DiffusionMethod):
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip()
             raise FormatError(f"the {cls.title}'s tensors", first, "Export the adapter again") from error
+        if reason := method.misfit(network, base):
+            raise FormatError(f"the {cls.title}", reason, f"Use a {cls.title} of this base")
         return cls.follower(base, method, nn.Module.to(network, base.device, base.dtype).eval().requires_grad_(False))
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
-        """Writes a folder for `from_pretrained` of diffusers' class.
+        """Writes a folder for `from_pretrained` of diffusers' class, which follows maps as strongly as here.
 
         Raises:
             InputError: another format.
         """
         if format != "diffusers":
-            raise InputError(f"format {format!r}", f"a {cls.title} is not written in it", "use native or diffusers")
+            remedy = f"use {', '.join(('native', *cls.formats))}"
+            raise InputError(f"format {format!r}", f"a {cls.title} is not written in it", remedy)
         config = _plain(adapter.card.details.get(cls.section))
         told = {"format": "pt", **provenance.header(adapter.card)}
-        file = write_tensors(folder / "diffusion_pytorch_model.safetensors", adapter.tensors, told)
+        tensors = cls.at_strength_1(adapter.tensors, adapter.card.config.get("scale", 1.0))
+        file = write_tensors(folder / FILE, tensors, told)
         return [write_atomic(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode()), file]
 
 
@@ -240,8 +252,8 @@ class Follower:
             raise InputError(f"condition {path}", f"{len(maps)} pictures for {prompts} prompts", "Give one, or as many")
         self.follow(maps)
 
-    def tiles(self, prompts: int) -> dict[str, list[list[Image.Image]]]:
-        """What is drawn after, as pictures: a row for each prompt."""
+    def tiles(self, prompts: int, seeds: int = 1) -> dict[str, list[list[Image.Image]]]:
+        """What is drawn after, as pictures: a row for each prompt, and in it one for all seeds."""
         assert self.maps is not None
         return {"condition": [[picture_of(self.maps[row % len(self.maps)])] for row in range(prompts)]}
 

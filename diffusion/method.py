@@ -136,8 +136,8 @@ class DiffusionMethod:
 
         A handle has `bank`, `tensors(slot)`, `probe`, `detach`, and `denoise(noisy, timesteps, condition)` if the
         denoiser is to be called in another way than `DiffusionBase.denoise`. It may have `param_groups()` and
-        `owned()` for the loop, `details` for the card, `tiles(prompts)`, what samples show beside pictures, or
-        `samples(prompts, seeds, config)`, all that they show.
+        `owned()` for the loop, `details` for the card, `tiles(prompts, seeds)`, what samples of so many show beside
+        pictures, or `samples(prompts, seeds, config)`, which draws these.
         """
         raise TypeError(f"{cls.__name__} must define attach_jobs")
 

@@ -84,7 +84,7 @@ class Yardstick:
             name = "eval.clip" if clip is None else "eval.dino"
             reason = f"the pair is measured by a model, and none is named for {base.name}"
             raise InputError(name, reason, "Name one, or leave train.measure_every at 0")
-        real = real_pictures(settings.path, settings.held_out)
+        real = real_pictures(settings.data, settings.held_out)
         self.pair = Pair(settings, clip, eye if settings.fidelity == "dino" else None, real)
         self.drawing = settings.drawing
         self.name = "dino_similarity" if settings.fidelity == "dino" else "image_similarity"
@@ -102,8 +102,8 @@ class Yardstick:
         return figures | {"fidelity": fidelity, "alignment": alignment, "score": harmonic(fidelity, alignment)}
 
 
-def real_pictures(path: str, share: float) -> list[Image.Image]:
-    """A folder's pictures, or those that a share holds out, upright and on white, as models look at them."""
-    found = load_dataset(DataConfig(path=path), LOOKED_AT, Cache())
+def real_pictures(data: DataConfig, share: float) -> list[Image.Image]:
+    """A folder's pictures, or those that a share holds out, upright, as models look at them."""
+    found = load_dataset(data, LOOKED_AT, Cache())
     places = held_out(found.pictures, share) if share else range(len(found.pictures))
     return [as_picture(found.pixels[place, 0]) for place in places]

@@ -175,20 +175,26 @@ class PicturePrompts:
         if dead:
             raise SiteError(", ".join(dead), "no gradient reaches them", "Check the pictures and the base")
 
-    def samples(self, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> dict[str, Pictures]:
-        """Pictures of the training data, one for each seed, and what is drawn of each and every prompt."""
+    def tiles(self, prompts: int, seeds: int) -> dict[str, Pictures]:
+        """Pictures of the training data, one for each seed, which samples follow: a row for each prompt."""
+        return {"shown": [self._chosen(seeds)] * prompts}
+
+    def _chosen(self, count: int) -> list[Image.Image]:
         assert self.examples is not None
         pixels = self.examples.pixels[:, 0]
-        chosen = [as_picture(pixels[i * len(pixels) // len(seeds)]) for i in range(len(seeds))]
-        chosen = [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in chosen]
+        chosen = [as_picture(pixels[i * len(pixels) // count]) for i in range(count)]
+        return [ImageOps.fit(picture, (min(picture.size),) * 2) for picture in chosen]
+
+    def samples(self, prompts: Sequence[str], seeds: Sequence[int], config: PreviewConfig) -> Pictures:
+        """What is drawn of every prompt and, for each seed, one of the pictures of `tiles`."""
         columns = []
         try:
-            for picture, seed in zip(chosen, seeds, strict=True):
+            for picture, seed in zip(self._chosen(len(seeds)), seeds, strict=True):
                 self.show([[picture]])
                 columns.append([row[0] for row in draw(self.base, prompts, [seed], config)])
         finally:
             self.show([])
-        return {"shown": [chosen] * len(prompts), "drawn": [list(row) for row in zip(*columns, strict=True)]}
+        return [list(row) for row in zip(*columns, strict=True)]
 
     def detach(self) -> None:
         """Restores the base's own processors. A second time does nothing."""

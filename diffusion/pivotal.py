@@ -54,7 +54,7 @@ class PivotalTuning(DiffusionLoRA):
     word_rate: float = 3.0
     """Learning rate of the word over that of the factors."""
 
-    own = frozenset({"trigger", "class_prompt", "vectors", "initializer"})
+    own = frozenset({"trigger", "class_prompt", "class_path", "vectors", "initializer"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class PreviewConfig:
     guidance: float = 3.0
     """Classifier-free guidance scale; 1 turns it off and halves the time."""
     resolution: int = 0
-    """Side in pixels; 0 takes the base's own."""
+    """Side in pixels; 0 takes that of the adapter's training, which is the base's own where the job named none."""
     negative_prompt: str = ""
     """What to keep away from."""
     batch_size: int = 8
@@ -143,7 +143,7 @@ def preview(
     Raises:
         BaseMismatchError: the adapter belongs to another base.
     """
-    config = settings or PreviewConfig()
+    config = as_trained(settings or PreviewConfig(), [adapter] if isinstance(adapter, Adapter) else adapter or ())
     if adapter is None:
         return save_pictures(Path(out), {"base": draw(base, prompts, seeds, config)}, prompts, seeds)
     with ExitStack() as stack:
@@ -164,6 +164,12 @@ def preview(
             adapted[name] = draw(base, prompts, seeds, config)
     without = draw(base, prompts, seeds, config)
     return save_pictures(Path(out), {**shown, "without": without, **adapted}, prompts, seeds)
+
+
+def as_trained(config: PreviewConfig, adapters: Sequence[Adapter]) -> PreviewConfig:
+    """The settings, at the resolution that the first adapter was trained at if they name none."""
+    found = (each.card.details.get("resolution") for each in adapters)
+    return replace(config, resolution=config.resolution or next(filter(None, found), 0))
 
 
 def fader(handle: Any, slot: int = 0) -> Callable[[float], None]:

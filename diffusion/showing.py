@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graft.diffusion.previews import Pictures, PreviewConfig, draw, fader, save_png, show_what_is_followed
+from graft.diffusion.previews import Pictures, PreviewConfig, as_trained, draw, fader, save_png, show_what_is_followed
 from graft.studio.config import from_dict
 from graft.studio.shown import Asked, Shown
 
@@ -29,7 +29,7 @@ def shown(base: DiffusionBase, adapters: Sequence[Adapter], asked: Asked, out: P
     Raises:
         InputError: an adapter without a strength was to have another than 1.
     """
-    config = from_dict(PreviewConfig, asked.settings, "preview")
+    config = as_trained(from_dict(PreviewConfig, asked.settings, "preview"), adapters)
     word = adapters[0].card.trigger or ""
     prompts = [prompt.replace("{token}", word) for prompt in asked.prompts] or [word]
     weights = asked.weights or (1.0,) * len(adapters)

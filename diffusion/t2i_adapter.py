@@ -19,6 +19,7 @@ layers that start at zero, so training does not start at the base.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,13 @@ class T2IAdapter(MapMethod):
         from diffusers import T2IAdapter as Network
 
         return Network(**shape(base))
+
+    @classmethod
+    def at_strength_1(cls, tensors: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """The same network on an input `scale` times as strong, with biases to match: all between them, convolutions,
+        means and ReLU, keeps a positive factor."""
+        first = "adapter.conv_in.weight"
+        return {k: scale * x if k == first or k.endswith(".bias") else x for k, x in tensors.items()}
 
     def misfit(self, network: Any, base: DiffusionBase) -> str:
         """The first part of its shape that does not fit the denoiser."""

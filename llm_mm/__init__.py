@@ -34,11 +34,11 @@ _PUBLIC = {
     "chat_by_perplexity": "perplexity",
     "compare": "verification",
     "evaluate": "evaluation",
+    "evaluation_settings": "evaluation",
     "file_by_perplexity": "perplexity",
     "load_base": "base",
     "prepare": "jobs",
     "preview": "previews",
-    "run_settings": "evaluation",
     "save_base": "method",
     "save_merged": "method",
     "show_rows": "rows",
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from graft.llm_mm.assembly import assemble
     from graft.llm_mm.base import MultimodalBase, load_base
     from graft.llm_mm.data import DataConfig
-    from graft.llm_mm.evaluation import EvaluationConfig, evaluate, run_settings
+    from graft.llm_mm.evaluation import EvaluationConfig, evaluate, evaluation_settings
     from graft.llm_mm.jobs import prepare
     from graft.llm_mm.llama_adapter import LlamaAdapter
     from graft.llm_mm.llama_adapter_multimodal import MultimodalLlamaAdapter
@@ -100,11 +100,11 @@ __all__ = [
     "chat_by_perplexity",
     "compare",
     "evaluate",
+    "evaluation_settings",
     "file_by_perplexity",
     "load_base",
     "prepare",
     "preview",
-    "run_settings",
     "save_base",
     "save_merged",
     "show_rows",

@@ -87,14 +87,19 @@ class EvaluationConfig:
         return DataConfig(**{f.name: getattr(self, f.name) for f in fields(self) if f.name in named})
 
 
-def run_settings(run: Run, path: str | None = None) -> dict[str, Any]:
-    """The evaluation settings of a run: what its data section says, or all rows of another file."""
+def evaluation_settings(adapter: Adapter, run: Run | None, path: str | None = None) -> dict[str, Any]:
+    """What `graft eval` measures an adapter on: what the run's data section and `[eval]` say, or all rows of another
+    file, read as the adapter's card says that it was trained."""
+    details = adapter.card.details
+    card: dict[str, Any] = {key: details[key] for key in ("fit", "background", "system") if key in details}
+    if run is None:
+        return {**card, "path": path or ""}
     known = {field.name for field in fields(EvaluationConfig)}
     told = {key: value for key, value in run.job.data.items() if key in known}
     if path:
         kept: dict[str, Any] = {k: told[k] for k in ("fit", "background", "system", "length") if k in told}
-        return {**kept, "path": path, "part": "all"}
-    return told
+        return {**card, **run.job.eval, **kept, "path": path, "part": "all"}
+    return {**card, **told, **run.job.eval}
 
 
 def evaluate(base: MultimodalBase, adapter: Adapter | None, settings: EvaluationConfig) -> dict[str, Any]:

@@ -6,13 +6,13 @@ called by; a name that is not made of them is refused. UNets are written with di
 those of SD 1.x and which it, ComfyUI and diffusers read for SDXL too; read are also SDXL's own (``input_blocks_4_1``).
 Alphas may differ from module to module in what is read. In what is written the scale is multiplied into B such that
 alpha is the largest rank in every module: diffusers, at least up to 0.42.1, drops alphas of attention layers that
-differ from the most frequent one.
+differ from the most frequent one. FLUX has names of its own: see `graft.studio.formats.kohya_flux`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +48,13 @@ _WORD = (
     r"|time_emb_proj|time_embedding|add_embedding|linear_1|linear_2"
     r"|text_model|text_projection|encoder|layers|self_attn|q_proj|k_proj|v_proj|out_proj|mlp|fc1|fc2"
     r"|\d+"
+)
+
+# Of Qwen-Image and Z-Image, as musubi-tuner writes them.
+_STREAM = r"transformer_blocks|layers|noise_refiner|context_refiner"
+_INSIDE = (
+    r"attn|attention|to_q|to_k|to_v|to_out|add_q_proj|add_k_proj|add_v_proj|to_add_out|img_mlp|txt_mlp|img_mod|txt_mod"
+    r"|net|proj|feed_forward|w1|w2|w3|adaLN_modulation|\d+"
 )
 
 
@@ -95,6 +102,10 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
     Raises:
         InputError: sites outside the UNet and the text encoders, or of a kind or name that the format lacks.
     """
+    if any(site["name"].startswith("transformer.") for site in adapter.card.sites):
+        from graft.studio.formats import kohya_flux
+
+        return kohya_flux.export(adapter, folder)
     modules = from_adapter(adapter)
     two = any(name.startswith("text_encoder_2.") for name in modules)
     names = {name_of(name, two): name for name in modules}
@@ -110,14 +121,14 @@ def export(adapter: Adapter, folder: Path) -> list[Path]:
         tensors[f"{short}.alpha"] = torch.tensor(float(rank))
         if module.length is not None:
             tensors[f"{short}{_LENGTH}"] = module.length.view(-1, *[1] * (module.down.dim() - 1))
-    tensors |= _companions(tensors)
+    tensors |= companions(tensors)
     header = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
     path = write_tensors(folder / FILE, tensors, {"format": "pt", **header, **provenance.header(adapter.card)})
-    check_written(adapter, {names[short]: module for short, module in _read(path).items()}, str(path))
+    check_written(adapter, {names[short]: module for short, module in factors(path).items()}, str(path))
     return [path]
 
 
-def _companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """An output projection, changed by nothing, for each text encoder whose file has q, k or v but none of these:
     diffusers, at least up to 0.42.1, would not read them."""
     found: dict[str, Tensor] = {}
@@ -138,24 +149,34 @@ def _companions(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read(path: Path) -> Adapter:
-    """Reads a LoRA of SD 1.x, SD 2.x or SDXL.
+    """Reads a LoRA of SD 1.x, SD 2.x or SDXL, or of Qwen-Image or Z-Image.
 
     Raises:
         FormatError: a name that is none of their modules', or a key beside factors and alphas.
     """
     modules: dict[str, LowRank] = {}
-    for short, module in _read(path).items():
+    for short, module in factors(path).items():
         name = path_of(short)
         if not name or name in modules:
             reason = "a module that is named twice" if name else "no module of Stable Diffusion's UNet or text encoders"
-            raise FormatError(f"{path}: {short}", reason, "only LoRAs of SD 1.x, SD 2.x and SDXL are read")
+            remedy = "LoRAs of SD 1.x, SD 2.x, SDXL, FLUX, Qwen-Image and Z-Image are read"
+            raise FormatError(f"{path}: {short}", reason, remedy)
         modules[name] = module
     return to_adapter(modules, "diffusion", str(path))
 
 
-def _read(path: Path) -> dict[str, LowRank]:
-    """Factors by kohya's names, without `_companions`; without an alpha, or with one of 0, it equals the rank."""
-    tensors, _ = read_tensors(path)
+def factors(path: Path) -> dict[str, LowRank]:
+    """Factors by kohya's names, without `companions`; without an alpha, or with one of 0, it equals the rank."""
+    return factors_of(read_tensors(path)[0], str(path))
+
+
+def factors_of(tensors: Mapping[str, Tensor], path: str) -> dict[str, LowRank]:
+    """Factors by the names of their modules.
+
+    Args:
+        tensors: ``NAME.lora_down.weight``, ``.lora_up.weight``, ``.alpha``, ``.dora_scale``.
+        path: for messages.
+    """
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     scales = {key: tensor for key, tensor in tensors.items() if key.endswith(_LENGTH)}
     if across := [key for key, tensor in scales.items() if tensor.shape[0] != tensor.numel()]:
@@ -163,7 +184,7 @@ def _read(path: Path) -> dict[str, LowRank]:
         raise FormatError(f"{path}: {across[0]}", reason, "merge it in the program that made it")
     lengths, factors = split_lengths(tensors, _LENGTH)
     factors = {key: tensor for key, tensor in factors.items() if not key.endswith(".alpha")}
-    pairs = pair(factors, ".lora_down.weight", ".lora_up.weight", str(path))
+    pairs = pair(factors, ".lora_down.weight", ".lora_up.weight", path)
     if lost := [name for name, alpha in alphas.items() if name not in pairs or alpha.numel() != 1]:
         raise FormatError(f"{path}: {lost[0]}.alpha", "an alpha without factors, or not one number", "export it again")
     modules = {}
@@ -173,7 +194,7 @@ def _read(path: Path) -> dict[str, LowRank]:
         rank = down.shape[0]
         alpha = float(alphas[short]) if short in alphas else 0.0
         modules[short] = replace(low_rank(down, up, (alpha or rank) / rank), length=lengths.get(short))
-    check_lengths(lengths, modules, str(path))
+    check_lengths(lengths, modules, path)
     return modules
 
 
@@ -198,6 +219,8 @@ def path_of(short: str) -> str:
     if found is None:
         return ""
     component, inside = _COMPONENTS[found[1]], found[2]
+    if component == "unet" and re.fullmatch(rf"({_STREAM})(_({_INSIDE}))+", inside):
+        return ".".join(["transformer", *re.findall(rf"(?:{_STREAM}|{_INSIDE})(?=_|$)", inside)])
     if own := re.match(rf"({'|'.join(_SDXL)})(?=_|$)", inside) if component == "unet" else None:
         rest = inside[own.end() :]
         inside = _SDXL[own[0]] + _SDXL_RESNET.get(rest, rest)

@@ -8,12 +8,16 @@ from typing import Any
 from graft.studio.adapter import Adapter
 from graft.studio.errors import FormatError
 from graft.studio.formats import (
+    comfyui,
+    control_model,
     custom_diffusion,
     diffusers,
     ip_adapter,
     kohya,
+    kohya_flux,
     lokr,
     loralib,
+    map_networks,
     peft,
     provenance,
     textual_inversion,
@@ -24,8 +28,9 @@ from graft.studio.formats.peft_folder import CONFIG, FILE
 
 
 def read(path: Path, head_dim: int | None = None) -> Adapter:
-    """Reads a folder of peft, torchtune or diffusers, or a file of diffusers, IP-Adapter, kohya, LyCORIS, loralib,
-    torchtune or Textual Inversion, with what its header says of where it comes from.
+    """Reads a folder of peft, torchtune or diffusers (ControlNet and T2I-Adapter too), or a file of diffusers,
+    IP-Adapter, kohya, LyCORIS, loralib, torchtune or Textual Inversion, with what its header says of where it comes
+    from.
 
     Args:
         path: folder or file.
@@ -40,14 +45,25 @@ def read(path: Path, head_dim: int | None = None) -> Adapter:
     tensors, header = read_tensors(file)
     if torchtune.recognises(tensors):
         return provenance.restored(torchtune.read(file, head_dim), header)
-    libraries = (ip_adapter, lokr, kohya, loralib, custom_diffusion, textual_inversion)
+    libraries = (
+        ip_adapter,
+        map_networks,
+        control_model,
+        lokr,
+        comfyui,
+        kohya_flux,
+        kohya,
+        loralib,
+        custom_diffusion,
+        textual_inversion,
+    )
     library: Any = next((each for each in libraries if each.recognises(tensors)), diffusers)
     return provenance.restored(library.read(file), header)
 
 
 def _only(folder: Path) -> Path:
     """The file in a folder: diffusers', or the only one with tensors."""
-    for file in (custom_diffusion.FILE, diffusers.FILE, textual_inversion.FILES["embedding"]):
+    for file in (custom_diffusion.FILE, diffusers.FILE, map_networks.FILE, textual_inversion.FILES["embedding"]):
         if (folder / file).is_file():
             return folder / file
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))

@@ -282,8 +282,8 @@ def test_stock_diffusers_draws_the_same_from_the_export(folder: Path, mapped: Pa
     again = ControlNet(condition="depth", init=str(tmp_path / "diffusers")).attach(base)
     assert all(torch.equal(tensor, adapter.tensors[name]) for name, tensor in again.tensors().items())
     again.detach()
-    with pytest.raises(InputError, match="use native or diffusers"):
-        adapter.export(tmp_path, "kohya")
+    with pytest.raises(InputError, match="use native, diffusers, kohya"):
+        adapter.export(tmp_path, "peft")
     with pytest.raises(FormatError, match="controlnet_mid_block"):
         short = {name: t for name, t in adapter.tensors.items() if not name.startswith("controlnet_mid")}
         ControlNet.attach_to(base, short, adapter.card)

@@ -27,14 +27,20 @@ from graft.diffusion.base import DiffusionBase
 from graft.diffusion.control_scores import following
 from graft.diffusion.controlnet import ControlNet
 from graft.diffusion.data import DataConfig, load_dataset
-from graft.diffusion.evaluation import EvaluationConfig, FollowerYardstick, evaluate, evaluation_settings
+from graft.diffusion.evaluation import (
+    EvaluationConfig,
+    FollowerYardstick,
+    evaluate,
+    evaluation_settings,
+    measured_on,
+)
 from graft.diffusion.features import Clip, Eye, MapReader
 from graft.diffusion.jobs import prepare
 from graft.diffusion.measures import kid
 from graft.diffusion.method import latents
 from graft.diffusion.objectives import objective_for
 from graft.diffusion.pair import Yardstick, real_pictures
-from graft.diffusion.previews import draw
+from graft.diffusion.previews import PreviewConfig, draw, preview
 from graft.diffusion.validation import ROWS, drawing_loss, held_out
 from graft.studio.adapter import Adapter, Card
 from graft.studio.caches import Cache
@@ -175,6 +181,28 @@ def test_drift_is_of_prior_prompts_and_folders(base: DiffusionBase, photos: Path
         evaluate(base, None, replace(settings, prior_prompts=("a cat",)))
 
 
+def test_pictures_are_looked_at_as_they_were_trained_on(base: DiffusionBase, folder: Path, tmp_path: Path):
+    """At the resolution of the job, on its background, with its captions; previews too."""
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    Image.new("RGBA", (24, 24), (255, 0, 0, 0)).save(cut / "0.png")
+    data = {"path": str(cut), "resolution": 16, "background": "black", "caption": "a {token} on black"}
+    job = Job.load({"base": str(folder), "method": {"name": "lora"}, "data": data, "train": {"device": "cpu"}})
+    told = measured_on(job)
+    assert (told["resolution"], told["laid_on"], told["caption"]) == (16, "black", "a {token} on black")
+    assert measured_on(replace(job, eval={"resolution": 8}))["resolution"] == 8
+    settings = EvaluationConfig(**told)
+    assert settings.drawing.resolution == 16
+    assert np.asarray(real_pictures(settings.data, 0.0)[0]).max() == 0
+    assert load_dataset(settings.data, 8, Cache()).pictures[0].caption == "a {token} on black"
+    adapter = prepare(job).adapter({})
+    assert evaluation_settings(adapter, None, str(cut)) == {"path": str(cut), "held_out": 0.0, "resolution": 16}
+    files = preview(base, adapter, ["a sks"], [0], tmp_path / "as", PreviewConfig(steps=1))
+    assert Image.open(files[-1]).size == (16, 16)
+    files = preview(base, adapter, ["a sks"], [0], tmp_path / "other", PreviewConfig(steps=1, resolution=8))
+    assert Image.open(files[-1]).size == (8, 8)
+
+
 @pytest.mark.slow
 def test_a_controlnet_is_measured_by_its_maps(base: DiffusionBase, folder: Path, photos: Path, clip_folder: Path):
     for file in photos.iterdir():
@@ -231,7 +259,7 @@ def test_the_score_is_relative_to_real_pictures_and_the_base(base: DiffusionBase
     yardstick = Yardstick(base, settings)
     plain = yardstick.score("thing", partial(draw, base, config=settings.drawing))
     assert plain["alignment"] == pytest.approx(1)  # the base itself
-    real = Clip(str(clip_folder)).images(real_pictures(str(photos), 0.0))
+    real = Clip(str(clip_folder)).images(real_pictures(DataConfig(path=str(photos)), 0.0))
     among = [float(real[i] @ real[j]) for i in range(5) for j in range(5) if i != j]
     assert plain["fidelity"] == pytest.approx(plain["image_similarity"] / np.mean(among), rel=1e-4)
     a, b = plain["fidelity"], plain["alignment"]

@@ -27,7 +27,7 @@ from graft.diffusion.previews import PreviewConfig, draw, preview
 from graft.diffusion.resampler import Resampler
 from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.errors import BaseMismatchError, FormatError, InputError, SiteError
-from graft.studio.job import Job
+from graft.studio.job import Job, SampleConfig
 from graft.studio.training import resume, train
 
 KINDS = ("base", "plus")
@@ -399,6 +399,21 @@ def test_adapters_previews_and_samples(
     wrong.card.details["image_encoder_hash"] = "another"
     with wrong.attached(base) as handle, pytest.raises(BaseMismatchError, match="image encoder"):
         handle.show([pictures[:1]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["base"], indirect=True)
+def test_samples_are_drawn_at_every_strength(folder: Path, photos: Path, tmp_path: Path, method: Any):
+    sample = SampleConfig(every=1, steps=1, prompts=("a toy",), seeds=(3,), strengths=(0.0, 1.0))
+    task: Any = trained(prepare(replace(job(folder, photos, method), sample=sample)))
+    with torch.no_grad():
+        for parameter in task.bank.parameters():
+            parameter.mul_(5)
+    [file] = task.sample(2, tmp_path)
+    whole = np.asarray(Image.open(file)).astype(int)
+    side = 128 + 8
+    shown, without, off, on = (whole[36:164, 8 + i * side : i * side + side] for i in range(4))
+    assert np.array_equal(without, off) and not np.array_equal(on, off) and not np.array_equal(shown, on)
 
 
 @pytest.mark.slow

@@ -232,6 +232,23 @@ def test_prior_preservation_adds_the_bases_own_pictures(folder: Path, photos: Pa
     assert torch.equal(wide.sources[1].mean[:3], theirs.mean)
 
 
+def test_pictures_of_the_class_may_be_a_folders(folder: Path, photos: Path, tmp_path: Path):
+    """With their own captions, else the class prompt; they count in the digest, and none is drawn."""
+    toys = tmp_path / "toys"
+    toys.mkdir()
+    for i in range(3):
+        (toys / f"{i}.png").write_bytes((photos / f"{i}.png").read_bytes())
+    (toys / "1.txt").write_text("a blue toy")
+    prior = {**LORA, "class_path": str(toys), "class_prompt": "a toy", "prior_weight": 0.5}
+    task = prepare(job(folder, photos, prior))
+    _, theirs = task.sources
+    assert theirs.mean.shape[0] == 3 and theirs.std.any() and task.shares.tolist() == [0.5, 0.5, 0.25, 0.25]
+    assert len({prompts[0] for prompts in theirs.prompts}) == 2
+    assert task.digests[0] != prepare(job(folder, photos, LORA)).digests[0]
+    with pytest.raises(DataError, match="0.png has no caption"):
+        prepare(job(folder, photos, {**LORA, "class_path": str(toys)}))
+
+
 @pytest.mark.parametrize(
     "method",
     [TI, LORA, {**PIVOTAL, "text_encoder": True}],

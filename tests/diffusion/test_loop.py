@@ -10,6 +10,7 @@ from PIL import Image
 import graft
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.jobs import prepare
+from graft.diffusion.previews import PreviewConfig, draw, fader, grid
 from graft.studio.errors import InputError, RunError
 from graft.studio.job import Job
 from graft.studio.training import resume
@@ -40,8 +41,15 @@ def test_train_ends_with_an_adapter_that_attaches(
     assert steps[0].shape[1] == (1 + len(strengths)) * (2 * 128 + 8) + 8  # without, and each strength
     adapter = run.adapter()
     assert adapter.card.base_hash == base.hash and adapter.card.metrics["steps"] == 4
-    with adapter.attached(base):
-        pass
+    config, prompts, seeds = PreviewConfig(steps=1), [f"a {adapter.card.trigger} toy"], list(run.job.sample.seeds)
+    blocks = {"without": draw(base, prompts, seeds, config)}
+    with adapter.attached(base) as handle:
+        for strength in strengths:
+            fader(handle)(strength)
+            blocks["step 4 x 0.5" if strength == 0.5 else "step 4"] = draw(base, prompts, seeds, config)
+    saved = np.asarray(grid(blocks, prompts, seeds)).astype(int)
+    assert np.abs(steps[1] - saved).max() <= 1  # the last samples are what the saved file draws
+    assert np.abs(steps[0] - saved).max() > 1
     quiet = graft.train(job(folder, photos, method), run_dir=tmp_path / "quiet").adapter()
     assert all(torch.equal(quiet.tensors[name], tensor) for name, tensor in adapter.tensors.items())
 

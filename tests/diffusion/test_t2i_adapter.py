@@ -104,7 +104,7 @@ def test_stock_diffusers_draws_the_same_from_the_export(folder: Path, mapped: Pa
     resumed = T2IAdapter(condition="map", init=str(tmp_path / "diffusers")).attach(base)
     assert all(torch.equal(tensor, adapter.tensors[name]) for name, tensor in resumed.tensors().items())
     resumed.detach()
-    with pytest.raises(InputError, match="use native or diffusers"):
+    with pytest.raises(InputError, match="use native, diffusers"):
         adapter.export(tmp_path, "kohya")
     Network(channels=[16, 64], downscale_factor=2).save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match=r"its channels is \[16, 64\], .* needs \[16, 32\]"):

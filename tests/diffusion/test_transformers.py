@@ -65,7 +65,8 @@ from graft.diffusion.transformers import (
     unpacked,
 )
 from graft.diffusion.verification import compare
-from graft.studio.adapter import load_adapter
+from graft.studio.adapter import Adapter, Card, load_adapter
+from graft.studio.config import to_dict
 from graft.studio.errors import InputError
 from graft.studio.job import Job
 
@@ -466,3 +467,30 @@ def test_packing_is_the_pipelines():
 @LONGER
 def test_sdpa_may_be_asked_for(family: tuple[str, Path]):
     assert load_base(str(family[1]), "cpu", attention="sdpa").attention == "sdpa"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "flux2", "klein"], indirect=True)
+def test_kohyas_file_of_flux_is_the_same_in_stock_diffusers(family: tuple[str, Path], tmp_path: Path):
+    name, path = family
+    base = load_base(str(path), "cpu")
+    # diffusers' converter has the widths of FLUX.1's fused layers built in, so they are tested elsewhere.
+    narrow = (
+        r"transformer\.transformer_blocks\.\d+\.attn\.(to|add)_\w+(\.0)?",
+        r"single_transformer_blocks\.\d+\.proj_out",
+    )
+    method = DiffusionLoRA(rank=2, targets=narrow if name == "flux" else "attention")
+    handle = method.attach(base.modules)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    tensors, sites = handle.tensors(), handle.plan.to_list()
+    handle.detach()
+    adapter = Adapter(tensors, Card("lora", to_dict(method), "diffusion", base.name, base.hash, sites, trigger="sks"))
+    (file,) = adapter.export(tmp_path, "kohya")
+    assert file.name == "kohya.safetensors"
+    for each in (adapter, load_adapter(file)):
+        told = compare(base, each, file, SIDE)
+        assert isinstance(told, dict) and told["file"] == file.name
+        assert told["same"] and told["error"] < 1e-4 and told["change"] > 1e-3

@@ -3,19 +3,27 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import ControlNetModel, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from graft.diffusion.base import DiffusionBase, load_base, save_base
+from graft.diffusion.controlnet import ControlNet
+from graft.diffusion.custom_diffusion import CustomDiffusion
+from graft.diffusion.ip_adapter import IPAdapter
 from graft.diffusion.lora import DiffusionDoRA, DiffusionLoKr, DiffusionLoRA
+from graft.diffusion.t2i_adapter import T2IAdapter
 from graft.diffusion.textual_inversion import TextualInversion
 from graft.diffusion.verification import compare
 from graft.studio.adapter import Adapter, Card, base_hash, load_adapter
 from graft.studio.cli import main
 from graft.studio.config import to_dict
+from graft.studio.errors import FormatError
+from graft.studio.formats import map_networks
 from graft.studio.formats.files import read_tensors
 
 
@@ -60,8 +68,8 @@ def test_a_word_is_compared_by_its_file(base: DiffusionBase, xl: Path, tmp_path:
             told = compare(pipeline, load_adapter(file.parent), file.parent if format == "diffusers" else file)
             assert isinstance(told, dict) and told["error"] == 0 and told["change"] > 0
         assert len(pipeline.tokenizer) == known
-    other = compare(base, replace(adapter, card=replace(card, method="controlnet")))
-    assert other == "files of controlnet are not loaded into stock diffusers here"
+    other = compare(base, replace(adapter, card=replace(card, method="adalora")))
+    assert other == "files of adalora are not loaded into stock diffusers here"
 
 
 def test_the_command_tells_and_exits_by_it(base: DiffusionBase, folder: Path, tmp_path: Path, capsys):
@@ -153,3 +161,110 @@ def test_files_of_diffusers_and_kohya_are_resized(base: DiffusionBase, tmp_path:
         lost += float((change - less.tensors[f"{site['name']}.B"] @ less.tensors[f"{site['name']}.A"]).square().sum())
         size += float(change.square().sum())
     assert document["error"] == pytest.approx((lost / size) ** 0.5, rel=1e-3)
+
+
+def random_network(method, base: DiffusionBase, **settings) -> Adapter:
+    """An untrained network's adapter, with values of chance wherever it starts at zero."""
+    handle = method(**settings).attach(base)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    handle.detach()
+    name = {"ControlNet": "controlnet", "T2IAdapter": "t2i_adapter"}[method.__name__]
+    return Adapter(handle.tensors(), Card(name, settings, "diffusion", base.name, base.hash, details=handle.details))
+
+
+@pytest.mark.parametrize("method", [ControlNet, T2IAdapter])
+@pytest.mark.parametrize("strength", [1.0, pytest.param(0.6, marks=pytest.mark.slow)])
+def test_networks_beside_the_denoiser_are_the_same_in_diffusers(
+    base: DiffusionBase, tmp_path: Path, method, strength: float
+):
+    """Also with another strength than 1, which is in the tensors that are written."""
+    before = base_hash(base.modules)
+    adapter = random_network(method, base, condition="depth", scale=strength)
+    adapter.export(tmp_path / "out", "diffusers")
+    read = load_adapter(tmp_path / "out")
+    assert (read.card.method, read.card.config["condition"]) == (adapter.card.method, "depth")
+    for each, source in ((adapter, None), (read, tmp_path / "out"), (read, tmp_path / "out" / map_networks.FILE)):
+        told = compare(base, each, source)
+        assert isinstance(told, dict) and told["same"] and told["error"] < 1e-4 and told["change"] > 1e-3
+        assert told["file"] == map_networks.FILE
+    tensors, _ = read_tensors(tmp_path / "out" / map_networks.FILE)
+    save_file({name: 1.5 * tensor for name, tensor in tensors.items()}, tmp_path / "out" / map_networks.FILE)
+    told = compare(base, adapter, tmp_path / "out")
+    assert isinstance(told, dict) and not told["same"]
+    assert base_hash(base.modules) == before
+
+
+@pytest.mark.slow
+def test_networks_of_xl_are_the_same_in_diffusers(xl: Path):
+    base = load_base(str(xl), "cpu")
+    for method in (ControlNet, T2IAdapter):
+        told = compare(base, random_network(method, base, condition="canny"))
+        assert isinstance(told, dict) and told["same"] and told["change"] > 1e-3
+
+
+def test_networks_that_diffusers_saved_are_read_for_their_base_only(base: DiffusionBase, tmp_path: Path):
+    torch.manual_seed(4)
+    ControlNetModel.from_unet(base.pipe.unet, conditioning_embedding_out_channels=(16, 32)).save_pretrained(tmp_path)
+    adapter = load_adapter(tmp_path)
+    assert adapter.card.method == "controlnet" and adapter.card.config == {"condition": "map"}
+    with adapter.attached(base) as handle:
+        assert handle.method.condition == "map"
+    other = UNet2DConditionModel(
+        sample_size=4, layers_per_block=1, block_out_channels=(8, 8), norm_num_groups=4, cross_attention_dim=16,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, attention_head_dim=8,
+    )  # fmt: skip
+    ControlNetModel.from_unet(other, conditioning_embedding_out_channels=(16, 32)).save_pretrained(tmp_path / "other")
+    with (
+        pytest.raises(FormatError, match=r"its block_out_channels is \[8, 8\]"),
+        load_adapter(tmp_path / "other").attached(base),
+    ):
+        pass
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FormatError, match="no config of ControlNetModel or T2IAdapter stands beside"):
+        load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["base", pytest.param("plus", marks=pytest.mark.slow)])
+def test_an_ip_adapter_is_compared_on_what_it_is_shown(base: DiffusionBase, tmp_path: Path, kind: Any):
+    torch.manual_seed(3)
+    config = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=10,
+    )  # fmt: skip
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path / "encoder")
+    CLIPImageProcessor(size=16, crop_size=16, image_mean=[0.1] * 3, image_std=[0.9] * 3).save_pretrained(
+        tmp_path / "encoder"
+    )
+    before, method = base_hash(base.modules), IPAdapter(kind=kind, image_encoder=str(tmp_path / "encoder"), queries=5)
+    handle = method.attach(base)
+    details = handle.details
+    tensors = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in handle.tensors().items()}
+    handle.detach()
+    processors = {name: type(each) for name, each in base.pipe.unet.attn_processors.items()}
+    adapter = Adapter(tensors, Card("ip_adapter", to_dict(method), "diffusion", base.name, base.hash, details=details))
+    adapter.export(tmp_path / "out", "diffusers")
+    for each, source in ((adapter, None), (load_adapter(tmp_path / "out"), tmp_path / "out")):
+        told = compare(base, each, source)
+        assert isinstance(told, dict) and told["same"] and told["error"] < 1e-3 and told["change"] > 1e-3
+    assert processors == {name: type(each) for name, each in base.pipe.unet.attn_processors.items()}
+    assert base_hash(base.modules) == before
+
+
+@pytest.mark.parametrize("tokens", ["<new1>", pytest.param(("<new1>", "<new2>"), marks=pytest.mark.slow)])
+def test_custom_diffusion_is_compared_by_its_whole_weights_and_words(base: DiffusionBase, tokens):
+    before, method = base_hash(base.modules), CustomDiffusion(token=tokens)
+    handle = method.attach(base)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in handle.bank.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    sites, tensors = handle.plan.to_list(), handle.tensors()
+    handle.detach()
+    card = Card("custom_diffusion", to_dict(method), "diffusion", base.name, base.hash, sites, trigger=method.trigger)
+    told = compare(base, Adapter(tensors, card))
+    assert isinstance(told, dict) and told["same"] and told["error"] < 1e-4 and told["change"] > 1e-3
+    assert told["file"].startswith("custom_diffusion_unet.safetensors, <new1>.safetensors")
+    assert base_hash(base.modules) == before

@@ -248,7 +248,7 @@ def test_dora_scales_the_rows_of_the_changed_weight(tmp_path):
 
 BAD = {
     "lora_unet_down_blocks_0_attentions_0_magic.lora_down.weight": "no module of Stable Diffusion",
-    "lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": "no module of Stable Diffusion",
+    "lora_unet_blocks_0_self_attn_qkv.lora_down.weight": "no module of Stable Diffusion",
     "lora_te3_encoder_block_0.lora_down.weight": "no module of Stable Diffusion",
     "lora_unet_conv_in.hada_w1_a": "not a LoRA factor",
     "lora_unet_conv_in.dora_scale": "a DoRA of the inputs",
