@@ -103,6 +103,9 @@ def _prompts(run: Run | None, word: str) -> list[str]:
 
 def predict(args: argparse.Namespace) -> Answer:
     """What pictures show."""
+    from inspect import signature
+
+    from graft.studio.config import suggest
     from graft.studio.errors import InputError
 
     adapter, _ = find_adapter(args.name, args.runs)
@@ -110,7 +113,11 @@ def predict(args: argparse.Namespace) -> Answer:
     domain = _domain(base)
     if not hasattr(domain, "predict"):
         raise InputError("graft predict", f"an adapter of {base.domain} tells nothing apart", "Use graft preview")
-    rows = domain.predict(base, adapter, args.pictures, **settings(args.set))
+    chosen, known = settings(args.set), list(signature(domain.predict).parameters)[3:]
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"--set {name}", "no such setting", suggest(name, known))
+    rows = domain.predict(base, adapter, args.pictures, **chosen)
     return Answer(rows, table(rows, ("picture", "label", "probability")))
 
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import graft
+import graft.vlm
 from graft.studio.adapter import Adapter, base_hash, load_adapter
 from graft.studio.cli import main
 from graft.studio.config import write_toml
@@ -20,8 +21,11 @@ from graft.studio.errors import DataError, InputError
 from graft.studio.job import Job
 from graft.vlm import previews
 from graft.vlm.base import ClipBase, save_base
+from graft.vlm.data import TEMPLATES
 from graft.vlm.evaluation import EvaluationConfig, evaluate, harmonic_mean
+from graft.vlm.head import Setting
 from graft.vlm.jobs import prepare
+from graft.vlm.pictures import to_pixels
 
 METHODS = {
     "tip_adapter": {}, "tip_adapter_f": {}, "clip_adapter": {}, "task_res": {}, "cross_modal": {}, "prolip": {},
@@ -166,6 +170,44 @@ def test_the_command_line_trains_measures_and_shows(
     assert {row["name"] for row in rows if row["domain"] == "vlm"} == set(METHODS)
     code, document = answer("eval", run, "--data", str(tmp_path / "nowhere"))
     assert code == 2 and "there is no such file or folder" in document["error"]["message"]
+
+
+def test_predict_is_a_command(
+    job: dict[str, Any], answer: Callable[..., tuple[int, Any]], photos: Path, tmp_path: Path
+):
+    (tmp_path / "job.toml").write_text(write_toml({**job, "method": {"name": "prolip"}}))
+    assert answer("train", "job.toml", "--run-dir", "run")[0] == 0
+    files = [str(photos / "test" / "dog" / "0.png"), str(photos / "test" / "cat")]
+    code, rows = answer("predict", "run", *files, "--set", "top=2")
+    assert code == 0 and [row["picture"] for row in rows[:1]] == files[:1] and len(rows) == 3
+    base, adapter = graft.load_base(job["base"], "cpu"), load_adapter(Path("run/result"))
+    with Image.open(files[0]) as opened, adapter.attached(base) as classifier:
+        expected = classifier.predict([opened])[0]
+    assert [each["label"] for each in rows[0]["top"]] == list(expected)[:2]
+    assert rows[0]["label"] == rows[0]["top"][0]["label"]
+    assert rows[0]["probability"] == pytest.approx(next(iter(expected.values())), abs=1e-5)
+
+    code, told = answer("predict", "run", files[0], "--set", "classes=['the_dog', 'photo']", "--set", "top=9")
+    assert code == 0 and sorted(each["label"] for each in told[0]["top"]) == ["photo", "the dog"]
+    plain = graft.vlm.predict(base, None, files[:1], classes=("cat", "dog"))
+    setting = Setting(base, ("cat", "dog"), TEMPLATES)
+    with Image.open(files[0]) as opened, torch.no_grad():
+        wanted = setting.zero_shot(base.encode_image(to_pixels(opened, base.preprocess)[None])).softmax(1)
+    assert plain[0]["probability"] == pytest.approx(float(wanted.max()), abs=1e-5)
+
+    for changed, message in (
+        (("predict", "run", files[0], "--set", "tops=1"), "Did you mean 'top'"),
+        (("predict", "run", files[0], "--set", "top=0"), "expected 1 or more"),
+        (("predict", "run", str(tmp_path / "job.toml")), "1 cannot be read"),
+    ):
+        code, document = answer(*changed)
+        assert code == 2 and message in json.dumps(document), document
+    with pytest.raises(InputError, match="nothing to choose from"):
+        graft.vlm.predict(base, None, files)
+    bound = graft.train(job).adapter()
+    with pytest.raises(InputError, match="belongs to the classes"):
+        graft.vlm.predict(base, bound, files, classes=("yak", "cat"))
+    assert base_hash(base.modules) == base.hash
 
 
 def test_base_to_new_is_a_command(
