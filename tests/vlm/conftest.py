@@ -293,3 +293,9 @@ def of_every_kind(request: pytest.FixtureRequest) -> tuple[str, ClipBase]:
 def bert_words() -> HFTokenizer:
     """CLIPA's kind of tokenizer."""
     return of_open_clip(bert_tokenizer(), strip_sep_token=True)
+
+
+@pytest.fixture
+def siglip_words() -> PreTrainedTokenizerFast:
+    """SigLIP's kind of tokenizer, as transformers has it."""
+    return siglip_tokenizer()

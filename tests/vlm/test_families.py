@@ -136,6 +136,14 @@ def test_a_weight_that_is_read_and_not_called_is_adapted_itself(of: Callable[[st
     assert not any(hasattr(module, "graft_slots") for module in base.model.modules())
 
 
+def test_siglip_is_filled_up_to_its_length(of: Callable[[str], ClipBase], siglip_words: Any):
+    """Its tokenizer does not do so unless it is told to, and the tower reads the last position."""
+    words, texts = of("transformers SigLIP").words, ["a photo of a cat.", "dog"]
+    told = siglip_words(texts, padding="max_length", max_length=32, return_tensors="pt").input_ids
+    assert words(texts).tolist() == told.tolist()
+    assert len(siglip_words(texts[1]).input_ids) == 4  # as it comes
+
+
 def test_texts_become_the_rows_of_the_librarys_tokenizer(bert_words: Any):
     """CLIPA writes 0 over BERT's last mark; a context behind the first one would be a prompt of another kind."""
     from graft.vlm.families import open_clip_words
