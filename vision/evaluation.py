@@ -19,10 +19,10 @@ from torch.nn.functional import normalize
 from graft.studio.caches import Cache
 from graft.studio.errors import DataError, InputError
 from graft.studio.labelled.figures import class_accuracy, figures_of
+from graft.studio.labelled.predictions import open_files, told
 from graft.studio.labelled.report import Known, Seen, write_report
 from graft.studio.labelled.sources import Item, Source, open_source
 from graft.studio.labelled.splits import FILE, Split, asked
-from graft.studio.pictures import BROKEN, SUFFIXES, checked_bytes, complaint, find_pictures, open_picture
 from graft.vision.base import VisionBase
 from graft.vision.data import DataConfig, Pictures, load_part
 from graft.vision.task import features, predict_pixels
@@ -154,21 +154,8 @@ def predict(
     classes = base.classes if adapter is None else tuple(adapter.card.details["classes"])
     if not classes:
         raise InputError(base.name, "its classifier names no classes", "Give an adapter")
-    files = [f for path in map(Path, paths) for f in (find_pictures(path) if path.is_dir() else [path])]
-    pixels, problems = [], []
-    for file in files:
-        try:
-            pixels.append(base.pixels(open_picture(checked_bytes(file, 120.0), background)))
-        except BROKEN as error:
-            problems.append(f"{file}: {complaint(error)}")
-    if problems or not files:
-        reason = "\n  ".join([f"{len(problems)} cannot be read:", *problems]) if problems else "there are no pictures"
-        raise DataError(", ".join(map(str, paths)), reason, f"Give {', '.join(sorted(SUFFIXES))} files or folders")
+    pictures = open_files(paths, background)
     with adapter.attached(base) if adapter is not None else nullcontext():
-        probabilities = predict_pixels(base, torch.stack(pixels)).softmax(1)
-    rows = []
-    for file, told in zip(files, probabilities, strict=True):
-        best = told.topk(min(top, len(classes)))
-        named = [{"label": classes[int(k)], "probability": float(told[k])} for k in best.indices]
-        rows.append({"picture": str(file), **named[0], "top": named})
-    return rows
+        pixels = torch.stack([base.pixels(picture) for picture in pictures.values()])
+        probabilities = predict_pixels(base, pixels).softmax(1)
+    return told(pictures, probabilities, classes, top)

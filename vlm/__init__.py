@@ -24,6 +24,7 @@ _PUBLIC = {
     "compare": "verification",
     "evaluate": "evaluation",
     "load_base": "base",
+    "predict": "evaluation",
     "prepare": "jobs",
     "preview": "previews",
     "run_settings": "evaluation",
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from graft.vlm.coop import CoOp
     from graft.vlm.cross_modal import CrossModal
     from graft.vlm.data import DataConfig
-    from graft.vlm.evaluation import EvaluationConfig, evaluate, run_settings
+    from graft.vlm.evaluation import EvaluationConfig, evaluate, predict, run_settings
     from graft.vlm.jobs import prepare
     from graft.vlm.previews import PreviewConfig, preview
     from graft.vlm.prolip import ProLIP
@@ -70,6 +71,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_base",
+    "predict",
     "prepare",
     "preview",
     "run_settings",

@@ -105,9 +105,12 @@ class ClipBase(FrozenModel):
         Raises:
             DataError: a text is longer than the tower.
         """
-        ids = self.words(texts).to(self.device)
+        return self.encode_ids(self.words(texts))
+
+    def encode_ids(self, ids: Tensor) -> Tensor:
+        """Features of rows of token ids (b, length), not normalised: (b, e)."""
         run = self.model.encode_text if self.tower is None else self.tower.encode_ids
-        return torch.cat([run(part) for part in ids.split(256)])
+        return torch.cat([run(part) for part in ids.to(self.device).split(256)])
 
     def text_tower(self) -> TextTower:
         """The text side in parts.
@@ -117,7 +120,9 @@ class ClipBase(FrozenModel):
         """
         if self.tower is None:
             reason = "prompts cannot be learnt for its text tower, which is of a family that is not known here"
-            raise InputError(self.name, reason, "Use tip_adapter, prolip, task_res, cross_modal or clip_adapter")
+            raise InputError(
+                self.name, reason, "Use clip_lora, tip_adapter, prolip, task_res, cross_modal or clip_adapter"
+            )
         return self.tower
 
     @torch.no_grad()

@@ -13,20 +13,25 @@ strength is folded into B.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from graft.studio.adapter import Adapter, Card
+from graft.studio.errors import InputError
 from graft.studio.formats import peft
 from graft.studio.methods.lora import LoRA
 from graft.studio.slots import Handle
 from graft.vlm.head import Classifier, Head, Setting, Shots
+
+if TYPE_CHECKING:
+    from graft.vlm.base import ClipBase
 
 
 @dataclass(frozen=True)
@@ -59,17 +64,45 @@ class ClipLoRA(LoRA):
 
         Raises:
             SiteError: towers without such sites.
+            InputError: dropout on a layer that has no input of its own.
         """
-        return Towers(replace(setting, templates=(self.template,)), self.attach(setting.base.modules))
+        method = self.fitted(setting.base)
+        return Towers(replace(setting, templates=(self.template,)), method.attach(setting.base.modules))
+
+    def fitted(self, base: ClipBase) -> ClipLoRA:
+        """Returns the method with those layers in weight mode whose weight the towers read without calling them.
+
+        EVA's first version does so with `qkv`, CLIP's ResNets with the projections of their pooling. Found by running
+        both towers once, not by the model's name.
+
+        Raises:
+            InputError: dropout, which needs the input of a layer.
+        """
+        handle = self.attach(base.modules)
+        try:
+            dead = set(handle.bypassed(base.exercise))
+        finally:
+            handle.detach()
+        if not dead:
+            return self
+        names = sorted({site.name for site in handle.plan if site.key in dead})
+        if self.dropout:
+            told = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+            reason = f"the weight of {told} is read without a call, so that there is no input to drop"
+            raise InputError(f"method.dropout = {self.dropout}", reason, "Set method.dropout = 0")
+        return replace(self, weight_mode=(*self.weight_mode, *map(re.escape, names)))
 
     @classmethod
     def attach_to(cls, base: Any, tensors: Mapping[str, Tensor], card: Card) -> Any:
         """The trained classifier; the base carries the adapter until it is detached."""
         from graft.studio.config import from_dict
 
+        method = from_dict(cls, card.config, "adapter.json")
+        if not method.dropout:  # with it, no weight was changed itself
+            card = replace(card, config={**card.config, "weight_mode": list(method.fitted(base).weight_mode)})
         handle = super().attach_to(base, tensors, card)
         setting = Setting(base, tuple(card.details["classes"]), tuple(card.details["templates"]))
-        return Attached(from_dict(cls, card.config, "adapter.json"), Towers(setting, handle))
+        return Attached(method, Towers(setting, handle))
 
     @classmethod
     def export(cls, adapter: Adapter, folder: Path, format: str) -> list[Path]:
@@ -107,7 +140,7 @@ class Towers(Head):
 
     def classifier(self) -> Tensor:
         """Unit text features (c, e) through the adapted text tower."""
-        return F.normalize(self.setting.base.text_tower().encode_ids(self.ids).float(), dim=-1)
+        return F.normalize(self.setting.base.encode_ids(self.ids).float(), dim=-1)
 
     def start(self, shots: Shots) -> None:
         """Draws the factors from the seed of the job."""

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from graft.studio.errors import InputError
 from graft.studio.labelled.figures import class_accuracy, figures_of
+from graft.studio.labelled.predictions import open_files, told
 from graft.studio.labelled.report import Known, Seen, write_report
 from graft.studio.labelled.splits import FILE
 from graft.vlm.data import TEMPLATES, DataConfig, Example, Measured, labels_of, measured_data
 from graft.vlm.head import Classifier, Setting
-from graft.vlm.pictures import load_view
+from graft.vlm.pictures import load_view, to_pixels
 from graft.vlm.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -184,6 +185,49 @@ def logits_of(classifier: Classifier, examples: Sequence[Example], data: DataCon
         views = [load_view(example, 0, base.preprocess, data) for example in examples[start : start + 64]]
         parts.append(classifier.logits_of_pixels(torch.stack(views)))
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def predict(
+    base: ClipBase,
+    adapter: Adapter | None,
+    paths: Sequence[str | Path],
+    top: int = 3,
+    background: str = "white",
+    classes: Sequence[str] = (),
+    templates: Sequence[str] = TEMPLATES,
+) -> list[dict[str, Any]]:
+    """Tells what pictures show.
+
+    Args:
+        base: the adapter's own.
+        adapter: None is zero-shot, for which `classes` must be given.
+        paths: picture files, or folders of them.
+        top: how many classes are named.
+        background: behind transparent pictures.
+        classes: names to choose from; empty takes the adapter's. New ones need a method that carries over to them.
+        templates: prompts of zero-shot, with {} for the name.
+
+    Returns:
+        For each picture `picture`, `label`, `probability` and `top`, the surest classes first.
+
+    Raises:
+        DataError: files that are no pictures.
+        InputError: no classes, or new ones for what was learnt on others.
+    """
+    if adapter is None and len(classes) < 2:
+        raise InputError(base.name, f"{len(classes)} classes are nothing to choose from", "Give two or more in classes")
+    names = tuple(" ".join(name.replace("_", " ").split()) for name in classes)
+    pictures = open_files(paths, background)
+    pixels = torch.stack([to_pixels(picture, base.preprocess) for picture in pictures.values()])
+    if adapter is None:
+        setting = Setting(base, names, tuple(templates))
+        logits = torch.cat([setting.zero_shot(base.encode_image(part).float()).cpu() for part in pixels.split(64)])
+        return told(pictures, logits.softmax(1), names, top)
+    with adapter.attached(base) as attached:
+        fitting = _for_classes(attached, names) if names and attached.names != names else attached
+        logits = torch.cat([fitting.logits_of_pixels(part) for part in pixels.split(64)])
+    return told(pictures, logits.softmax(1), names or attached.names, top)
 
 
 def harmonic_mean(base: float, new: float) -> float:

@@ -17,16 +17,26 @@ from graft.vlm.base import ClipBase, Preprocess
 from graft.vlm.text import TextTower, Words, open_clip_layers, transformers_layers
 
 
-def hugging_face_words(tokenizer: Any, length: int, clean: Callable[[str], str] = lambda text: text) -> Words:
-    """Words of a tokenizer of transformers."""
-    pad = tokenizer.pad_token_id
-    return Words(
-        lambda text: tokenizer(clean(text), truncation=False, verbose=False).input_ids,
-        length,
-        0 if pad is None else pad,
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-    )
+def hugging_face_words(
+    tokenizer: Any, length: int, clean: Callable[[str], str] = lambda text: text, strip: bool = False
+) -> Words:
+    """Words of a tokenizer of transformers; those of BERT's kind call their marks cls and sep.
+
+    Args:
+        tokenizer: of transformers.
+        length: positions of the text tower.
+        clean: what is done to a text first.
+        strip: write 0 in place of the sep mark, as open_clip does for CLIPA.
+    """
+    pad, sep = tokenizer.pad_token_id, tokenizer.sep_token_id
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(clean(text), truncation=False, verbose=False).input_ids
+        return [0 if strip and i == sep else i for i in ids]
+
+    start = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    end = sep if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return Words(encode, length, 0 if pad is None else pad, start, 0 if strip else end)
 
 
 def transformers_preprocess(processor: Any) -> Preprocess:
@@ -82,11 +92,23 @@ def from_transformers(name: str, model: Any, words: Words, preprocess: Preproces
 
 
 def open_clip_words(tokenizer: Any) -> Words:
-    """Words of a tokenizer of open_clip."""
+    """Words of a tokenizer of open_clip.
+
+    Raises:
+        InputError: it makes other rows of a text than these words do.
+    """
     if hasattr(tokenizer, "tokenizer"):
-        return hugging_face_words(tokenizer.tokenizer, tokenizer.context_length, tokenizer.clean_fn)
-    start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
-    return Words(lambda text: [start, *tokenizer.encode(text), end], tokenizer.context_length, 0, start, end)
+        strip = bool(getattr(tokenizer, "strip_sep_token", False))
+        clean = getattr(tokenizer, "clean_fn", lambda text: text)
+        words = hugging_face_words(tokenizer.tokenizer, tokenizer.context_length, clean, strip)
+    else:
+        start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
+        words = Words(lambda text: [start, *tokenizer.encode(text), end], tokenizer.context_length, 0, start, end)
+    probe = ["A photo."]
+    if words(probe).tolist() != tokenizer(probe).tolist():  # features would be wrong without an error
+        reason = "it marks, cleans or fills texts in a way that is not known here"
+        raise InputError(f"open_clip's {type(tokenizer).__name__}", reason, "Use a model with another tokenizer")
+    return words
 
 
 def open_clip_preprocess(model: Any) -> Preprocess:

@@ -20,6 +20,8 @@ def add(commands: Any) -> None:
     parser.add_argument("--out", default="split.jsonl", metavar="FILE", help="the file (default: split.jsonl)")
     parser = command(commands, "transfer", transfer, "train on half of the classes and test on both halves")
     parser.add_argument("job", metavar="JOB.toml", help="the job")
+    help = "trainings, each with the next seed; mean and spread are given (default: 1)"
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help=help)
     add_set(parser, "data.shots=16")
     add_runs(parser)
 
@@ -55,6 +57,8 @@ def transfer(args: argparse.Namespace) -> Answer:
     domain = registry.domain(job.domain)
     if not hasattr(domain, "base_to_new"):
         raise InputError(f"domain {job.domain!r}", "it has no classes", "Use a job of the domain vlm")
-    result = domain.base_to_new(job, args.runs)
+    result = domain.base_to_new(job, args.runs, args.seeds)
     rows = [{"": name, **result[name]} for name in ("zero_shot", "adapter")]
-    return Answer(result, f"{result['run']}\n{table(rows, ('', 'base', 'new', 'harmonic_mean'))}")
+    rows += [{"": f"{name}, spread", **result[name]["spread"]} for name in ("zero_shot", "adapter") if args.seeds > 1]
+    told = table(rows, ("", "base", "new", "harmonic_mean"))
+    return Answer(result, "\n".join([*result.get("runs", [result.get("run")]), told]))

@@ -73,7 +73,9 @@ def _settings(cls: ast.ClassDef) -> dict[str, dict[str, Any]]:
 
 
 def _default(value: ast.expr) -> Any:
-    """A default as it stands there: a value, or the name of a constant."""
+    """A default as it stands there: a value, in `field(default=...)` or by itself, or the name of a constant."""
+    if isinstance(value, ast.Call):
+        (value,) = [keyword.value for keyword in value.keywords if keyword.arg == "default"]
     return value.id if isinstance(value, ast.Name) else ast.literal_eval(value)
 
 

@@ -37,7 +37,9 @@ def add(commands: Any) -> None:
     _common(parser, "top=3")
     parser.add_argument("pictures", metavar="PICTURE", nargs="+", help="picture files, or folders of them")
     parser = command(commands, "eval", evaluate, "measure an adapter beside its base")
-    _common(parser, "seeds=4")
+    help = "a run, or the folder or file of an adapter; of several, such as runs of other seeds, mean and spread too"
+    parser.add_argument("names", metavar="RUN_OR_ADAPTER", nargs="+", help=help)
+    _common(parser, "seeds=4", named=False)
     parser.add_argument("--data", metavar="DIR", help="pictures to compare with or to tell (default: those of the run)")
     parser.add_argument("--out", metavar="DIR", help="folder for a report with pictures, where the domain draws some")
 
@@ -103,6 +105,9 @@ def _prompts(run: Run | None, word: str) -> list[str]:
 
 def predict(args: argparse.Namespace) -> Answer:
     """What pictures show."""
+    from inspect import signature
+
+    from graft.studio.config import suggest
     from graft.studio.errors import InputError
 
     adapter, _ = find_adapter(args.name, args.runs)
@@ -110,39 +115,80 @@ def predict(args: argparse.Namespace) -> Answer:
     domain = _domain(base)
     if not hasattr(domain, "predict"):
         raise InputError("graft predict", f"an adapter of {base.domain} tells nothing apart", "Use graft preview")
-    rows = domain.predict(base, adapter, args.pictures, **settings(args.set))
+    chosen, known = settings(args.set), list(signature(domain.predict).parameters)[3:]
+    for name in chosen:
+        if name not in known:
+            raise InputError(f"--set {name}", "no such setting", suggest(name, known))
+    rows = domain.predict(base, adapter, args.pictures, **chosen)
     return Answer(rows, table(rows, ("picture", "label", "probability")))
 
 
 def evaluate(args: argparse.Namespace) -> Answer:
-    """Figures with and without."""
+    """Figures with and without; of several runs those of each, with their mean and spread."""
+    from graft.studio.errors import InputError
+
+    names = list(dict.fromkeys(args.names))
+    if len(names) == 1:
+        return _evaluated(args, names[0])
+    if args.out:
+        raise InputError("--out", f"a report is of one run, not of {len(names)}", "Give one, or leave it out")
+    documents: dict[str, Any] = {name: _evaluated(args, name).document for name in names}
+    sides = {side: [document[side] for document in documents.values()] for side in ("base", "adapter")}
+    over = {
+        kind: {side: each(rows) for side, rows in sides.items()}
+        for kind, each in (("mean", _mean), ("spread", _spread))
+    }
+    rows = [{"": name, **document["adapter"]} for name, document in documents.items()]
+    rows += [{"": f"{kind}, {side}", **over[kind][side]} for side in ("adapter", "base") for kind in over]
+    return Answer({"runs": documents, **over}, table(rows, tuple(dict.fromkeys(key for row in rows for key in row))))
+
+
+def _numbers(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """The figures that every row has as a number."""
+    shared = [key for key in rows[0] if all(isinstance(row.get(key), int | float) for row in rows)]
+    return {key: [float(row[key]) for row in rows] for key in shared}
+
+
+def _mean(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {key: sum(values) / len(values) for key, values in _numbers(rows).items()}
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Standard deviation, of a sample."""
+    from statistics import stdev
+
+    return {key: stdev(values) for key, values in _numbers(rows).items()}
+
+
+def _evaluated(args: argparse.Namespace, name: str) -> Answer:
+    """Figures of one."""
     from graft.studio.config import from_dict
 
-    adapter, run = find_adapter(args.name, args.runs)
+    adapter, run = find_adapter(name, args.runs)
     base = load_base_of(adapter, args.base, args.device, args.attention)
     domain = _domain(base)
     config = from_dict(
-        domain.EvaluationConfig, {**_measured_on(args, adapter, run, domain), **settings(args.set)}, "eval"
+        domain.EvaluationConfig, {**_measured_on(args, name, adapter, run, domain), **settings(args.set)}, "eval"
     )
     drawn = _drawn(args, domain)
     figures = {"base": domain.evaluate(base, None, config), "adapter": domain.evaluate(base, adapter, config, **drawn)}
-    rows = [{"": name, **values} for name, values in figures.items()]
+    rows = [{"": side, **values} for side, values in figures.items()]
     text = table(rows, tuple(dict.fromkeys(key for row in rows for key in row)))
     if run is not None:
         before = sum(event["event"] == "evaluated" for event in run.events())
         run.write_event("evaluated", settings=_plain(config), figures=figures["adapter"])
         text += f"\nThis run has been evaluated {before} times before." if before else ""
     if drawn:
-        text += f"\nReport: {_report(args, run, rows)}"
+        text += f"\nReport: {_report(args, name, run, rows)}"
     return Answer(figures, text)
 
 
-def _measured_on(args: argparse.Namespace, adapter: Adapter, run: Run | None, domain: Any) -> dict[str, Any]:
+def _measured_on(args: argparse.Namespace, name: str, adapter: Adapter, run: Run | None, domain: Any) -> dict[str, Any]:
     """The pictures: those that were named, or those of the run."""
     from graft.studio.errors import InputError
 
     if run is None and not args.data:
-        raise InputError(args.name, "an adapter alone does not know its pictures", "Give --data DIR")
+        raise InputError(name, "an adapter alone does not know its pictures", "Give --data DIR")
     if hasattr(domain, "evaluation_settings"):
         found: dict[str, Any] = domain.evaluation_settings(adapter, run, args.data)
         return found
@@ -164,13 +210,13 @@ def _drawn(args: argparse.Namespace, domain: Any) -> dict[str, Path]:
     return {"out": Path(args.out)} if args.out else {}
 
 
-def _report(args: argparse.Namespace, run: Run | None, rows: Sequence[dict[str, Any]]) -> Path:
+def _report(args: argparse.Namespace, name: str, run: Run | None, rows: Sequence[dict[str, Any]]) -> Path:
     """A page of the figures and of every picture that was drawn."""
     from graft.app.report import write_report
 
     out = Path(args.out)
     pictures = [(path.stem, path) for path in sorted(out.glob("*.png"))]
-    return write_report([run] if run else [], out / "report.html", f"Evaluation of {args.name}", pictures,
+    return write_report([run] if run else [], out / "report.html", f"Evaluation of {name}", pictures,
                         [("Figures", rows)])  # fmt: skip
 
 

@@ -107,7 +107,8 @@ def told(run: Run) -> str:
     if status == "queued":
         hint = "graft runs list"
     elif status == "finished":
-        look = "preview" if hasattr(registry.domain(run.job.domain), "preview") else "eval"
+        domain = registry.domain(run.job.domain)
+        look = "preview" if hasattr(domain, "preview") and not hasattr(domain, "predict") else "eval"
         hint = f"graft {look} {run.folder}"
     elif run.state.get("failure") == "out of memory":
         hint = f"graft runs clone {run.folder} --smaller-memory"

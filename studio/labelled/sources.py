@@ -36,8 +36,8 @@ class LabelledConfig:
 
     path: str = ""
     """Folder of class folders (with train, val, test above them if you have them), a .csv or .jsonl table, a folder
-    with metadata.jsonl, an .npz with images and labels, a data set of Hugging Face saved to disk, or a few-shot or
-    VTAB-1k set in its published layout."""
+    with metadata.jsonl, an .npz with images and labels or a folder with images.npy and labels.npy, a data set of
+    Hugging Face saved to disk, or a few-shot or VTAB-1k set in its published layout."""
     dataset: str = ""
     """Instead of a path, a built-in set: pocket-new, pocket-colour, pocket-count, drawn-digits, or scikit-learn's
     digits."""
@@ -136,6 +136,8 @@ def open_source(config: LabelledConfig) -> Source:
 
     if (found := published(path)) is not None:
         return _checked(_files(*found, config))
+    if any(path.glob("*.npy")):
+        return _checked(_arrays(path))
     for table in ("metadata.jsonl", "metadata.csv"):
         if (path / table).is_file():
             return _checked(_table(path / table, config))
@@ -254,10 +256,13 @@ def _rows(path: Path, text: str, problems: list[str]) -> Iterator[tuple[int, Map
 
 
 def _arrays(path: Path) -> Source:
-    """Arrays `images` (n, h, w) or (n, h, w, 3) and `labels` (n,), maybe with `classes`; or one pair for each part."""
+    """Arrays `images` (n, h, w) or (n, h, w, 3) and `labels` (n,), maybe with `classes`; or one pair for each part.
+
+    They are those of an .npz, or the .npy files of a folder, which are mapped and not read whole.
+    """
     try:
-        file = np.load(path, allow_pickle=False)
-        keys = {key.lower(): key for key in file.files}
+        file = _npy_files(path) if path.is_dir() else np.load(path, allow_pickle=False)
+        keys = {key.lower(): key for key in file}
         pairs: list[tuple[str, str | None, str | None]] = [
             ("", _key(keys, ("images", "x", "data")), _key(keys, ("labels", "y", "target")))
         ]
@@ -265,10 +270,15 @@ def _arrays(path: Path) -> Source:
         pairs = [(part, x, y) for part, x, y in pairs if x and y]
         classes = [str(name) for name in file[keys["classes"]]] if "classes" in keys else []
         labels = {y: np.asarray(file[y]).reshape(-1) for _, _, y in pairs if y}
+        lengths = {x: _length(file, x) for _, x, _ in pairs if x}
     except (OSError, ValueError) as error:
         raise DataError(str(path), f"its arrays cannot be read ({error})", "Save it with numpy.savez") from error
     if not pairs:
-        raise DataError(str(path), f"it holds {', '.join(file.files)}", "Name its arrays images and labels")
+        raise DataError(str(path), f"it holds {', '.join(file)}", "Name its arrays images and labels")
+    for _, x, y in pairs:
+        if lengths[str(x)] != len(labels[str(y)]):
+            reason = f"it holds {lengths[str(x)]} pictures in {x} and {len(labels[str(y)])} labels in {y}"
+            raise DataError(str(path), reason, "Give every picture one label, a name or a number")
     opened: dict[str, np.ndarray] = {}
 
     def read(name: str) -> np.ndarray:
@@ -283,6 +293,21 @@ def _arrays(path: Path) -> Source:
             named = classes[label] if classes and isinstance(label, int) and label < len(classes) else str(label)
             items.append(Item(f"{x}/{row:07d}", named, part))
     return Source(str(path), items, read)
+
+
+def _length(file: Any, key: str) -> int:
+    """Rows of an array, which is not read for it."""
+    if isinstance(file, dict):
+        return len(file[key])
+    with file.zip.open(f"{key}.npy") as opened:
+        old = np.lib.format.read_magic(opened) == (1, 0)
+        header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+        return int(header(opened)[0][0])
+
+
+def _npy_files(folder: Path) -> dict[str, np.ndarray]:
+    found = sorted(folder.glob("*.npy"))
+    return {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in found}
 
 
 def _key(keys: Mapping[str, str], names: Sequence[str]) -> str | None:

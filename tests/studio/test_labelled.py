@@ -55,6 +55,31 @@ def test_few_shot_sets_keep_their_official_split(tmp_path: Path):
         parts(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "below", "file"),
+    [
+        ("Caltech101", "101_ObjectCategories", "accordion/image_0001.jpg"),
+        ("OxfordPets", "images", "Abyssinian_1.jpg"),
+        ("StanfordCars", "", "cars_train/00001.jpg"),
+        ("OxfordFlowers", "jpg", "image_00001.jpg"),
+        ("Food101", "images", "apple_pie/1005649.jpg"),
+        ("SUN397", "SUN397", "a/abbey/sun_aaalbzqrimafwbiv.jpg"),
+        ("DescribableTextures", "images", "banded/banded_0002.jpg"),
+        ("EuroSAT", "2750", "AnnualCrop/AnnualCrop_1.jpg"),
+        ("UCF101", "UCF-101-midframes", "Apply_Eye_Makeup/v_ApplyEyeMakeup_g01_c01.jpg"),
+    ],
+)
+def test_nine_sets_lie_where_their_authors_put_them(tmp_path: Path, name: str, below: str, file: str):
+    """FGVC-Aircraft and ImageNet, which have lists of their own, are the other two of the eleven."""
+    other = f"{Path(file).parent.as_posix()}/other.jpg".removeprefix("./")
+    table = {"train": [[file, 0, "first"], [other, 1, "second"]], "val": [], "test": []}
+    (tmp_path / f"split_zhou_{name}.json").write_text(json.dumps(table))
+    (tmp_path / "annotations").mkdir()  # what lies beside the pictures is passed over
+    pictures(tmp_path / below, file, other)
+    where = f"{below}/" if below else ""
+    assert dict(parts(tmp_path)["train"]) == {f"{where}{file}": "first", f"{where}{other}": "second"}
+
+
 def test_aircraft_and_imagenet_keep_theirs(tmp_path: Path):
     planes = tmp_path / "fgvc_aircraft"
     pictures(planes, "images/01.jpg", "images/02.jpg", "images/03.jpg", "images/04.jpg")

@@ -122,6 +122,9 @@ def test_tables_arrays_and_hugging_face_tell_the_same(
     (photos / "table.csv").write_text("File_Name,Label,Split\n" + "".join(",".join(r.values()) + "\n" for r in rows))
     (photos / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     np.savez(tmp_path / "pair.npz", images=pixels, labels=labels, classes=np.array(CLASSES))
+    (tmp_path / "arrays").mkdir()
+    for name, array in (("images", pixels), ("labels", labels), ("classes", np.array(CLASSES))):
+        np.save(tmp_path / "arrays" / f"{name}.npy", array)
     np.savez(tmp_path / "floats.npz", x_train=pixels / 255.0, y_train=labels, x_test=pixels / 255.0, y_test=labels)
     fake = FakeDatasets(pixels, labels)
     monkeypatch.setitem(sys.modules, "datasets", fake)
@@ -129,13 +132,26 @@ def test_tables_arrays_and_hugging_face_tell_the_same(
     (tmp_path / "saved" / "dataset_dict.json").write_text("{}")
     expected = fit(base, photos, test=0.0, validation=0.0)
     for path in (photos / "table.csv", photos / "rows.jsonl", tmp_path / "pair.npz", tmp_path / "floats.npz",
-                 tmp_path / "saved"):  # fmt: skip
+                 tmp_path / "arrays", tmp_path / "saved"):  # fmt: skip
         found = fit(base, path, test=0.0, validation=0.0)
         order = np.argsort([pixels.tobytes() for pixels in found.train.pixels.numpy()])
         wanted = np.argsort([pixels.tobytes() for pixels in expected.train.pixels.numpy()])
         assert torch.equal(found.train.pixels[order], expected.train.pixels[wanted]), path.name
         assert torch.equal(found.train.labels[order], expected.train.labels[wanted]), path.name
     assert len(open_source(DataConfig(path=str(tmp_path / "floats.npz"))).items) == 60
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_pair_of_unequal_length_is_refused(tmp_path: Path, kind: str):
+    images, labels = np.zeros((6, 8, 8), np.uint8), np.arange(5) % 2
+    if kind == "file":
+        np.savez(tmp_path / "pair.npz", images=images, labels=labels)
+    else:
+        np.save(tmp_path / "images.npy", images)
+        np.save(tmp_path / "labels.npy", labels)
+    path = tmp_path / "pair.npz" if kind == "file" else tmp_path
+    with pytest.raises(DataError, match="it holds 6 pictures in images and 5 labels in labels"):
+        open_source(DataConfig(path=str(path)))
 
 
 class FakeDatasets:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 
-from graft.studio.adapter import Adapter, Card
+from graft.studio.adapter import Adapter, Card, load_adapter
 from graft.studio.config import to_dict
 from graft.studio.errors import InputError, SiteError
 from graft.vision import (
@@ -74,7 +75,7 @@ def pictures(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("family", "name"), PAIRS)
-def test_every_method_on_every_family(family: str, name: str):
+def test_every_method_on_every_family(family: str, name: str, tmp_path: Path):
     """Identity at the start, a gradient everywhere, the same from a file, detach restores bits, equal when merged."""
     method, model = METHODS[name], make(family)
     base = VisionBase(family, model)
@@ -101,7 +102,7 @@ def test_every_method_on_every_family(family: str, name: str):
     card = Card(
         _registered(name), to_dict(method), "vision", base_hash=keys, sites=handle.plan.to_list(), details=details
     )
-    adapter = Adapter(handle.tensors(), card)
+    file = Adapter(handle.tensors(), card).save(tmp_path / "adapter")
     if name in ("lora", "ssf", "bitfit", "full", "linear"):
         handle.merge()
         torch.testing.assert_close(model(x), trained, rtol=1e-4, atol=1e-5)
@@ -110,7 +111,7 @@ def test_every_method_on_every_family(family: str, name: str):
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
     fresh = VisionBase(family, make(family))
-    with adapter.attached(fresh):
+    with load_adapter(file).attached(fresh):
         torch.testing.assert_close(fresh.model(x), trained, rtol=1e-5, atol=1e-6)
     assert torch.equal(fresh.model(x), plain)
 

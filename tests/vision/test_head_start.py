@@ -107,3 +107,10 @@ def test_both_classifiers_of_a_distilled_model_are_solved(build, save, photos: P
 def test_another_start_is_refused(folder: Path, photos: Path):
     with pytest.raises(InputError, match="head_start"):
         prepared(folder, photos, {"name": "vpt", "head_start": "zero"})
+
+
+def test_the_option_is_among_a_methods_settings():
+    from graft.studio.commands.methods import settings_of
+
+    (found,) = [row for row in settings_of("graft.vision.vpt:VPT") if row["name"] == "head_start"]
+    assert found["default"] == "random" and "linear probe" in found["meaning"]

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import open_clip
 import pytest
+import timm
 import torch
+from open_clip.coca_model import CoCa, MultimodalCfg
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.tokenizer import HFTokenizer
 from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -84,56 +89,113 @@ def transformers_siglip() -> ClipBase:
     return from_transformers("tiny", model, hugging_face_words(siglip_tokenizer(), 32), PREPROCESS)
 
 
-class Letters:
-    """A tokenizer as open_clip wraps those of Hugging Face."""
+def bert_tokenizer() -> PreTrainedTokenizerFast:
+    """Letters as tokens between BERT's marks, which are no start and end marks by name; a stop is a token."""
+    vocab = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz."])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Split("", "isolated")]
+    )
+    marks = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", unk_token="[UNK]"
+    )
 
-    context_length = LENGTH
 
-    def __init__(self) -> None:
-        self.tokenizer = siglip_tokenizer()
-
-    def clean_fn(self, text: str) -> str:
-        return text.lower().replace(".", "")
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        clean = [self.clean_fn(text) for text in texts]
-        return self.tokenizer(clean, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+def of_open_clip(tokenizer: PreTrainedTokenizerFast, **settings: Any) -> HFTokenizer:
+    """A tokenizer of Hugging Face as open_clip wraps it."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return HFTokenizer(folder, context_length=LENGTH, **settings)
 
 
-def open_clip_model(custom: bool = False, vision: dict[str, Any] | None = None, **text: Any) -> ClipBase:
+@cache
+def simple_tokenizer() -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=LENGTH)
+
+
+def open_clip_model(
+    custom: bool = False,
+    vision: dict[str, Any] | None = None,
+    words: Callable[[], Any] = simple_tokenizer,
+    trunk: str = "",
+    **text: Any,
+) -> ClipBase:
+    """A tiny model of open_clip; `trunk` puts one of timm, whose head ends in the common space, in the image tower."""
     picture = CLIPVisionCfg(
         **(vision or {"layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16})
     )
-    letters = custom and text.pop("letters", False)
-    settings = CLIPTextCfg(
-        context_length=LENGTH, vocab_size=40 if letters else 49408, width=16, heads=2, layers=2, **text
-    )
+    tokenizer = words()
+    size = {"context_length": LENGTH, "vocab_size": 49408 if hasattr(tokenizer, "encode") else 40}
+    settings = CLIPTextCfg(**size, width=16, heads=2, layers=2, **text)
     kind = CustomTextCLIP if custom else CLIP
-    model = kind(embed_dim=16, vision_cfg=picture, text_cfg=settings)
-    tokenizer = Letters() if letters else open_clip.SimpleTokenizer(context_length=LENGTH)
-    return from_open_clip("tiny", model, open_clip_words(tokenizer), PREPROCESS)
+    model: Any = kind(embed_dim=16, vision_cfg=picture, text_cfg=settings)
+    if trunk:
+        model.visual.trunk, model.visual.head = timm.create_model(trunk, num_classes=16, **TRUNK), nn.Sequential()
+        model.visual.image_size = (16, 16)
+    return from_open_clip("tiny", model, open_clip_words(tokenizer), _preprocess(model.visual))
 
 
+def _preprocess(visual: Any) -> Preprocess:
+    size: Any = visual.image_size
+    return Preprocess(size[0] if isinstance(size, tuple) else size, HALF, HALF)
+
+
+def coca() -> ClipBase:
+    """Text features come from a token behind the text; the image tower pools by attention."""
+    vision = CLIPVisionCfg(
+        layers=2, width=16, head_width=8, patch_size=8, image_size=16, attentional_pool=True, attn_pooler_heads=2,
+        output_tokens=True,
+    )  # fmt: skip
+    text = CLIPTextCfg(
+        context_length=LENGTH, vocab_size=49408, width=16, heads=2, layers=2, embed_cls=True, output_tokens=True
+    )
+    decoder = MultimodalCfg(context_length=LENGTH, vocab_size=49408, width=16, heads=2, layers=1, attn_pooler_heads=2)
+    model = CoCa(16, decoder, text, vision)
+    words = open_clip_words(simple_tokenizer())
+    return from_open_clip("tiny", model, words, _preprocess(model.visual))
+
+
+TRUNK = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
 FAMILIES: dict[str, Callable[[], ClipBase]] = {
     "transformers CLIP": transformers_clip,
     "transformers SigLIP": transformers_siglip,
     "open_clip CLIP": open_clip_model,
     "open_clip text tower": lambda: open_clip_model(True),
+    "EVA-CLIP": lambda: open_clip_model(True, TIMM, trunk="eva02_base_patch16_clip_224"),
     "SigLIP of open_clip": lambda: open_clip_model(
-        True, letters=True, no_causal_mask=True, pool_type="last", proj_bias=True,
-        vision={"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160},
+        True, TIMM, lambda: of_open_clip(siglip_tokenizer(), clean="canonicalize"), no_causal_mask=True,
+        pool_type="last", proj_bias=True,
     ),
     "MobileCLIP": lambda: open_clip_model(True, no_causal_mask=True),
+    "CLIPA": lambda: open_clip_model(
+        vision={"layers": 2, "width": 16, "head_width": 8, "patch_size": 8, "image_size": 16, "no_ln_pre": True,
+                "pool_type": "avg", "final_ln_after_pool": True},
+        words=lambda: of_open_clip(bert_tokenizer(), strip_sep_token=True), no_causal_mask=True, pool_type="last",
+    ),
     "ResNet": lambda: open_clip_model(vision={"layers": (1, 1, 1, 1), "width": 8, "image_size": 32}),
 }  # fmt: skip
-CUTTABLE = {"transformers CLIP", "open_clip CLIP", "open_clip text tower", "ResNet"}
+"""Those whose text tower is known in parts."""
+OTHERS: dict[str, Callable[[], ClipBase]] = {
+    "EVA-CLIP, first": lambda: open_clip_model(True, TIMM, trunk="eva_giant_patch14_clip_224"),
+    "SigLIP, pooled by attention": lambda: open_clip_model(
+        True, TIMM, lambda: of_open_clip(siglip_tokenizer(), clean="canonicalize"),
+        trunk="vit_base_patch16_siglip_224", no_causal_mask=True, pool_type="last", proj_bias=True,
+    ),
+    "CoCa": coca,
+}  # fmt: skip
+"""With text towers as above, or one that only its library can run."""
+CUTTABLE = {"transformers CLIP", "open_clip CLIP", "open_clip text tower", "EVA-CLIP", "ResNet"}
 
 
 @cache
 def family(name: str) -> ClipBase:
     """A model of a family with weights that are large enough to matter; made once."""
     torch.manual_seed(0)
-    base = FAMILIES[name]()
+    base = (FAMILIES | OTHERS)[name]()
     with torch.no_grad():
         for parameter in base.model.parameters():
             if parameter.dim() > 1:
@@ -218,3 +280,22 @@ def make_open_clip() -> Callable[..., ClipBase]:
 def of() -> Callable[[str], ClipBase]:
     """A model of a family by its name."""
     return family
+
+
+@pytest.fixture(params=[*FAMILIES, *OTHERS])
+def of_every_kind(request: pytest.FixtureRequest) -> tuple[str, ClipBase]:
+    """Name of a family and its base, also of those whose text tower only their library can run."""
+    name = str(request.param)
+    return name, family(name)
+
+
+@pytest.fixture
+def bert_words() -> HFTokenizer:
+    """CLIPA's kind of tokenizer."""
+    return of_open_clip(bert_tokenizer(), strip_sep_token=True)
+
+
+@pytest.fixture
+def siglip_words() -> PreTrainedTokenizerFast:
+    """SigLIP's kind of tokenizer, as transformers has it."""
+    return siglip_tokenizer()

@@ -13,15 +13,20 @@ import torch
 from PIL import Image
 
 import graft
+import graft.vlm
 from graft.studio.adapter import Adapter, base_hash, load_adapter
 from graft.studio.cli import main
 from graft.studio.config import write_toml
 from graft.studio.errors import DataError, InputError
 from graft.studio.job import Job
+from graft.studio.runs import open_run
 from graft.vlm import previews
 from graft.vlm.base import ClipBase, save_base
+from graft.vlm.data import TEMPLATES
 from graft.vlm.evaluation import EvaluationConfig, evaluate, harmonic_mean
+from graft.vlm.head import Setting
 from graft.vlm.jobs import prepare
+from graft.vlm.pictures import to_pixels
 
 METHODS = {
     "tip_adapter": {}, "tip_adapter_f": {}, "clip_adapter": {}, "task_res": {}, "cross_modal": {}, "prolip": {},
@@ -168,6 +173,44 @@ def test_the_command_line_trains_measures_and_shows(
     assert code == 2 and "there is no such file or folder" in document["error"]["message"]
 
 
+def test_predict_is_a_command(
+    job: dict[str, Any], answer: Callable[..., tuple[int, Any]], photos: Path, tmp_path: Path
+):
+    (tmp_path / "job.toml").write_text(write_toml({**job, "method": {"name": "prolip"}}))
+    assert answer("train", "job.toml", "--run-dir", "run")[0] == 0
+    files = [str(photos / "test" / "dog" / "0.png"), str(photos / "test" / "cat")]
+    code, rows = answer("predict", "run", *files, "--set", "top=2")
+    assert code == 0 and [row["picture"] for row in rows[:1]] == files[:1] and len(rows) == 3
+    base, adapter = graft.load_base(job["base"], "cpu"), load_adapter(Path("run/result"))
+    with Image.open(files[0]) as opened, adapter.attached(base) as classifier:
+        expected = classifier.predict([opened])[0]
+    assert [each["label"] for each in rows[0]["top"]] == list(expected)[:2]
+    assert rows[0]["label"] == rows[0]["top"][0]["label"]
+    assert rows[0]["probability"] == pytest.approx(next(iter(expected.values())), abs=1e-5)
+
+    code, told = answer("predict", "run", files[0], "--set", "classes=['the_dog', 'photo']", "--set", "top=9")
+    assert code == 0 and sorted(each["label"] for each in told[0]["top"]) == ["photo", "the dog"]
+    plain = graft.vlm.predict(base, None, files[:1], classes=("cat", "dog"))
+    setting = Setting(base, ("cat", "dog"), TEMPLATES)
+    with Image.open(files[0]) as opened, torch.no_grad():
+        wanted = setting.zero_shot(base.encode_image(to_pixels(opened, base.preprocess)[None])).softmax(1)
+    assert plain[0]["probability"] == pytest.approx(float(wanted.max()), abs=1e-5)
+
+    for changed, message in (
+        (("predict", "run", files[0], "--set", "tops=1"), "Did you mean 'top'"),
+        (("predict", "run", files[0], "--set", "top=0"), "expected 1 or more"),
+        (("predict", "run", str(tmp_path / "job.toml")), "1 cannot be read"),
+    ):
+        code, document = answer(*changed)
+        assert code == 2 and message in json.dumps(document), document
+    with pytest.raises(InputError, match="nothing to choose from"):
+        graft.vlm.predict(base, None, files)
+    bound = graft.train(job).adapter()
+    with pytest.raises(InputError, match="belongs to the classes"):
+        graft.vlm.predict(base, bound, files, classes=("yak", "cat"))
+    assert base_hash(base.modules) == base.hash
+
+
 def test_base_to_new_is_a_command(
     job: dict[str, Any], answer: Callable[..., tuple[int, Any]], photos: Path, tmp_path: Path
 ):
@@ -182,6 +225,17 @@ def test_base_to_new_is_a_command(
         halves = document[side]["base"], document[side]["new"]
         assert document[side]["harmonic_mean"] == pytest.approx(harmonic_mean(*halves))
     assert load_adapter(Path(document["run"]) / "result").card.details["classes"] == ["cat", "dog"]
+    first = document
+    code, document = answer("transfer", "job.toml", "--seeds", "2", "--set", "data.shots=2")
+    assert code == 0 and len(set(document["runs"])) == 2
+    seeds = [(run.job.train.seed, run.job.data["seed"]) for run in map(open_run, document["runs"])]
+    assert seeds == [(0, 0), (1, 1)] and set(first) == {"run", "zero_shot", "adapter"}
+    told = document["adapter"]
+    assert told["harmonic_mean"] == pytest.approx(harmonic_mean(told["base"], told["new"]))
+    assert set(told["spread"]) == {"base", "new", "harmonic_mean"}
+    assert document["zero_shot"]["spread"]["new"] == 0  # the same pictures, and nothing that a seed draws
+    code, document = answer("transfer", "job.toml", "--seeds", "0")
+    assert code == 2 and "seeds = 0" in document["error"]["message"]
     code, document = answer("transfer", "job.toml", "--set", "method={name='task_res'}")
     assert code == 2 and "belongs to the classes" in document["error"]["message"]
 
@@ -192,6 +246,24 @@ def test_split_is_a_command(answer: Callable[..., tuple[int, Any]], photos: Path
     assert (code, document["train"], document["test"]) == (0, 12, 6)
     code, document = answer(*asked)
     assert code == 2 and "it exists, and results may rest on it" in document["error"]["message"]
+
+
+def test_several_runs_are_measured_with_mean_and_spread(
+    job: dict[str, Any], answer: Callable[..., tuple[int, Any]], tmp_path: Path
+):
+    for seed in (0, 1, 2):
+        train = {**TRAIN, "seed": seed, "learning_rate": 0.05}
+        graft.train({**job, "data": {**job["data"], "seed": seed, "shots": 2}, "train": train}, run_dir=f"s{seed}")
+    code, one = answer("eval", "s0")
+    assert code == 0 and set(one) == {"base", "adapter"}
+    code, told = answer("eval", "s0", "s1", "s2", "s1")
+    assert code == 0 and list(told["runs"]) == ["s0", "s1", "s2"] and told["runs"]["s0"] == one
+    losses = [told["runs"][name]["adapter"]["loss"] for name in ("s0", "s1", "s2")]
+    assert told["mean"]["adapter"]["loss"] == pytest.approx(sum(losses) / 3)
+    assert told["spread"]["adapter"]["loss"] == pytest.approx(float(torch.tensor(losses).std()), rel=1e-3) != 0
+    assert told["spread"]["base"]["loss"] == 0 and "worst" not in told["mean"]["adapter"]
+    code, told = answer("eval", "s0", "s1", "--out", "report")
+    assert code == 2 and "a report is of one run" in told["error"]["message"]
 
 
 def test_fewer_classes_in_another_order_and_unknown_ones(job: dict[str, Any], photos: Path):
