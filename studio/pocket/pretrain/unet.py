@@ -146,8 +146,9 @@ class Unet:
 
         device = train.device or "cpu"
         parts = models.autoencoder().to(device), models.text_encoder().to(device), models.load_tokenizer()
-        shown = self.scenes, self.plain, train.batch_size, self.ema_decay
-        task = UnetTask(*parts, models.cache_root(), *shown, pairs=self.pairs)
+        task = UnetTask(
+            *parts, models.cache_root(), self.scenes, self.plain, train.batch_size, self.ema_decay, pairs=self.pairs
+        )
         if self.variant_share:
             tower = models.clip().vision_model.to(device)
             drawn = cached_variants(parts[0], tower, self.variants, models.cache_root(), paired=self.pairs)

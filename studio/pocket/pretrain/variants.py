@@ -128,7 +128,8 @@ def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 
                 pixels = Atlas.load().pixels[int(rng.choice(known))] if as_it_is else variant(rng, known)
                 things = (centred(0, "") if rng.random() < 0.5 else portrait(rng, 0)).things
                 if company[row].max() >= 0:
-                    things = side_by_side(*company[row], "").things
+                    first, second = company[row].tolist()
+                    things = side_by_side(first, second, "").things
                 parts = [pixels if len(things) == 1 or t.sprite < 0 else Atlas.load().pixels[t.sprite] for t in things]
                 drawn.append(placed(names[colour], *zip(parts, things, strict=True)))
                 seen.append(placed(names[rng.integers(len(names))], (pixels, centred(0, "").things[0])))
