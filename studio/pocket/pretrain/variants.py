@@ -119,8 +119,8 @@ def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 
         rng, known, names = np.random.default_rng(seed), Atlas.load().known, list(COLOURS)
         latents, features, colours = [], [], rng.integers(len(names), size=count)
         company = np.full((count, 2), -1)
-        for row in np.flatnonzero(np.random.default_rng([seed, 1]).random(count) < paired):
-            company[row, rng.integers(2)] = rng.choice(known)
+        for k in np.flatnonzero(np.random.default_rng([seed, 1]).random(count) < paired):
+            company[k, rng.integers(2)] = rng.choice(known)
         for start in range(0, count, 100):
             drawn, seen = [], []
             for row, colour in enumerate(colours[start : start + 100], start):
