@@ -20,6 +20,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from transformers import (
+    BertConfig,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
@@ -158,6 +159,21 @@ def coca() -> ClipBase:
     return from_open_clip("tiny", model, words, _preprocess(model.visual))
 
 
+def hugging_face_text() -> ClipBase:
+    """A text tower of Hugging Face inside open_clip, whose output is the mean over the text."""
+    words, picture = of_open_clip(bert_tokenizer()), CLIPVisionCfg(2, 16, 8, patch_size=8, image_size=16)
+    settings: dict[str, Any] = {"hf_model_pretrained": False, "hf_pooler_type": "mean_pooler", "hf_proj_type": "mlp"}
+    with TemporaryDirectory() as folder:
+        config = BertConfig(
+            vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=LENGTH,
+        )  # fmt: skip
+        config.save_pretrained(folder)
+        text = CLIPTextCfg(context_length=LENGTH, hf_model_name=folder, **settings)
+        model: Any = CustomTextCLIP(embed_dim=16, vision_cfg=picture, text_cfg=text)
+    return from_open_clip("tiny", model, open_clip_words(words), _preprocess(model.visual))
+
+
 TRUNK = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 TIMM = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
 FAMILIES: dict[str, Callable[[], ClipBase]] = {
@@ -186,6 +202,7 @@ OTHERS: dict[str, Callable[[], ClipBase]] = {
         trunk="vit_base_patch16_siglip_224", no_causal_mask=True, pool_type="last", proj_bias=True,
     ),
     "CoCa": coca,
+    "text tower of Hugging Face": hugging_face_text,
 }  # fmt: skip
 """With text towers as above, or one that only its library can run."""
 CUTTABLE = {"transformers CLIP", "open_clip CLIP", "open_clip text tower", "EVA-CLIP", "ResNet"}

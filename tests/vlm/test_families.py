@@ -42,7 +42,7 @@ ZERO_SHOT = {"coop", "clip_adapter", "task_res", "cross_modal", "prolip", "clip_
 """What starts as the classifier of the prompt."""
 QUICK = ("coop", "prolip", "clip_lora")
 """Of each kind the one that asks most of a family; the others run with the slow tests."""
-NO_PROMPTS = {"CoCa"}
+NO_PROMPTS = {"CoCa", "text tower of Hugging Face"}
 """Whose text tower only its library can run."""
 NO_LAST_MAP = {
     "transformers SigLIP", "EVA-CLIP", "EVA-CLIP, first", "SigLIP, pooled by attention", "ResNet",
