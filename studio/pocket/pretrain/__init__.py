@@ -4,6 +4,7 @@
     graft pocket train unet --steps 20000 --set train.device=cuda --set train.workers=14
     graft pocket train unet --set method.go_on=true        # better weights from the committed ones
     graft pocket train unet --steps 1500 --set method.go_on=true --set method.variant_share=0.5   # last: new words
+    graft pocket train unet --set method.go_on=true --set method.pairs=0.5 --set method.plain=0.3   # two things
     graft pocket train autoencoder --set method.decoder_only=true
     graft pocket train clip --set method.freeze_text=true --set method.bank=900
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graft.studio.config import require
 from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain import network_adapter
 from graft.studio.pocket.pretrain.draw import kept, on_device, pictures, rng_of
@@ -144,6 +145,8 @@ class Unet:
         """Return the training, on the committed autoencoder and text tower."""
         from graft.studio.pocket import models
 
+        shares = self.plain, self.pairs
+        require("method.plain, method.pairs", shares, min(shares) >= 0 and sum(shares) <= 1, "shares, together at most 1")
         device = train.device or "cpu"
         parts = models.autoencoder().to(device), models.text_encoder().to(device), models.load_tokenizer()
         task = UnetTask(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from graft.studio.errors import InputError
 from graft.studio.job import TrainConfig
 from graft.studio.pocket import models
 from graft.studio.pocket.atlas import Atlas
@@ -138,6 +139,11 @@ def test_a_share_of_the_batch_are_variants_and_their_words_learn(
     trained = {id(p) for p in task.parameters() if p.requires_grad}
     assert {id(p) for group in groups for p in group["params"]} == trained
     assert task.adapter({}).tensors.keys() == models.unet().state_dict().keys()
+
+
+def test_shares_of_more_than_a_batch_are_refused():
+    with pytest.raises(InputError, match="together at most 1"):
+        Unet(plain=0.75, pairs=0.5).task(TrainConfig())
 
 
 def test_variants_are_off_unless_asked_for():
