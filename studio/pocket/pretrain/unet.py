@@ -146,7 +146,9 @@ class Unet:
         from graft.studio.pocket import models
 
         shares = self.plain, self.pairs
-        require("method.plain, method.pairs", shares, min(shares) >= 0 and sum(shares) <= 1, "shares, together at most 1")
+        require(
+            "method.plain, method.pairs", shares, min(shares) >= 0 and sum(shares) <= 1, "shares, together at most 1"
+        )
         device = train.device or "cpu"
         parts = models.autoencoder().to(device), models.text_encoder().to(device), models.load_tokenizer()
         task = UnetTask(
