@@ -132,6 +132,15 @@ class DiffusionBase:
             raise InputError(f"resolution {side}", f"{self.name} needs a multiple of {step}", remedy)
         return side
 
+    def shape(self, resolution: int = 0, width: int = 0) -> tuple[int, int]:
+        """Height and width in pixels of pictures to draw; without a width they are squares.
+
+        Raises:
+            InputError: as `side`.
+        """
+        side = self.side(resolution)
+        return side, self.side(width or side)
+
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids as the pipeline makes them, placeholders of several vectors expanded: (p, n) long, on the CPU."""
         return self._ids(prompts, self.tokenizer)

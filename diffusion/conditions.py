@@ -126,14 +126,14 @@ def as_squares(maps: Tensor, side: int) -> Tensor:
     return F.interpolate(maps[..., top : top + edge, left : left + edge], size=side, mode="nearest-exact")
 
 
-def maps_of_files(path: Path, kind: str, side: int, ready: bool = False) -> Tensor:
+def maps_of_files(path: Path, kind: str, side: int | Shape, ready: bool = False) -> Tensor:
     """Maps to draw after, from a picture or a folder of them: (r, c, h, w) uint8.
 
     Args:
         path: of what `kind` is made from; for a kind that is given, of the map itself, or a folder of maps or of
             pictures with maps.
         kind: one of `KINDS`.
-        side: pixels.
+        side: pixels of a square, or height and width.
         ready: the files are finished maps of any kind.
 
     Raises:
@@ -175,7 +175,7 @@ def _read(picture: Picture, kind: str, shape: Shape, config: DataConfig, variant
     return {"map": load_pixels(picture.condition.read_bytes(), shape, config, variant, key, _filter(kind))}
 
 
-def _mask_of(file: Path, side: int, config: DataConfig) -> Tensor:
+def _mask_of(file: Path, side: int | Shape, config: DataConfig) -> Tensor:
     mask = map_beside(file)
     if mask is None:
         raise InputError(f"condition {file}", "it has no mask", f"Put one into {CONDITIONS}/ beside it, under its name")

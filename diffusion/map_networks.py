@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from graft.diffusion.buckets import Shape
 from graft.diffusion.conditions import KINDS, as_squares, condition_maps, hint, maps_of_files, picture_of
 from graft.diffusion.data import Dataset
 from graft.diffusion.method import DiffusionMethod, Encode, PromptTable, Subject, Work, encoded
@@ -235,19 +236,20 @@ class Follower:
         self.maps = maps
         self._choose(None)
 
-    def follow_files(self, path: str | Path, side: int = 0, prompts: int = 0, ready: bool = False) -> None:
+    def follow_files(self, path: str | Path, side: int | Shape = 0, prompts: int = 0, ready: bool = False) -> None:
         """Sets what is drawn after from a picture, or from a folder with one for each prompt.
 
         Args:
             path: of the picture from which the map is made, as in training; of the map itself if it is a given one.
-            side: pixels that will be drawn; 0 takes the base's own.
+            side: pixels that will be drawn, or height and width; 0 takes the base's own.
             prompts: how many there will be; 0 leaves it open.
             ready: it is a finished map.
 
         Raises:
             InputError: nothing to read, or neither one map nor one for each prompt.
         """
-        maps = maps_of_files(Path(path), self.method.condition, self.base.side(side), ready)
+        shape = side if isinstance(side, tuple) else self.base.shape(side)
+        maps = maps_of_files(Path(path), self.method.condition, shape, ready)
         if prompts and len(maps) not in (1, prompts):
             raise InputError(f"condition {path}", f"{len(maps)} pictures for {prompts} prompts", "Give one, or as many")
         self.follow(maps)

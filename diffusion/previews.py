@@ -43,6 +43,8 @@ class PreviewConfig:
     """Classifier-free guidance scale; 1 turns it off and halves the time."""
     resolution: int = 0
     """Side in pixels; 0 takes that of the adapter's training, which is the base's own where the job named none."""
+    width: int = 0
+    """Of pictures that are no squares; `resolution` is their height, then."""
     negative_prompt: str = ""
     """What to keep away from."""
     batch_size: int = 8
@@ -64,7 +66,7 @@ class PreviewConfig:
     """What the weights are multiplied with: a block of pictures for each."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch_size < 1 or self.guidance < 0 or self.resolution < 0:
+        if self.steps < 1 or self.batch_size < 1 or min(self.guidance, self.resolution, self.width) < 0:
             raise InputError(str(self), "steps and batch_size must be at least 1, the rest not negative", "Change it")
 
 
@@ -98,7 +100,7 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
     Raises:
         InputError: a resolution that the base cannot draw.
     """
-    side = base.side(config.resolution)
+    height, width = base.shape(config.resolution, config.width)
     wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
     drawn: list[Image.Image] = []
     with undisturbed(base), mixed(base):
@@ -108,8 +110,8 @@ def draw(base: DiffusionBase, prompts: Sequence[str], seeds: Sequence[int], conf
                 choose([(start + i) // len(seeds) for i in range(len(some))])
             drawn += base.pipe(
                 prompt=[prompt for prompt, _ in some],
-                height=side,
-                width=side,
+                height=height,
+                width=width,
                 num_inference_steps=config.steps,
                 generator=[torch.Generator().manual_seed(seed) for _, seed in some],
                 **base.guided(config.guidance, [config.negative_prompt] * len(some) if config.guidance > 1 else None),
@@ -221,8 +223,8 @@ def _shown(
         raise InputError(config.image, complaint(error), "Give the file of a picture") from error
     for handle in followers:
         handle.show([[picture]], config.scale)
-    side = base.side(config.resolution)
-    return {"shown": [[ImageOps.fit(picture, (side, side))] * columns] * rows}
+    height, width = base.shape(config.resolution, config.width)
+    return {"shown": [[ImageOps.fit(picture, (width, height))] * columns] * rows}
 
 
 def _several(value: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -241,7 +243,7 @@ def _conditions(base: DiffusionBase, handles: Sequence[Any], config: PreviewConf
         raise InputError(f"condition = {list(paths)}", reason, "Add --set condition=... or leave it out")
     shown: dict[str, Pictures] = {}
     for i, (control, path) in enumerate(zip(controls, paths, strict=True)):
-        control.follow_files(Path(path), base.side(config.resolution), rows, config.ready)
+        control.follow_files(Path(path), base.shape(config.resolution, config.width), rows, config.ready)
         blocks = control.tiles(rows)
         shown |= blocks if len(controls) == 1 else {f"{name} {i + 1}": tiles for name, tiles in blocks.items()}
     return shown
@@ -282,21 +284,23 @@ def grow_sheet(folder: Path, ending: str = "") -> Path:
 
 def grid(blocks: dict[str, Pictures], prompts: Sequence[str], seeds: Sequence[int]) -> Image.Image:
     """One picture: a row per prompt, the blocks side by side, a column per seed in each, or one for all seeds."""
-    side = max(TILE, next(iter(blocks.values()))[0][0].width)
+    first = next(iter(blocks.values()))[0][0]
+    grown = max(1.0, TILE / first.height)
+    across, high = round(grown * first.width), round(grown * first.height)
     gap, label, left = 8, 18, 8
-    width = sum(len(rows[0]) * side + gap for rows in blocks.values()) + gap
-    sheet = Image.new("RGB", (width, label + len(prompts) * (side + label) + gap), "white")
+    width = sum(len(rows[0]) * across + gap for rows in blocks.values()) + gap
+    sheet = Image.new("RGB", (width, label + len(prompts) * (high + label) + gap), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for name, rows in blocks.items():
         for column, seed in enumerate(seeds[: len(rows[0])]):
             title = name if column == 0 else f"seed {seed}"
-            pen.text((left + column * side, 3), title, "black", font)
+            pen.text((left + column * across, 3), title, "black", font)
         for r, row in enumerate(rows):
-            top = 2 * label + r * (side + label)
+            top = 2 * label + r * (high + label)
             for column, tile in enumerate(row):
-                enlarged = tile.resize((side, side), Image.Resampling.NEAREST if tile.width < side else None)
-                sheet.paste(enlarged, (left + column * side, top))
-        left += len(rows[0]) * side + gap
+                enlarged = tile.resize((across, high), Image.Resampling.NEAREST if tile.width < across else None)
+                sheet.paste(enlarged, (left + column * across, top))
+        left += len(rows[0]) * across + gap
     for r, prompt in enumerate(prompts):
-        pen.text((gap, label + r * (side + label) + 3), prompt, "black", font)
+        pen.text((gap, label + r * (high + label) + 3), prompt, "black", font)
     return sheet

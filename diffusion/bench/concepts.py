@@ -8,11 +8,11 @@ no change and possibly below) of pocket-vit's features between pictures of known
 another seed, the plain base draw. `seconds` are those of the steps alone; `lora, prior` is DreamBooth's recipe with
 LoRA. Trainings of a method may share a batch (`jobs`), each as if alone, and then share its seconds.
 
-**Two concepts.** Each was learnt alone; then one prompt asks for both. `both` and `one` are the shares of pictures in
-which both sprites, or at least one, are found: one of nine windows of a quarter of the picture counts if, of all new
-sprites and those asked for, the one in question is nearest to it by the mean cosine of both models, and nearer than
-`NEAR`. True scenes, and true scenes of two other sprites, say how good that measure is; two *known* sprites, by name,
-what the base can do at all.
+**Two concepts.** Each was learnt alone; then one prompt asks for both, in pictures twice as wide as high. `both` and
+`one` are the shares of pictures in which both sprites, or at least one, are found: one of five square windows counts
+if, of all new sprites and those asked for, the one in question is nearest to it by the mean cosine of both models, and
+nearer than `NEAR`. True scenes, and true scenes of two other sprites, say how good that measure is; two *known*
+sprites, by name, what the base can do at all.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from graft.diffusion.previews import PreviewConfig, draw
 from graft.studio.adapter import Adapter
 from graft.studio.disk import write_atomic
 from graft.studio.pocket.atlas import Atlas
-from graft.studio.pocket.scenes import COLOURS, SIDE, Scene, Thing, caption, render, sample_scene, with_article
+from graft.studio.pocket.scenes import COLOURS, SIDE, caption, centred, render, sample_scene, side_by_side, with_article
 from graft.studio.runs import Run
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -89,13 +89,12 @@ class Eyes:
         return 1000 * kid(now, self.cache["prior"], range(len(prompts)))
 
     def prototypes(self, sprites: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Mean feature of small pictures of each sprite, seen through a window: (s, d) by each model."""
+        """Mean feature of plain pictures of each sprite: (s, d) by each model."""
         found: dict[int, tuple[Tensor, Tensor]] = self.cache.setdefault("prototypes", {})
         for sprite in sprites:
             if sprite not in found:
-                scenes = [Scene((Thing(sprite, 24, 4, 4),), colour) for colour in list(COLOURS)[::2]]
-                cut = [_window(Image.fromarray(render(scene)), 0, 0) for scene in scenes]
-                found[sprite] = tuple(F.normalize(part.mean(0), dim=0) for part in self.both(cut))  # type: ignore[assignment]
+                shown = [Image.fromarray(render(centred(sprite, colour))) for colour in list(COLOURS)[::2]]
+                found[sprite] = tuple(F.normalize(part.mean(0), dim=0) for part in self.both(shown))  # type: ignore[assignment]
         clip, vit = (torch.stack([found[sprite][i] for sprite in sprites]) for i in (0, 1))
         return clip, vit
 
@@ -105,17 +104,12 @@ class Eyes:
         clip, vit = self.prototypes(sprites)
         seen = []
         for picture in pictures:
-            cut = [_window(picture, x, y) for x in range(0, 33, 16) for y in range(0, 33, 16)]
+            cut = [picture.convert("RGB").crop((x, 0, x + SIDE, SIDE)) for x in range(0, SIDE + 1, SIDE // 4)]
             a, b = self.both(cut)
             best, which = ((a @ clip.T + b @ vit.T) / 2).max(1)
             seen.append({sprites[i] for i, near in zip(which.tolist(), best.tolist(), strict=True) if near > NEAR})
         hits = [sum(sprite in found for sprite in wanted) for found in seen]
         return {"both": mean(n == 2 for n in hits), "one": mean(n > 0 for n in hits)}
-
-
-def _window(picture: Image.Image, x: int, y: int) -> Image.Image:
-    half = SIDE // 2
-    return picture.convert("RGB").crop((x, y, x + half, y + half)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
 def concepts(
@@ -258,7 +252,7 @@ class _Bench:
         atlas = Atlas.load()
         rng = np.random.default_rng(pair)
         known = tuple(int(i) for i in rng.choice(atlas.known, 2, replace=False))
-        names = [with_article(atlas.names[i]) for i in known]
+        names = [atlas.names[i] for i in known]
         yield {"method": "base, two known sprites", **self.drawn(self.base, names, known)}
         custom = [self.trained("custom_diffusion", sprite, 0).adapter() for sprite in pair]
         merged = merge_concepts(self.base, custom, _captions(rng))
@@ -274,12 +268,13 @@ class _Bench:
                 stack.enter_context(self.trained("lora", sprite, 0).adapter().attached(self.base))
             yield {"method": "lora, sum", **self.drawn(self.base, [f"sks{sprite}" for sprite in pair], pair)}
         for name, of in (("true scenes", pair), ("true scenes of others", tuple(rng.choice(atlas.known, 2, False)))):
-            scenes = [sample_scene(rng, [int(i) for i in of], (0, 1)) for _ in range(24)]
+            scenes = [side_by_side(*map(int, rng.permutation(of)), colour) for colour in COLOURS]
             yield {"method": name, **self.eyes.find([Image.fromarray(render(scene)) for scene in scenes], pair)}
 
     def drawn(self, base: DiffusionBase, words: Sequence[str], sprites: Sequence[int]) -> dict[str, float]:
         """What is found in pictures of two words."""
-        pictures = draw(base, [prompt.format(*words) for prompt in PAIR], range(8), PreviewConfig())
+        prompts = [prompt.format(*map(with_article, words)) for prompt in PAIR]
+        pictures = draw(base, prompts, range(8), PreviewConfig(width=2 * SIDE))
         return self.eyes.find(sum(pictures, []), sprites)
 
     def joint(self, pair: tuple[int, int]) -> Adapter:

@@ -98,11 +98,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture: one to three things, a background colour name and a texture name."""
+    """What is in a picture: one to three things, a background colour name and a texture name; its width in pixels."""
 
     things: tuple[Thing, ...]
     colour: str
     texture: str = "plain"
+    width: int = SIDE
 
 
 def sample_scene(
@@ -138,8 +139,8 @@ def centred(sprite: int, colour: str) -> Scene:
 
 
 def side_by_side(first: int, second: int, colour: str) -> Scene:
-    """Return the plainest picture of two sprites: each half a picture wide, on one colour, the first one left."""
-    return Scene((Thing(first, 28, 2, 18), Thing(second, 28, 34, 18)), colour)
+    """Return the plainest picture of two sprites, twice as wide as high: each `centred` in its half, the first left."""
+    return Scene((Thing(first, 56, 4, 4), Thing(second, 56, SIDE + 4, 4)), colour, width=2 * SIDE)
 
 
 def portrait(rng: np.random.Generator, sprite: int, colour: str | None = None) -> Scene:
@@ -164,12 +165,12 @@ def _scaled(sprite: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _background(colour: str, texture: str) -> np.ndarray:
-    """Return a (64, 64, 3) uint16 background; not to be written to."""
+def _background(colour: str, texture: str, width: int) -> np.ndarray:
+    """Return a (64, width, 3) uint16 background; not to be written to."""
     base = np.asarray(COLOURS[colour], np.int32)
-    picture = np.broadcast_to(base, (SIDE, SIDE, 3)).astype(np.int32)
+    picture = np.broadcast_to(base, (SIDE, width, 3)).astype(np.int32)
     if texture != "plain":
-        y, x = np.mgrid[:SIDE, :SIDE]
+        y, x = np.mgrid[:SIDE, :width]
         mark = {
             "striped": (x + y) // 6 % 2 == 0,
             "dotted": ((x % 12) - 6) ** 2 + ((y % 12) - 6) ** 2 < 9,
@@ -180,8 +181,8 @@ def _background(colour: str, texture: str) -> np.ndarray:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Return the picture of a scene, (64, 64, 3) uint8."""
-    picture = _background(scene.colour, scene.texture).copy()
+    """Return the picture of a scene, (64, width, 3) uint8."""
+    picture = _background(scene.colour, scene.texture, scene.width).copy()
     for thing in scene.things:
         colour, clear = _scaled(thing.sprite, thing.size)
         window = picture[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]

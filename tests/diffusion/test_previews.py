@@ -45,6 +45,15 @@ def test_preview_shows_with_and_without(base: DiffusionBase, tmp_path: Path):
     assert len(preview(base, None, ["a cat"], [0], tmp_path / "base", PreviewConfig(steps=1))) == 2
 
 
+def test_pictures_can_be_wider_than_high(base: DiffusionBase, tmp_path: Path):
+    config = PreviewConfig(steps=1, resolution=16, width=32)
+    files = preview(base, None, ["a cat"], [0], tmp_path, config)
+    assert Image.open(files[1]).size == (32, 16)
+    assert Image.open(files[0]).width > 256  # a tile is 128 pixels high, and as wide as that makes it
+    with pytest.raises(InputError, match="resolution 20"):
+        draw(base, ["a cat"], [0], PreviewConfig(steps=1, resolution=16, width=20))
+
+
 def test_grid_holds_every_tile():
     colours = {"without": "red", "with": "blue"}
     blocks = {name: [[Image.new("RGB", (8, 8), c)] * 3] * 2 for name, c in colours.items()}

@@ -57,6 +57,6 @@ def kept(folder: Path, name: str, of: Sequence[Any], make: Callable[[], dict[str
 
 
 def pictures(scenes: Sequence[Scene]) -> Tensor:
-    """Return the pictures of scenes, (b, 3, 64, 64) float32 in [-1, 1], channels last in memory."""
+    """Return the pictures of scenes of one width, (b, 3, 64, width) float32 in [-1, 1], channels last in memory."""
     stack = torch.from_numpy(np.stack([render(scene) for scene in scenes]))
     return stack.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)

@@ -10,7 +10,8 @@ with the cosine schedule: it ends in pure noise, so the colour of a whole backgr
 of its steps there than Stable Diffusion's own, whose latents have 64 times as many pixels. One caption in ten is empty,
 for classifier-free guidance. A share `plain` of each batch shows one sprite in the middle, which is what a bare name
 stands for: to learn 900 pictures well is much quicker than to learn 900 at every size and place. A share `pairs` shows
-two sprites side by side, as plainly, which is what a name and a name stand for. The rest is varied.
+two sprites side by side, each as plainly, in a picture twice as wide: what a name and a name stand for. The rest is
+varied.
 Latents are computed once; captions are drawn anew at every step. A last, short training with `variant_share` loosens
 what has been learnt by heart: see `variants`.
 """
@@ -61,7 +62,7 @@ SCHEDULER: dict[str, Any] = {
 
 
 class Batch(NamedTuple):
-    """Clean latents (b, 16, 8, 8), token ids (b, n), noise like the latents, timesteps (b,), features of variants."""
+    """Clean latents (b, 16, 8, w), token ids (b, n), noise like the latents, timesteps (b,), features of variants."""
 
     latents: Tensor
     input_ids: Tensor
@@ -108,7 +109,7 @@ def pair_scenes(count: int, seed: int = 13) -> list[Scene]:
 
 @torch.no_grad()
 def cached_latents(vae: Any, scenes: list[Scene], folder: Path, batch_size: int = 64) -> Tensor:
-    """Return the posterior means of scenes, (count, 16, 8, 8) float16 on the CPU; computed once, kept in `folder`."""
+    """Return the posterior means of scenes of one width, (count, 16, 8, width / 8) float16 on the CPU."""
 
     def make() -> dict[str, Tensor]:
         parts = []
@@ -129,7 +130,7 @@ class Unet:
     plain: float = 0.75
     """Share of plain scenes in a batch."""
     pairs: float = 0.0
-    """Share of scenes of two sprites side by side, of variants, too."""
+    """Share of scenes of two sprites side by side, among variants, too; they are twice as large."""
     variants: int = 9_000
     """Pictures of sprites that never were, for `variant_share`; 100 are made in a second."""
     variant_share: float = 0.0
@@ -156,12 +157,14 @@ class Unet:
         )
         if self.variant_share:
             tower = models.clip().vision_model.to(device)
-            drawn = cached_variants(parts[0], tower, self.variants, models.cache_root(), paired=self.pairs)
+            drawn = [cached_variants(parts[0], tower, self.variants, models.cache_root())]
+            if self.pairs:
+                drawn.append(cached_variants(parts[0], tower, self.variants, models.cache_root(), paired=True))
             task.add_variants(drawn, parts[0].config.scaling_factor, self.variant_share)
         if self.go_on:
             task.start_from(models.unet())
         if self.compile:
-            task.unet.compile()
+            task.unet.compile(dynamic=False)  # once for each width
         return task
 
 
@@ -199,58 +202,71 @@ class UnetTask(nn.Module):
         self.scenes = plain_scenes(plain_colours)
         self.first_varied = len(self.scenes)
         self.scenes += varied_scenes(scenes)
-        self.first_pair = len(self.scenes)
-        self.scenes += pair_scenes(2 * scenes if pairs else 0)
-        latents = cached_latents(vae.eval(), self.scenes, folder)
-        self.latents = latents * vae.config.scaling_factor
+        self.pair_scenes = pair_scenes(2 * scenes if pairs else 0)
+        self.latents, self.pair_latents = (
+            cached_latents(vae.eval(), some, folder) * vae.config.scaling_factor if some else torch.empty(0)
+            for some in (self.scenes, self.pair_scenes)
+        )
         self.alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
         self.unet = UNet2DConditionModel(**CONFIG).to(memory_format=torch.channels_last)
         if text_encoder.device.type == "cpu":
             # There the fused attention is the slower one for 64 positions: a step of 32 takes 0.29 s instead of 0.48.
             self.unet.set_attn_processor(AttnProcessor())
         self.ema = nn.ParameterList(p.detach().clone() for p in self.unet.parameters()).requires_grad_(False)
-        self.variants: Variants | None = None
+        self.variants: list[Variants] = []
         self.words: PseudoWords | None = None
         self.variant_rows = 0
 
-    def add_variants(self, variants: Variants, scaling_factor: float, share: float) -> None:
-        """Show variants in a share of each batch, and train the words that tell them."""
-        self.variants = variants._replace(latents=variants.latents * scaling_factor)
+    def add_variants(self, variants: Sequence[Variants], scaling_factor: float, share: float) -> None:
+        """Show variants, alone and in company, in a share of each batch, and train the words that tell them."""
+        self.variants = [some._replace(latents=some.latents * scaling_factor) for some in variants]
         self.variant_rows = round(share * self.batch_size)
-        self.words = PseudoWords(self.frozen[0], self.tokenizer(MARK).input_ids[1], variants.features)
+        self.words = PseudoWords(self.frozen[0], self.tokenizer(MARK).input_ids[1], variants[0].features)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the UNet, and the pseudo-words at four times its learning rate: they start from nothing."""
         groups: list[dict[str, Any]] = [{"params": list(self.unet.parameters())}]
         return groups + ([{"params": list(self.words.map.parameters()), "lr_scale": 4.0}] if self.words else [])
 
-    def batch(self, step: int, generator: torch.Generator) -> Batch:
-        """Return the latents, captions, noise and timesteps of one step."""
+    def batch(self, step: int, generator: torch.Generator) -> list[Batch]:
+        """Return the latents, captions, noise and timesteps of one step: of pictures of one sprite, then of pairs."""
         rng = rng_of(generator)
         named = self.batch_size - self.variant_rows
         plain, pairs = round(self.plain * named), round(self.pairs * named)
-        chosen = np.concatenate(
+        paired = round(self.pairs * self.variant_rows) if len(self.variants) > 1 else 0
+        alone = np.concatenate(
             [
                 rng.integers(self.first_varied, size=plain),
-                rng.integers(self.first_varied, self.first_pair, size=named - plain - pairs),
-                rng.integers(self.first_pair, len(self.scenes), size=pairs) if pairs else np.empty(0, int),
+                rng.integers(self.first_varied, len(self.scenes), size=named - plain - pairs),
             ]
         )
-        texts = ["" if rng.random() < 0.1 else caption(self.scenes[k], rng) for k in chosen]
-        latents, features = self.latents[torch.from_numpy(chosen)].float(), None
-        if self.variants is not None:
-            rows = torch.from_numpy(rng.integers(len(self.variants.latents), size=self.variant_rows))
-            texts += [self.variants.caption(int(row), rng) for row in rows]
-            latents = torch.cat([latents, self.variants.latents[rows].float()])
-            features = self.variants.features[rows]
+        parts = [self._part(self.scenes, self.latents, alone, self.variant_rows - paired, 0, rng, generator)]
+        if pairs + paired:
+            chosen = rng.integers(len(self.pair_scenes), size=pairs)
+            parts.append(self._part(self.pair_scenes, self.pair_latents, chosen, paired, 1, rng, generator))
+        return parts
+
+    def _part(
+        self, scenes: Sequence[Scene], latents: Tensor, chosen: np.ndarray, variants: int, kind: int,
+        rng: np.random.Generator, generator: torch.Generator,
+    ) -> Batch:  # fmt: skip
+        """Return the rows of one width: scenes, and variants of a kind behind them."""
+        texts = ["" if rng.random() < 0.1 else caption(scenes[k], rng) for k in chosen]
+        clean, features = latents[torch.from_numpy(chosen)].float(), None
+        if variants:
+            some = self.variants[kind]
+            rows = torch.from_numpy(rng.integers(len(some.latents), size=variants))
+            texts += [some.caption(int(row), rng) for row in rows]
+            clean = torch.cat([clean, some.latents[rows].float()])
+            features = some.features[rows]
         ids = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator)
         # one timestep from each of `b` strata: the loss of a batch varies less; more from the noisy end, where the
         # picture comes from the name alone
-        strata = torch.randperm(len(latents), generator=generator)
-        spread = (strata + torch.rand(len(latents), generator=generator)) / len(latents)
+        strata = torch.randperm(len(clean), generator=generator)
+        spread = (strata + torch.rand(len(clean), generator=generator)) / len(clean)
         last = len(self.alphas) - 1  # rounding can make the largest value 1
-        return Batch(latents, ids, noise, (spread ** (2 / 3) * len(self.alphas)).long().clamp(max=last), features)
+        return Batch(clean, ids, noise, (spread ** (2 / 3) * len(self.alphas)).long().clamp(max=last), features)
 
     @torch.no_grad()
     def start_from(self, unet: nn.Module) -> None:
@@ -264,11 +280,15 @@ class UnetTask(nn.Module):
         """Move the averaged weights towards the current ones."""
         torch._foreach_lerp_(list(self.ema), list(self.unet.parameters()), 1 - self.ema_decay)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of the velocity."""
+    def forward(self, parts: Sequence[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the mean squared error of the velocity, over all elements of all parts."""
         self.update_average()  # of the weights that the last step left
-        alpha = on_device(self.alphas[batch.timesteps].view(-1, 1, 1, 1), self)
-        batch = on_device(batch, self)
+        errors = [self._error(on_device(part, self)) for part in parts]
+        return torch.stack([e.sum() for e in errors]).sum() / sum(e.numel() for e in errors), {}
+
+    def _error(self, batch: Batch) -> Tensor:
+        """Return the squared errors of the velocity, like the latents."""
+        alpha = self.alphas.to(batch.timesteps.device)[batch.timesteps].view(-1, 1, 1, 1)
         if batch.features is None or self.words is None:
             with torch.no_grad():
                 context = self.frozen[0](batch.input_ids).last_hidden_state
@@ -277,8 +297,7 @@ class UnetTask(nn.Module):
         noisy = alpha.sqrt() * batch.latents + (1 - alpha).sqrt() * batch.noise
         velocity = alpha.sqrt() * batch.noise - (1 - alpha).sqrt() * batch.latents
         noisy = noisy.contiguous(memory_format=torch.channels_last)
-        error = self.unet(noisy, batch.timesteps, context).sample.float() - velocity
-        return error.square().mean(), {}
+        return (self.unet(noisy, batch.timesteps, context).sample.float() - velocity).square()
 
     def sample(self, step: int, folder: Path) -> list[Path]:
         """Draw nothing: `graft pocket report` shows what the finished model draws."""

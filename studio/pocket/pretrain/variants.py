@@ -8,9 +8,9 @@ turned and in other colours, each told by two pseudo-words that stand in its cap
 
 As in ELITE (Wei et al., Encoding Visual Concepts into Textual Embeddings for Customized Text-to-Image Generation, 2023,
 arXiv 2302.13848) a picture becomes rows of the token table; here the base itself learns to follow them. `x` shows the
-variant in another place and on another ground than the picture that is drawn. A share of the pictures shows it beside
-a known sprite that has its name in the caption. W is thrown away at the end: what stays is a UNet that follows a word
-to a picture without a name, alone or in company, which is what Textual Inversion asks of it.
+variant in another place and on another ground than the picture that is drawn. Some pictures, twice as wide, show it
+beside a known sprite that has its name in the caption. W is thrown away at the end: what stays is a UNet that follows a
+word to a picture without a name, alone or in company, which is what Textual Inversion asks of it.
 """
 
 from __future__ import annotations
@@ -63,24 +63,24 @@ def _hue_turn(angle: float) -> np.ndarray:
 
 
 def placed(colour: str, *things: tuple[np.ndarray, Thing]) -> Tensor:
-    """Return sprites' pixels, as large and where their things say, on one colour, (3, 64, 64) in [-1, 1]."""
+    """Return sprites' pixels, as large and where their things say, on one colour: (3, 64, 64 x things) in [-1, 1]."""
     from PIL import Image
 
-    layer = Image.new("RGBA", (SIDE, SIDE))
+    layer = Image.new("RGBA", (SIDE * len(things), SIDE))
     for pixels, thing in things:
         # premultiplied, or the resampling would bleed hidden colours into the edge
         size = (thing.size, thing.size)
         small = Image.fromarray(pixels).convert("RGBa").resize(size, Image.Resampling.BILINEAR).convert("RGBA")
         layer.paste(small, (thing.x, thing.y))
-    ground = Image.new("RGBA", (SIDE, SIDE), (*COLOURS[colour], 255))
+    ground = Image.new("RGBA", layer.size, (*COLOURS[colour], 255))
     picture = np.asarray(Image.alpha_composite(ground, layer).convert("RGB"))
     return torch.from_numpy(picture.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
 
 class Variants(NamedTuple):
-    """Pictures to draw as latents (n, 16, 8, 8), what the image tower sees (n, 2 d), and ground colours (n,).
+    """Pictures to draw as latents (n, 16, 8, 8 or 16), what the image tower sees (n, 2 d), and ground colours (n,).
 
-    `company` (n, 2) are the atlas indices of what is left and right; negative for the variant, which may be alone.
+    `company` (n, 1 or 2) are the atlas indices of what is drawn from left to right; negative for the variant.
     """
 
     latents: Tensor
@@ -92,7 +92,7 @@ class Variants(NamedTuple):
         """Return one of many captions of a row, with marks where the name would be."""
         name = " ".join([MARK] * WORDS)
         company: list[int] = self.company[row].tolist()
-        if max(company) < 0:
+        if len(company) == 1:
             text = opening(rng).format(with_article(name), bare=name)
         else:
             first, second = (with_article(name if k < 0 else Atlas.load().names[k]) for k in company)
@@ -103,7 +103,7 @@ class Variants(NamedTuple):
 
 
 @torch.no_grad()
-def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 12, paired: float = 0.0) -> Variants:
+def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 12, paired: bool = False) -> Variants:
     """Return `count` variants of known sprites, as posterior means; computed once and kept in `folder`.
 
     Args:
@@ -112,25 +112,24 @@ def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 
         count: how many.
         folder: where they are kept.
         seed: of all that is drawn.
-        paired: share that stands beside a known sprite.
+        paired: each stands beside a known sprite, in a picture twice as wide.
     """
 
     def make() -> dict[str, Tensor]:
         rng, known, names = np.random.default_rng(seed), Atlas.load().known, list(COLOURS)
         latents, features, colours = [], [], rng.integers(len(names), size=count)
-        company = np.full((count, 2), -1)
-        for k in np.flatnonzero(np.random.default_rng([seed, 1]).random(count) < paired):
-            company[k, rng.integers(2)] = rng.choice(known)
+        company = np.full((count, 1 + paired), -1)
+        if paired:
+            company[np.arange(count), rng.integers(2, size=count)] = rng.choice(known, size=count)
         for start in range(0, count, 100):
             drawn, seen = [], []
             for row, colour in enumerate(colours[start : start + 100], start):
                 as_it_is = rng.random() < UNCHANGED
                 pixels = Atlas.load().pixels[int(rng.choice(known))] if as_it_is else variant(rng, known)
                 things = (centred(0, "") if rng.random() < 0.5 else portrait(rng, 0)).things
-                if company[row].max() >= 0:
-                    first, second = company[row].tolist()
-                    things = side_by_side(first, second, "").things
-                parts = [pixels if len(things) == 1 or t.sprite < 0 else Atlas.load().pixels[t.sprite] for t in things]
+                if paired:
+                    things = side_by_side(*company[row].tolist(), "").things
+                parts = [pixels if k < 0 else Atlas.load().pixels[k] for k in company[row]]
                 drawn.append(placed(names[colour], *zip(parts, things, strict=True)))
                 seen.append(placed(names[rng.integers(len(names))], (pixels, centred(0, "").things[0])))
             latents.append(vae.encode(on_device(torch.stack(drawn), vae)).latent_dist.mean.half().cpu())

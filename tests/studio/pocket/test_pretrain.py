@@ -98,8 +98,8 @@ def unet_task(tmp_path_factory) -> UnetTask:
 
 
 def test_unet_loss_is_the_velocity_formula(unet_task: UnetTask):
-    batch = unet_task.batch(0, torch.Generator().manual_seed(1))
-    loss, _ = unet_task(batch)
+    [batch] = unet_task.batch(0, torch.Generator().manual_seed(1))
+    loss, _ = unet_task([batch])
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler(**{k: v for k, v in SCHEDULER.items() if k in ("beta_schedule", "prediction_type")})
@@ -113,15 +113,16 @@ def test_unet_loss_is_the_velocity_formula(unet_task: UnetTask):
 
 def test_the_noisiest_timestep_is_the_last(unet_task: UnetTask, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))  # what rounding can make of 0.99999999
-    assert unet_task.batch(0, torch.Generator().manual_seed(1)).timesteps.max() == 999
+    [batch] = unet_task.batch(0, torch.Generator().manual_seed(1))
+    assert batch.timesteps.max() == 999
 
 
 def test_unet_hears_the_caption_and_averages(unet_task: UnetTask):
-    batch = unet_task.batch(0, torch.Generator().manual_seed(1))
+    [batch] = unet_task.batch(0, torch.Generator().manual_seed(1))
     unet_task.start_from(models.unet())
-    loss = unet_task(batch)[0].item()
+    loss = unet_task([batch])[0].item()
     shuffled = batch._replace(input_ids=batch.input_ids.roll(1, 0))
-    assert unet_task(shuffled)[0].item() != loss
+    assert unet_task([shuffled])[0].item() != loss
     before = unet_task.ema[0].clone()
     with torch.no_grad():
         next(unet_task.unet.parameters()).add_(1.0)

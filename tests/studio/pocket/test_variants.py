@@ -72,8 +72,9 @@ def test_variants_are_made_of_known_sprites_and_once(parts, tmp_path: Path, monk
 
 def test_a_variant_in_company_is_told_with_its_neighbour_on_the_right_side(parts, tmp_path: Path):
     vae, tower = parts[:2]
-    drawn = cached_variants(vae, tower, 8, tmp_path, paired=1.0)
-    assert torch.equal(cached_variants(vae, tower, 8, tmp_path).company, torch.full((8, 2), -1))
+    drawn = cached_variants(vae, tower, 8, tmp_path, paired=True)
+    assert torch.equal(cached_variants(vae, tower, 8, tmp_path).company, torch.full((8, 1), -1))
+    assert drawn.latents.shape == (8, 16, 8, 16)
     assert ((drawn.company < 0).sum(1) == 1).all() and set(drawn.company.amax(1).tolist()) <= set(Atlas.load().known)
     rng, found = np.random.default_rng(0), set()
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_a_variant_in_company_is_told_with_its_neighbour_on_the_right_side(parts
         found.add(" left of " in told)
         scene = render(side_by_side(max(company), max(company), list(COLOURS)[int(drawn.colours[row])]))
         wanted = torch.from_numpy(scene).permute(2, 0, 1) / 127.5 - 1
-        away = [(pictures[row] - wanted)[..., half].square().mean() for half in (slice(0, 32), slice(32, 64))]
+        away = [(pictures[row] - wanted)[..., half].square().mean() for half in (slice(0, 64), slice(64, 128))]
         assert (away[0] < away[1]) == left  # the half that shows the neighbour looks like it
     assert found == {True, False}
 
@@ -123,12 +124,16 @@ def test_a_share_of_the_batch_are_variants_and_their_words_learn(
     vae, tower, text, tokenizer = parts
     plain = unet.plain_scenes
     monkeypatch.setattr(unet, "plain_scenes", lambda colours: plain(colours)[:16])
-    task = UnetTask(vae, text, tokenizer, tmp_path, scenes=8, batch_size=6, plain_colours=("blue",))
-    task.add_variants(cached_variants(vae, tower, 10, tmp_path), vae.config.scaling_factor, share=0.5)
-    batch = task.batch(0, torch.Generator().manual_seed(0))
+    shares = {"plain": 1 / 3, "pairs": 1 / 3}
+    task = UnetTask(vae, text, tokenizer, tmp_path, scenes=8, batch_size=12, plain_colours=("blue",), **shares)
+    drawn = [cached_variants(vae, tower, 10, tmp_path, paired=paired) for paired in (False, True)]
+    task.add_variants(drawn, vae.config.scaling_factor, share=0.5)
+    alone, pairs = batch = task.batch(0, torch.Generator().manual_seed(0))
     mark = tokenizer(MARK).input_ids[1]
-    assert (batch.input_ids == mark).sum(1).tolist() == [0, 0, 0, 2, 2, 2]
-    assert batch.features is not None and len(batch.features) == 3 and len(batch.latents) == 6
+    assert (alone.input_ids == mark).sum(1).tolist() == [0] * 4 + [2] * 4
+    assert (pairs.input_ids == mark).sum(1).tolist() == [0] * 2 + [2] * 2
+    assert alone.features is not None and len(alone.features) == 4 and alone.latents.shape == (8, 16, 8, 8)
+    assert pairs.features is not None and len(pairs.features) == 2 and pairs.latents.shape == (4, 16, 8, 16)
     loss, _ = task(batch)
     loss.backward()
     assert task.words is not None

@@ -14,9 +14,11 @@ from graft.studio.pocket.scenes import (
     Scene,
     Thing,
     caption,
+    centred,
     portrait,
     render,
     sample_scene,
+    side_by_side,
     with_article,
 )
 
@@ -69,10 +71,16 @@ def test_pairs_show_every_known_sprite_on_both_sides_in_the_order_they_are_told(
     names = Atlas.load().names
     for scene in scenes[:50]:
         left, right = scene.things
-        assert left.x + left.size <= 32 <= right.x and left.y == right.y
+        assert left.x + left.size <= 64 <= right.x and left.y == right.y
         if left.sprite != right.sprite:
             a, b = (with_article(names[thing.sprite]) for thing in scene.things)
             assert caption(scene, rng).startswith((f"{a} and {b}", f"{a} left of {b}"))
+
+
+def test_a_pair_is_the_two_plainest_pictures_beside_each_other():
+    first, second = Atlas.load().known[:2]
+    apart = [render(centred(sprite, "teal")) for sprite in (first, second)]
+    assert np.array_equal(render(side_by_side(first, second, "teal")), np.concatenate(apart, axis=1))
 
 
 def test_render_is_alpha_compositing():
