@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,12 +36,13 @@ _known: dict[tuple[object, ...], str] = {}
 """Choices of this process, where compiled code finds them."""
 
 
-def autocast(*tensors: Tensor | None) -> Iterator[Any]:
-    """Yields tensors as torch's own products would see them: under autocast in its type."""
-    for tensor in tensors:
-        if tensor is not None and torch.is_autocast_enabled(tensor.device.type):
-            tensor = tensor.to(torch.get_autocast_dtype(tensor.device.type))
-        yield tensor
+def autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Returns tensors of one device as torch's own products would see them: under autocast in its type."""
+    kind = next(tensor for tensor in tensors if tensor is not None).device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 def refusals(*tensors: Tensor | None) -> list[str]:

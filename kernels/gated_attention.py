@@ -60,7 +60,8 @@ def gated_attention(
         (b, h, n, d).
     """
     query, main = autocast(query, main)
-    groups = tuple(Group(next(autocast(key)), next(autocast(value)), gate) for key, value, gate in groups)
+    cast = [autocast(key, value) for key, value, _ in groups]
+    groups = tuple(Group(key, value, group.gate) for (key, value), group in zip(cast, groups, strict=True))
     path = path or choose(query, groups, main)
     if path == LIBRARY:
         return _library(query, groups, main)

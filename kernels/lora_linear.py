@@ -202,10 +202,13 @@ def _plain(term: Term) -> bool:
 def _added(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
     """The output without a backward pass and with plain terms: matrices, which take less than batches of one."""
     y = F.linear(x, weight, bias).contiguous()
-    columns, rows = x.reshape(-1, x.shape[-1]).T, y.view(-1, y.shape[-1])
+    flat, rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
     for term in terms:
-        hidden = (term.down[0].to(x.dtype) @ columns).mul_(term.scale[0])  # (r, m)
-        _columns(rows, term.rows).addmm_(hidden.T, term.up[0].to(x.dtype).T)
+        down, up = term.down[0], term.up[0]
+        if down.dtype != x.dtype:
+            down, up = down.to(x.dtype), up.to(x.dtype)
+        hidden = F.linear(down, flat).mul_(term.scale[0])  # (r, m)
+        _columns(rows, term.rows).addmm_(hidden.mT, up.mT)
     return y
 
 

@@ -148,11 +148,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, placed: list[_Placed
     """A dense linear layer with slots: in one function if each of them is a term."""
     for slot, _, _ in placed:
         slot.check_rows(x)
-    terms = [slot.term(base) for slot, _, base in placed]
+    found = [(slot.term(base), rows) for slot, rows, base in placed]
+    ready = [term if rows is None else term._replace(rows=rows) for term, rows in found if term is not None]
     # A gain scales the base's product but no other term: it stays alone on its rows.
     where = {rows for _, rows, _ in placed}
-    alone = len(where) == len(placed) and (len(placed) == 1 or None not in where)
-    ready = [term._replace(rows=rows) for term, (_, rows, _) in zip(terms, placed, strict=True) if term is not None]
+    alone = len(placed) == 1 or (len(where) == len(placed) and None not in where)
     if torch.compiler.is_compiling() and any(term.dropout for term in ready):  # its masks come from a seed
         ready = []
     if ready and len(ready) == len(placed) and (alone or all(term.gain is None for term in ready)):

@@ -268,7 +268,7 @@ class _Bench:
                 stack.enter_context(self.trained("lora", sprite, 0).adapter().attached(self.base))
             yield {"method": "lora, sum", **self.drawn(self.base, [f"sks{sprite}" for sprite in pair], pair)}
         for name, of in (("true scenes", pair), ("true scenes of others", tuple(rng.choice(atlas.known, 2, False)))):
-            scenes = [side_by_side(*map(int, rng.permutation(of)), colour) for colour in COLOURS]
+            scenes = [side_by_side(int(of[0]), int(of[1]), colour) for colour in COLOURS]
             yield {"method": name, **self.eyes.find([Image.fromarray(render(scene)) for scene in scenes], pair)}
 
     def drawn(self, base: DiffusionBase, words: Sequence[str], sprites: Sequence[int]) -> dict[str, float]:

@@ -128,7 +128,8 @@ def cached_variants(vae: Any, tower: Any, count: int, folder: Path, seed: int = 
                 pixels = Atlas.load().pixels[int(rng.choice(known))] if as_it_is else variant(rng, known)
                 things = (centred(0, "") if rng.random() < 0.5 else portrait(rng, 0)).things
                 if paired:
-                    things = side_by_side(*company[row].tolist(), "").things
+                    first, second = company[row].tolist()
+                    things = side_by_side(first, second, "").things
                 parts = [pixels if k < 0 else Atlas.load().pixels[k] for k in company[row]]
                 drawn.append(placed(names[colour], *zip(parts, things, strict=True)))
                 seen.append(placed(names[rng.integers(len(names))], (pixels, centred(0, "").things[0])))
