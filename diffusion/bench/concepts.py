@@ -47,13 +47,14 @@ from graft.studio.runs import Run
 
 METHODS: dict[str, dict[str, Any]] = {
     "textual_inversion": {"name": "textual_inversion"},
-    "custom_diffusion": {"name": "custom_diffusion"},
-    "custom_diffusion, prior": {"name": "custom_diffusion", "class_prompt": "a photo of a {}"},
+    "custom_diffusion": {"name": "custom_diffusion", "class_word": "{}"},
+    "custom_diffusion, prior": {"name": "custom_diffusion", "class_word": "{}", "class_prompt": "a photo of a {}"},
     "pivotal": {"name": "pivotal"},
-    "lora": {"name": "lora"},
-    "lora, prior": {"name": "lora", "class_prompt": "a photo of a {}"},
+    "lora": {"name": "lora", "trigger": "sks {}"},
+    "lora, prior": {"name": "lora", "trigger": "sks {}", "class_prompt": "a photo of a {}"},
 }
-"""Rows of the first table: method sections, where {} is the known sprite that looks most like the concept."""
+"""Rows of the first table: method sections, where {} is the concept's class: the known sprite that looks most like
+it."""
 PAIR = ("{} and {}", "{} left of {}", "{} and {} on a green background")
 NEAR = 0.5
 _ONE = ("CLIP-I", "DINO", "CLIP-T", "background", "recognised", "KID", "seconds", "parameters", "KB")
@@ -161,7 +162,7 @@ class _Bench:
 
     def alone(self, sprite: int, seeds: int, methods: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Rows of one sprite: the base by its best name, then every method and seed."""
-        near = self.judge.near_names(sprite, 1)[0]
+        near = self.near(sprite)
         self.eyes.drift(self.base)
         tried = [self.measured(with_article(name), sprite, near) for name in self.judge.own_names(sprite)]
         yield {"method": "base", "sprite": sprite, **max(tried, key=lambda figures: figures["CLIP-I"])}
@@ -172,6 +173,10 @@ class _Bench:
                 with adapter.attached(self.base):
                     figures = self.measured(adapter.card.trigger or "", sprite, near)
                 yield {"method": method, "sprite": sprite, "seed": seed, **figures, **self.cost(run)}
+
+    def near(self, sprite: int) -> str:
+        """A concept's class."""
+        return self.judge.near_names(sprite, 1)[0]
 
     def cost(self, run: Run) -> dict[str, float]:
         """What a training and its file take; one of a group takes its share of the group's seconds."""
@@ -218,11 +223,7 @@ class _Bench:
 
     def job(self, method: str, sprite: int, seed: int) -> dict[str, Any]:
         """A method's training on one sprite."""
-        section = dict(METHODS[method])
-        if method == "lora":  # two of them will act at once
-            section["trigger"] = f"sks{sprite}"
-        if "class_prompt" in section:
-            section["class_prompt"] = section["class_prompt"].format(self.judge.near_names(sprite, 1)[0])
+        section = {key: value.format(self.near(sprite)) for key, value in METHODS[method].items()}
         pictures = write_pictures(self.out / "pictures" / str(sprite), sprite)
         return self.described(section, pictures, seed) | {"name": _name(method, sprite, seed)}
 
@@ -254,19 +255,21 @@ class _Bench:
         known = tuple(int(i) for i in rng.choice(atlas.known, 2, replace=False))
         names = [atlas.names[i] for i in known]
         yield {"method": "base, two known sprites", **self.drawn(self.base, names, known)}
+        near = [self.near(sprite) for sprite in pair]
+        words = [f"<new{k}> {name}" for k, name in enumerate(near, start=1)]
         custom = [self.trained("custom_diffusion", sprite, 0).adapter() for sprite in pair]
         merged = merge_concepts(self.base, custom, _captions(rng))
         with merged.attached(self.base):
-            yield {"method": "custom_diffusion, merged", **self.drawn(self.base, ["<new1>", "<new2>"], pair)}
+            yield {"method": "custom_diffusion, merged", **self.drawn(self.base, words, pair)}
         joint = self.joint(pair)
         with joint.attached(self.base):
-            yield {"method": "custom_diffusion, joint", **self.drawn(self.base, ["<new1>", "<new2>"], pair)}
+            yield {"method": "custom_diffusion, joint", **self.drawn(self.base, words, pair)}
         with self.sequential(pair, custom[0]) as base:
-            yield {"method": "custom_diffusion, sequential", **self.drawn(base, ["<new1>", "<new2>"], pair)}
+            yield {"method": "custom_diffusion, sequential", **self.drawn(base, words, pair)}
         with ExitStack() as stack:
             for sprite in pair:
                 stack.enter_context(self.trained("lora", sprite, 0).adapter().attached(self.base))
-            yield {"method": "lora, sum", **self.drawn(self.base, [f"sks{sprite}" for sprite in pair], pair)}
+            yield {"method": "lora, sum", **self.drawn(self.base, [f"sks {name}" for name in near], pair)}
         for name, of in (("true scenes", pair), ("true scenes of others", tuple(rng.choice(atlas.known, 2, False)))):
             scenes = [side_by_side(int(of[0]), int(of[1]), colour) for colour in COLOURS]
             yield {"method": name, **self.eyes.find([Image.fromarray(render(scene)) for scene in scenes], pair)}
@@ -282,7 +285,7 @@ class _Bench:
         folder = self.out / "pictures" / "-".join(map(str, pair))
         for place, sprite in enumerate(pair):
             write_pictures(folder / str(place), sprite)
-        section = {"name": "custom_diffusion", "token": ("<new1>", "<new2>")}
+        section = {"name": "custom_diffusion", "token": ("<new1>", "<new2>"), "class_word": tuple(map(self.near, pair))}
         where = self.out / "runs" / f"joint-{pair[0]}-{pair[1]}"
         return self.fit(section, folder, where)
 
@@ -294,7 +297,7 @@ class _Bench:
             with first.attached(self.base) as handle:
                 handle.merge()
                 save_base(self.base, folder)
-        section = {"name": "custom_diffusion", "token": "<new2>"}
+        section = {"name": "custom_diffusion", "token": "<new2>", "class_word": self.near(pair[1])}
         where = self.out / "runs" / f"sequential-{pair[0]}-{pair[1]}"
         second = self.fit(section, self.out / "pictures" / str(pair[1]), where, base=str(folder))
         base = load_base(str(folder), "cpu")

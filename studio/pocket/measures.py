@@ -19,7 +19,7 @@ from graft.studio.pocket.atlas import Atlas
 from graft.studio.pocket.pretrain.draw import pictures
 from graft.studio.pocket.qa import exact_match, mean_accuracy
 from graft.studio.pocket.questions import question_scene
-from graft.studio.pocket.scenes import COLOURS, UNSEEN_OPENING, sample_scene
+from graft.studio.pocket.scenes import COLOURS, SIDE, UNSEEN_OPENING, sample_scene, with_article
 
 STEPS, GUIDANCE = 25, 5.0
 """DDIM steps and classifier-free guidance of every generated picture."""
@@ -45,14 +45,15 @@ def reconstructions(vae: Any, sprites: Sequence[int], count: int, seed: int = 0)
 
 
 @torch.no_grad()
-def generate(pipe: Any, prompts: Sequence[str], seed: int = 0, batch_size: int = 50) -> Tensor:
-    """Return one picture for each prompt, (b, 3, 64, 64) in [-1, 1]; row k uses seed + k."""
+def generate(pipe: Any, prompts: Sequence[str], seed: int = 0, batch_size: int = 50, width: int = SIDE) -> Tensor:
+    """Return one picture for each prompt, (b, 3, 64, width) in [-1, 1]; row k uses seed + k."""
     pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(prompts), batch_size):
         part = list(prompts[start : start + batch_size])
         noise = [torch.Generator().manual_seed(seed + start + k) for k in range(len(part))]
-        out = pipe(part, num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=noise, output_type="pt")
+        how = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "generator": noise, "output_type": "pt"}
+        out = pipe(part, height=SIDE, width=width, **how)
         parts.append(out.images.float() * 2 - 1)
     return torch.cat(parts)
 
@@ -193,9 +194,17 @@ def measure_sd(seed: int, names: int = 200) -> tuple[dict[str, float], dict[str,
         "the same, right name first by pocket-clip, %": share(ranks < 1),
         "the same, right name in the first five by pocket-clip, %": share(ranks < 5),
     }
+    left, right = chosen[: names // 4], chosen[-(names // 4) :]
+    names_of = [[with_article(atlas.names[s]) for s in side] for side in (left, right)]
+    prompts = [f"{a} and {b}" for a, b in zip(*names_of, strict=True)]
+    pairs = generate(pipe, prompts, 10_000 * seed + 2000, width=2 * SIDE)
+    halves = [class_hits(vit, half, side) for half, side in zip(pairs.split(SIDE, -1), (left, right), strict=True)]
+    figures[f'"a NAME and a NAME" of {len(left)} pairs, twice as wide: both told by pocket-vit, %'] = share(
+        halves[0] & halves[1]
+    )
     colours = [list(COLOURS)[k % len(COLOURS)] for k in range(96)]
     prompts = [f"{atlas.names[s]} on a {colour} background" for s, colour in zip(chosen, colours, strict=False)]
     coloured = generate(pipe, prompts, 10_000 * seed + 1000)
     hits = [a == b for a, b in zip(border_colour(coloured), colours, strict=True)]
     figures['"NAME on a COLOUR background", colour as asked, %'] = 100 * float(np.mean(hits))
-    return figures, {"known_names": drawn, "colours": coloured}
+    return figures, {"known_names": drawn, "pairs": pairs, "colours": coloured}

@@ -67,6 +67,7 @@ def measure(seeds: int = 4, names: int = 200) -> tuple[Figures, dict[str, Any]]:
         )
         if not seed:
             shown |= {"known_names": grid(images["known_names"][:100], 10), "colours": grid(images["colours"][:24], 12)}
+            shown |= {"pairs": grid(images["pairs"][:18], 6)}
     figures = {model: {name: [one[model][name] for one in rounds] for name in rounds[0][model]} for model in rounds[0]}
     return figures, shown | _reconstructed() | _compositions()
 
@@ -211,6 +212,10 @@ goes on from these weights. The unet needs the autoencoder and the text tower of
 ## Known names, one picture each
 
 ![one hundred names](pocket/known_names.png)
+
+## Two names, pictures twice as wide
+
+![pairs](pocket/pairs.png)
 
 ## Background colours
 
