@@ -8,7 +8,7 @@ from PIL import Image
 
 from graft.diffusion.base import DiffusionBase
 from graft.diffusion.bench import many, textual_inversion
-from graft.diffusion.bench.concepts import _Bench
+from graft.diffusion.bench.concepts import Eyes, _Bench
 from graft.diffusion.bench.ip_adapter import classifier, followed, write_training
 from graft.diffusion.bench.personalization import summary, table
 from graft.diffusion.bench.pictures import (
@@ -20,8 +20,10 @@ from graft.diffusion.bench.pictures import (
     write_pictures,
 )
 from graft.diffusion.bench.speed import Work, parts
+from graft.diffusion.features import Clip, Eye
 from graft.studio.errors import InputError
 from graft.studio.pocket.atlas import Atlas
+from graft.studio.pocket.scenes import render, side_by_side
 
 
 def test_sprites_are_new_and_pictures_are_not_shared():
@@ -115,12 +117,22 @@ def test_many_jobs_together_end_where_they_end_alone(folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_two_sprites_are_found_where_they_are_and_only_there():
+    eyes, (first, second, third) = Eyes(Clip("pocket-clip"), Eye("pocket-vit")), new_sprites(3)
+    scenes = [Image.fromarray(render(side_by_side(first, second, colour))) for colour in ("red", "teal", "white")]
+    assert eyes.find(scenes, (first, second)) == eyes.find(scenes, (second, first)) == {"both": 1, "one": 1}
+    assert eyes.find(scenes, (first, third)) == {"both": 0, "one": 1}
+
+
+@pytest.mark.slow
 def test_trainings_of_the_concept_bench_share_a_batch_and_its_seconds(base: DiffusionBase, tmp_path: Path):
-    bench = _Bench(SimpleNamespace(base=base), None, tmp_path, 2, 2)  # type: ignore[arg-type]
+    judge = SimpleNamespace(base=base, near_names=lambda sprite, count: ["red hat"])
+    bench = _Bench(judge, None, tmp_path, 2, 2)  # type: ignore[arg-type]
     sprite = Atlas.load().new[0]
     bench.learn("lora", [(sprite, 0), (sprite, 1)])
     runs = [bench.trained("lora", sprite, seed) for seed in (0, 1)]
     assert [run.job.train.seed for run in runs] == [0, 1] and len(runs[0].group) == 2
+    assert runs[0].adapter().card.trigger == "sks red hat"
     whole = runs[0].metrics()[-1]["seconds"]
     assert bench.cost(runs[0])["seconds"] == pytest.approx(whole / 2, abs=1e-3)
     bench.learn("lora", [(sprite, 0), (sprite, 1)])

@@ -304,6 +304,9 @@ def test_previews_show_each_prompt_after_its_own_map(folder: Path, mapped: Path,
     )
     pictures = [np.asarray(Image.open(p)).astype(int) for p in (tmp_path / "both" / "with-1-seed1.png", alone[-1])]
     assert alone[-1].name == "with-0-seed1.png" and np.abs(pictures[0] - pictures[1]).max() <= 1
+    wide = PreviewConfig(steps=1, condition=str(two / "1.png"), width=2 * base.side())
+    shown = preview(base, adapter, ["a toy"], [1], tmp_path / "wide", wide)
+    assert {Image.open(path).size for path in shown[1:]} == {(2 * base.side(), base.side())} and len(shown) == 4
     with pytest.raises(InputError, match="2 pictures for 3 prompts"):
         preview(base, adapter, ["a", "b", "c"], [0], tmp_path / "three", config)
     with pytest.raises(InputError, match="1 ControlNets or T2I-Adapters are attached, so as many are needed"):
