@@ -120,8 +120,8 @@ class DiffusionBase:
         """What the pipeline returns for ``output_type="latent"`` as (b, c, h, w)."""
         return latents
 
-    def side(self, wanted: int = 0) -> int:
-        """Side in pixels of pictures to train on or to draw; 0 is the base's own.
+    def side(self, wanted: int = 0, name: str = "resolution") -> int:
+        """Side in pixels of pictures to train on or to draw, as a setting names it; 0 is the base's own.
 
         Raises:
             InputError: the pipeline draws no pictures of that side.
@@ -129,7 +129,7 @@ class DiffusionBase:
         side, step = wanted or self.resolution, self.step
         if side % step:
             remedy = f"Use {max(step, round(side / step) * step)}"
-            raise InputError(f"resolution {side}", f"{self.name} needs a multiple of {step}", remedy)
+            raise InputError(f"{name} {side}", f"{self.name} needs a multiple of {step}", remedy)
         return side
 
     def shape(self, resolution: int = 0, width: int = 0) -> tuple[int, int]:
@@ -139,7 +139,7 @@ class DiffusionBase:
             InputError: as `side`.
         """
         side = self.side(resolution)
-        return side, self.side(width or side)
+        return side, self.side(width or side, "width")
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         """Token ids as the pipeline makes them, placeholders of several vectors expanded: (p, n) long, on the CPU."""

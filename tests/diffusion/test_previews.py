@@ -50,7 +50,7 @@ def test_pictures_can_be_wider_than_high(base: DiffusionBase, tmp_path: Path):
     files = preview(base, None, ["a cat"], [0], tmp_path, config)
     assert Image.open(files[1]).size == (32, 16)
     assert Image.open(files[0]).width > 256  # a tile is 128 pixels high, and as wide as that makes it
-    with pytest.raises(InputError, match="resolution 20"):
+    with pytest.raises(InputError, match="width 20"):
         draw(base, ["a cat"], [0], PreviewConfig(steps=1, resolution=16, width=20))
 
 
